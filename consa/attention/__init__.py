@@ -1,0 +1,1 @@
+"""Hybrid attention: one semantics (`masks`), one plain truth (`reference`), one portable path (`hybrid`)."""

@@ -1,0 +1,134 @@
+"""The two branches, portable to any device: full attention, and sliding-window attention at O(queries * window).
+
+Shape suffixes: B rows, H KV heads, G query heads per KV head, T queries, S keys, N query blocks, C columns, D head_dim.
+Faster kernels for a device plug in here: same signatures, same truth (`reference`).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from consa.attention import masks
+
+QUERY_BLOCK = 512  # queries that share one mask; bounds what a branch holds at once
+MIN_SLIDING_BLOCK = 64  # below this, matrix products are too small to be worth a block
+
+
+def full_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Causal attention whose last query sits on the last key.
+
+    Args:
+        q: `(batch, q_heads, queries, head_dim)`.
+        k: `(batch, kv_heads, keys, head_dim)`, keys >= queries.
+        v: as `k`.
+        scaling: factor on the scores.
+        softcap: bound on the scores by tanh, or None.
+
+    Returns:
+        As `q`.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    if softcap is None and (queries == keys or queries == 1):
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=queries > 1, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    blocks = []
+    for start in range(0, queries, QUERY_BLOCK):  # a mask of a block x keys, never of queries x keys
+        block = q[:, :, start : start + QUERY_BLOCK]
+        seen = keys - queries + start + block.shape[2]
+        query = torch.arange(seen - block.shape[2], seen, device=q.device)[:, None]
+        visible = masks.causal(query, torch.arange(seen, device=q.device))
+        blocks.append(_attend_grouped(block, k[:, :, :seen], v[:, :, :seen], visible, scaling, softcap))
+    return torch.cat(blocks, dim=2)
+
+
+def sliding_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    num_sink_tokens: int,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Sliding-window attention with sink tokens; arguments and result as in `full_attention`.
+
+    Queries go in blocks; a block sees its own keys, the `window - 1` before them, and the sinks: the work per query
+    depends on the window, not on the number of keys.
+    """
+    (B, HG, T, D), (_, H, S, _) = q.shape, k.shape
+    if window + num_sink_tokens >= S:  # nothing is out of reach
+        return full_attention(q, k, v, scaling=scaling, softcap=softcap)
+    block = min(max(window, MIN_SLIDING_BLOCK), QUERY_BLOCK, T)
+    N, reach, offset = -(-T // block), window - 1, S - T
+    first = max(0, offset - reach)
+
+    def key_blocks(x: Tensor) -> Tensor:  # (B,H,S,D) -> (N, B*H, C, D)
+        near = F.pad(x[:, :, first:], (0, 0, max(0, reach - offset), N * block - T)).flatten(0, 1)
+        near = near.unfold(1, block + reach, block).permute(1, 0, 3, 2)
+        sinks = x[:, :, :num_sink_tokens].flatten(0, 1).expand(N, -1, -1, -1)
+        return torch.cat([near, sinks], dim=2)
+
+    # A KV head's query heads become rows of one product, so that its keys are read once for all of them.
+    q_blocks = F.pad(q, (0, 0, 0, N * block - T)).reshape(B * H, HG // H, N, block, D)
+    q_blocks = q_blocks.permute(2, 0, 1, 3, 4).reshape(N, B * H, -1, D)
+    visible = _sliding_mask(N, block, HG // H, offset, window, num_sink_tokens, q.device)
+    out = _attend(q_blocks, key_blocks(k), key_blocks(v), visible, scaling, softcap)
+    out = out.reshape(N, B * H, HG // H, block, D).permute(1, 2, 0, 3, 4)
+    return out.reshape(B, HG, N * block, D)[:, :, :T]
+
+
+@lru_cache(maxsize=16)  # all layers of a model ask for the same one
+def _sliding_mask(
+    num_blocks: int,
+    block: int,
+    group: int,
+    offset: int,
+    window: int,
+    num_sink_tokens: int,
+    device: torch.device,
+) -> Tensor:
+    """bool `(blocks, 1, group * block, block + window - 1 + sinks)`: what each query sees of its block's columns."""
+    start = offset + block * torch.arange(num_blocks, device=device)[:, None, None, None]
+    query = start + torch.arange(block, device=device).repeat(group)[:, None]
+    near = start - (window - 1) + torch.arange(block + window - 1, device=device)
+    sink = torch.arange(num_sink_tokens, device=device)
+    return torch.cat(
+        [
+            masks.in_window(query, near, window) & (near >= 0),
+            masks.beyond_window_sink(query, sink, window, num_sink_tokens),
+        ],
+        dim=-1,
+    )
+
+
+def _attend_grouped(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
+    """`_attend` for `(B, H * G, T, D)` queries on `(B, H, S, D)` keys under one `(T, S)` mask."""
+    folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    out = _attend(folded, k, v, visible.repeat(q.shape[1] // k.shape[1], 1), scaling, softcap)
+    return out.reshape(q.shape)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
+    """Attention under a bool mask that broadcasts to `(..., queries, keys)`."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
+
+    def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = softcap * torch.tanh((q @ k.transpose(-1, -2)).float() * (scaling / softcap))
+        return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype) @ v
+
+    # Recomputed in the backward pass: all blocks' scores together would be queries x keys.
+    return checkpoint(capped, q, k, v, use_reentrant=False) if torch.is_grad_enabled() else capped(q, k, v)

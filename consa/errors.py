@@ -1,0 +1,13 @@
+"""What a user can cause, and how it is said."""
+
+
+class ConsaError(ValueError):
+    """A request that cannot be met: the message is one line that names the value received and the fix."""
+
+
+class UnsupportedModelError(ConsaError):
+    """A model whose attention consa cannot take over exactly; the message names the model and the reason."""
+
+
+class InvalidAllocationError(ConsaError):
+    """An allocation that does not add up, or that was made for another model; the message names the field."""

@@ -1,0 +1,1 @@
+"""What an allocation costs: losses by position, side by side."""

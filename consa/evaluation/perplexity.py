@@ -1,0 +1,105 @@
+"""Next-token losses of a model under different allocations, on the same held-out sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from consa import loss
+from consa.allocation import Allocation
+from consa.errors import ConsaError
+from consa.model import attached
+
+
+def heldout_losses(
+    model: PreTrainedModel,
+    sequences: np.ndarray,
+    allocation: Allocation | None = None,
+    *,
+    batch_size: int = 1,
+    on_batch: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Cross-entropy of every next token in nats, float32 `(num_sequences, seq_len - 1)`.
+
+    Args:
+        model: a causal language model.
+        sequences: int tokens `(num_sequences, seq_len)`.
+        allocation: attached for the purpose; None leaves the model as it is.
+        batch_size: sequences computed at once.
+        on_batch: called with the number of sequences done since the last call.
+    """
+    out = np.empty((len(sequences), sequences.shape[1] - 1), dtype=np.float32)
+    with nullcontext() if allocation is None else attached(model, allocation):
+        for start in range(0, len(sequences), batch_size):
+            batch = torch.from_numpy(sequences[start : start + batch_size].astype(np.int64)).to(model.device)
+            out[start : start + len(batch)] = loss.token_losses(model, batch).cpu().numpy()
+            if on_batch:
+                on_batch(len(batch))
+    return out
+
+
+@dataclass(frozen=True)
+class Row:
+    """One allocation's line in a comparison.
+
+    Attributes:
+        name: of the allocation.
+        sparsity: achieved share of units on SWA.
+        loss: mean cross-entropy from `Comparison.start` on, nats.
+        recovered: share of the gap from all-SWA to dense that the allocation closes; 1 is dense, 0 is all-SWA.
+        by_position: mean cross-entropy of each bucket of positions, nats.
+    """
+
+    name: str
+    sparsity: float
+    loss: float
+    recovered: float
+    by_position: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Losses of several allocations between the two ends, dense and all-SWA.
+
+    Attributes:
+        start: first position that counts; before it a window still reaches most of the text.
+        buckets: position ranges `[from, to)`, in powers of two up to the sequence length.
+        rows: dense first, all-SWA second, then the others as given.
+    """
+
+    start: int
+    buckets: tuple[tuple[int, int], ...]
+    rows: tuple[Row, ...]
+
+
+def compare(losses: dict[str, tuple[float, np.ndarray]], *, start: int) -> Comparison:
+    """Compare held-out losses.
+
+    Args:
+        losses: name -> (sparsity, losses as `heldout_losses` returns); must hold "dense" and "all_swa".
+        start: first position that counts for `loss` and `recovered`.
+
+    Raises:
+        ConsaError: no position is left from `start` on.
+    """
+    positions = losses["dense"][1].shape[1]
+    if start >= positions:
+        raise ConsaError(
+            f"sequences of {positions + 1} tokens hold no position from {start} on; use longer ones"
+        )
+    edges = [0, *(2**k for k in range(6, 40) if 2**k < positions), positions]
+    buckets = tuple(zip(edges[:-1], edges[1:], strict=True))
+    dense, floor = (float(losses[name][1][:, start:].mean()) for name in ("dense", "all_swa"))
+    rows = []
+    for name in sorted(losses, key=lambda name: {"dense": 0, "all_swa": 1}.get(name, 2)):
+        sparsity, values = losses[name]
+        mean = float(values[:, start:].mean())
+        by_position = tuple(float(values[:, a:b].mean()) for a, b in buckets)
+        recovered = (floor - mean) / (floor - dense) if floor != dense else float("nan")
+        rows.append(Row(name, sparsity, mean, recovered, by_position))
+    return Comparison(start, buckets, tuple(rows))

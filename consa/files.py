@@ -1,0 +1,72 @@
+"""Files that are either whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+from pathlib import Path
+
+from consa.errors import ConsaError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` holds all of it or what it held before, whatever kills the process.
+
+    Raises:
+        ConsaError: the folder or the disk does not take it.
+    """
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("xb") as file:  # a new file, with the permissions that the user's umask gives
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConsaError(
+            f"cannot write {path}: {error.strerror or error}; choose a folder with room"
+        ) from error
+    finally:  # also when interrupted; after os.replace there is nothing left under this name
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def read_text(path: Path, *, max_bytes: int) -> str:
+    """Read a UTF-8 file of at most `max_bytes` bytes.
+
+    Raises:
+        ConsaError: missing, unreadable, too large or not UTF-8.
+    """
+    try:
+        if path.stat().st_size > max_bytes:
+            raise ConsaError(
+                f"{path} has {path.stat().st_size} bytes, more than the {max_bytes} such a file may have"
+            )
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConsaError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConsaError(
+            f"cannot read {path}: not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
+
+
+def cache_dir() -> Path:
+    """Where converted models and tokenised text are kept: $CONSA_CACHE, else ~/.cache/consa."""
+    return Path(os.environ.get("CONSA_CACHE") or Path.home() / ".cache" / "consa")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, as hex.
+
+    Raises:
+        ConsaError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConsaError(f"cannot read {path}: {error.strerror or error}") from error

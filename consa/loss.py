@@ -1,0 +1,125 @@
+"""The next-token loss, a chunk of positions at a time: the logits of a long sequence never exist at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+CHUNK_TOKENS = (
+    2048  # positions whose logits exist together: 2048 x a vocabulary of 150k in float32 are 1.2 GB
+)
+
+
+def hidden_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """What the output layer would receive: `(batch, seq, hidden)` for `(batch, seq)` int64 tokens."""
+    return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+
+
+def token_losses(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Cross-entropy of each next token without gradients, float32 `(batch, seq - 1)`, in nats."""
+    with torch.no_grad(), output_layer(model) as head:
+        hidden = hidden_states(model, tokens)
+        return torch.cat(
+            [_cross_entropy(head(hidden[:, c]), tokens[:, _next(c)]) for c in _chunks(tokens)], dim=1
+        )
+
+
+def backward(
+    model: PreTrainedModel, tokens: Tensor, *, scale: float, teacher: Tensor | None = None
+) -> Tensor:
+    """Forward and backward through the model; gradients accumulate as after `loss.backward()`.
+
+    Each chunk of positions goes through the output layer and back at once, which leaves its gradient on the hidden
+    states; those then flow through the model together. Nothing is computed twice.
+
+    Args:
+        model: attached or plain.
+        tokens: `(batch, seq)` int64.
+        scale: factor on the loss, for accumulation.
+        teacher: hidden states of a teacher that shares the output layer; if given, the loss is the divergence
+            KL(teacher || model) of next-token distributions, else the cross-entropy of the tokens.
+
+    Returns:
+        The mean loss per predicted token, times `scale`: a float32 scalar without gradient.
+    """
+    hidden = hidden_states(model, tokens)
+    factor = scale / tokens[:, 1:].numel()
+    total = torch.zeros((), device=tokens.device)
+    gradients = torch.zeros_like(hidden)
+    with output_layer(model) as head:
+        for chunk in _chunks(tokens):
+            piece = hidden[:, chunk].detach().requires_grad_(hidden.requires_grad)
+            if teacher is None:
+                loss = _cross_entropy(head(piece), tokens[:, _next(chunk)]).sum() * factor
+            else:
+                with torch.no_grad():
+                    wanted = head(teacher[:, chunk]).float().log_softmax(-1)
+                loss = (
+                    F.kl_div(head(piece).float().log_softmax(-1), wanted, reduction="sum", log_target=True)
+                    * factor
+                )
+            total += loss.detach()
+            if loss.requires_grad:
+                loss.backward()
+            if piece.grad is not None:
+                gradients[:, chunk] = piece.grad
+    if hidden.requires_grad:  # not so when every gate of the step is saturated and the weights are frozen
+        hidden.backward(gradients)
+    return total
+
+
+@contextmanager
+def output_layer(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yields hidden states -> logits, with whatever scaling or capping the model's own forward pass applies.
+
+    For the block's duration the model's backbone hands back what it is given, so that the model's own code, not a copy
+    of it, turns hidden states into logits.
+    """
+    backbone = model.base_model
+    given: list[Tensor] = []
+
+    def head(hidden: Tensor) -> Tensor:
+        given[:] = [hidden]
+        backbone.forward = lambda *args, **kwargs: _BackboneOutput(given[0])
+        try:
+            return model(
+                input_ids=hidden.new_zeros(hidden.shape[:2], dtype=torch.long), use_cache=False
+            ).logits
+        finally:
+            del backbone.forward
+
+    yield head
+
+
+class _BackboneOutput:
+    """Looks like a backbone's output to a language-model head: hidden states, and None for all the rest."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+def _chunks(tokens: Tensor) -> list[slice]:
+    """Slices of the positions that predict a token: all but the last."""
+    positions = tokens.shape[1] - 1
+    per_sequence = max(1, CHUNK_TOKENS // tokens.shape[0])
+    return [slice(s, min(s + per_sequence, positions)) for s in range(0, positions, per_sequence)]
+
+
+def _next(chunk: slice) -> slice:
+    return slice(chunk.start + 1, chunk.stop + 1)

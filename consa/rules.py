@@ -1,0 +1,157 @@
+"""Allocations by rule of thumb, exact for every feasible sparsity: what people guess when they do not learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from consa.allocation import Allocation, Granularity, num_full_units
+from consa.errors import ConsaError
+
+Rule = Callable[..., Allocation]
+
+
+def interleaved(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
+    """FA evenly spread over depth, each stretch of layers beginning with FA. Options as in `from_units`."""
+    return from_units(lambda n, k, _: _spread(n, k), num_layers, num_kv_heads, rule="interleaved", **options)
+
+
+def interleaved_late(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
+    """FA evenly spread over depth, each stretch of layers ending with FA: the other phase of `interleaved`."""
+    return from_units(
+        lambda n, k, _: n - 1 - _spread(n, k), num_layers, num_kv_heads, rule="interleaved_late", **options
+    )
+
+
+def bottom(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
+    """FA in the layers nearest the input."""
+    return from_units(lambda n, k, _: np.arange(k), num_layers, num_kv_heads, rule="bottom", **options)
+
+
+def top(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
+    """FA in the layers nearest the output."""
+    return from_units(lambda n, k, _: np.arange(n - k, n), num_layers, num_kv_heads, rule="top", **options)
+
+
+def middle(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
+    """FA in one contiguous block half way up."""
+    return from_units(
+        lambda n, k, _: np.arange(k) + (n - k) // 2, num_layers, num_kv_heads, rule="middle", **options
+    )
+
+
+def sandwich(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
+    """FA at both ends, SWA between; the input side takes the odd one."""
+    return from_units(
+        lambda n, k, _: np.r_[np.arange((k + 1) // 2), np.arange(n - k // 2, n)],
+        num_layers,
+        num_kv_heads,
+        rule="sandwich",
+        **options,
+    )
+
+
+def random_units(num_layers: int, num_kv_heads: int, *, seed: int = 0, **options: Any) -> Allocation:
+    """FA units drawn without replacement by numpy's PCG64 at `seed`.
+
+    Raises:
+        ConsaError: a negative seed.
+    """
+    if seed < 0:
+        raise ConsaError(f"seed must be an integer >= 0, got {seed!r}")
+    return from_units(
+        lambda n, k, _: np.random.default_rng(seed).permutation(n)[:k],
+        num_layers,
+        num_kv_heads,
+        rule="random_units",
+        seed=seed,
+        **options,
+    )
+
+
+def uniform_heads(
+    num_layers: int, num_kv_heads: int, *, granularity: Granularity = "kv_head", **options: Any
+) -> Allocation:
+    """The same number of FA heads in every layer (the first ones); a remainder is spread over depth.
+
+    Raises:
+        ConsaError: asked for granularity "layer", where a layer cannot hold a share of heads.
+    """
+    if granularity != "kv_head":
+        raise ConsaError(f"uniform_heads needs granularity 'kv_head', got {granularity!r}")
+
+    def choose(num_units: int, num_full: int, heads: int) -> np.ndarray:
+        layers = num_units // heads
+        per_layer = np.full(layers, num_full // layers)
+        per_layer[_spread(layers, num_full % layers)] += 1
+        return np.flatnonzero(np.arange(heads) < per_layer[:, None])
+
+    return from_units(
+        choose, num_layers, num_kv_heads, rule="uniform_heads", granularity="kv_head", **options
+    )
+
+
+RULES: dict[str, Rule] = {
+    rule.__name__: rule
+    for rule in (interleaved, interleaved_late, bottom, top, middle, sandwich, uniform_heads, random_units)
+}
+
+
+def from_units(
+    choose: Callable[[int, int, int], np.ndarray],
+    num_layers: int,
+    num_kv_heads: int,
+    *,
+    rule: str,
+    sparsity: float,
+    granularity: Granularity = "layer",
+    window: int = 128,
+    num_sink_tokens: int = 4,
+    native_windows: Mapping[int, int] | None = None,
+    seed: int | None = None,
+) -> Allocation:
+    """Turn a choice among numbered units, counted from the input layer by layer, into an `Allocation`.
+
+    Args:
+        choose: `(num_units, num_full, units_per_layer)` -> indices of the FA units.
+        num_layers: layers of the model.
+        num_kv_heads: KV heads of each layer.
+        rule: name for the provenance.
+        sparsity: target share of units on SWA; the nearest feasible one results.
+        granularity: what a unit is.
+        window: tokens an SWA query sees, itself included.
+        num_sink_tokens: first tokens visible on top of the window.
+        native_windows: layers the model already slides; they hold no units.
+        seed: for the provenance of a random choice.
+
+    Raises:
+        ConsaError: sparsity outside [0, 1], or dimensions that make no model.
+    """
+    native_windows = dict(native_windows or {})
+    layers = [layer for layer in range(num_layers) if layer not in native_windows]
+    if not layers or num_kv_heads < 1:
+        raise ConsaError(f"num_layers={num_layers}, num_kv_heads={num_kv_heads} leave no units to allocate")
+    per_layer = num_kv_heads if granularity == "kv_head" else 1
+    num_units = len(layers) * per_layer
+    full = np.zeros(num_units, dtype=bool)
+    full[choose(num_units, num_full_units(num_units, sparsity), per_layer)] = True
+    mask = np.zeros((num_layers, num_kv_heads), dtype=bool)
+    mask[layers] = full.reshape(len(layers), per_layer)  # a layer's one decision broadcasts over its KV heads
+    provenance = {"method": rule, "target_sparsity": float(sparsity)} | (
+        {} if seed is None else {"seed": seed}
+    )
+    return Allocation(
+        full_attention=mask,
+        granularity=granularity,
+        window=window,
+        num_sink_tokens=num_sink_tokens,
+        native_windows=native_windows,
+        provenance=provenance,
+    )
+
+
+def _spread(num_places: int, count: int) -> np.ndarray:
+    """`count` of `num_places` indices, as evenly as whole numbers allow, beginning with 0."""
+    return np.arange(count) * num_places // max(count, 1)
