@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from consa import rules as rules
     from consa.allocation import Allocation as Allocation
+    from consa.cache import HybridCache as HybridCache
+    from consa.checkpoint import convert as convert
+    from consa.checkpoint import load as load
+    from consa.config import LearnConfig as LearnConfig
     from consa.errors import ConsaError as ConsaError
-    from consa.learning import LearnConfig as LearnConfig
     from consa.learning import learn as learn
     from consa.model import attached as attached
 
@@ -21,9 +24,12 @@ __version__ = "0.1.0"
 _HOMES = {  # public name -> the module it comes from, or is
     "Allocation": "consa.allocation",
     "ConsaError": "consa.errors",
-    "LearnConfig": "consa.learning",
+    "HybridCache": "consa.cache",
+    "LearnConfig": "consa.config",
     "attached": "consa.model",
+    "convert": "consa.checkpoint",
     "learn": "consa.learning",
+    "load": "consa.checkpoint",
     "rules": "consa.rules",
 }
 

@@ -62,7 +62,7 @@ class Checkpoint:
             raise ConsaError(
                 f"cannot continue from {path}: damaged ({error}); delete the folder to start over"
             ) from error
-        difference = _first_difference(fingerprint, self.fingerprint)
+        difference = first_difference(fingerprint, self.fingerprint)
         if difference:
             raise ConsaError(
                 f"{self.folder} holds a different run ({difference}); choose another folder, or delete it to start over"
@@ -74,10 +74,11 @@ def _lines(path: Path) -> list[str]:
     return read_text(path, max_bytes=MAX_METRICS_BYTES).splitlines()
 
 
-def _first_difference(found: Any, wanted: Any, name: str = "") -> str:
+def first_difference(found: Any, wanted: Any, name: str = "") -> str:
+    """The first setting in which two records differ, with both values, or ""."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted(found.keys() | wanted.keys()):
-            difference = _first_difference(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+            difference = first_difference(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
             if difference:
                 return difference
         return ""

@@ -129,6 +129,20 @@ def load_sequences(
         raise ConsaError(f"cannot read {error.filename or data}: {error.strerror or error}") from error
 
 
+def check_data(data: str) -> None:
+    """Make sure, without reading any, that there are files of all names in `data`.
+
+    Raises:
+        ConsaError: there are none of some name.
+    """
+    try:
+        for part in _parts(data):
+            if not part.startswith("hf:"):
+                _find_paths(part)
+    except OSError as error:
+        raise ConsaError(f"cannot read {error.filename or data}: {error.strerror or error}") from error
+
+
 def _cut(
     data: str,
     sources: list[_Source],
@@ -213,26 +227,39 @@ class _Source(NamedTuple):
 
 
 def _find_sources(data: str, text_field: str) -> list[_Source]:
-    """Return what `data` names: in the order named, folders and globs sorted, no file twice."""
+    """Return what `data` names: in the order named, folders and globs sorted, stdlib shuffled, no file twice."""
     sources: dict[Path | str, _Source] = {}
-    for part in [data] if os.path.exists(data) else map(str.strip, data.split(",")):
+    for part in _parts(data):
         if part.startswith("hf:"):
             sources[part] = _hub_source(part, text_field)
             continue
-        name = os.path.expanduser(part)
-        if part == "stdlib":
-            library = _walk(Path(sysconfig.get_path("stdlib")), left_out=("site-packages", "dist-packages"))
-            paths = [file for file in library if file.suffix == ".py"]
-        else:
-            matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-            paths = [path for match in matches for path in _walk(Path(match))]
-        if not paths:
-            raise ConsaError(
-                f"data {part!r} names no file; name a file, folder, glob, stdlib or hf:owner/name"
-            )
+        name, paths = os.path.expanduser(part), _find_paths(part)
         for path in paths:
             sources.setdefault(path, _file_source(path, text_field, is_named=path == Path(name)))
     return list(sources.values())
+
+
+def _parts(data: str) -> list[str]:
+    return [data] if os.path.exists(data) else [part.strip() for part in data.split(",")]
+
+
+def _find_paths(part: str) -> list[Path]:
+    """The files that one part of `data` names; at least one."""
+    name = os.path.expanduser(part)
+    if part == "stdlib":
+        library = Path(sysconfig.get_path("stdlib"))
+        files = _walk(library, left_out=("site-packages", "dist-packages"))
+        # In an order without meaning, so that the first documents are of every kind; the same on all machines.
+        paths = sorted(
+            (file for file in files if file.suffix == ".py"),
+            key=lambda file: hashlib.sha256(file.relative_to(library).as_posix().encode()).digest(),
+        )
+    else:
+        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        paths = [path for match in matches for path in _walk(Path(match))]
+    if not paths:
+        raise ConsaError(f"data {part!r} names no file; name a file, folder, glob, stdlib or hf:owner/name")
+    return paths
 
 
 def _walk(path: Path, left_out: tuple[str, ...] = ()) -> list[Path]:

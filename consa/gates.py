@@ -91,9 +91,3 @@ class Units:
         by_layer = by_layer.expand(*by_layer.shape[:-1], self.num_kv_heads)
         out = values.new_full((self.num_layers, *by_layer.shape[1:]), elsewhere)
         return out.index_copy(0, torch.tensor(self.layers), by_layer)
-
-
-def unclipped(log_alpha, uniform):
-    uniform = uniform.clamp(UNIFORM_EPSILON, 1 - UNIFORM_EPSILON)
-    gamma, zeta = STRETCH
-    return torch.sigmoid((torch.logit(uniform) + log_alpha) / TEMPERATURE) * (zeta - gamma) + gamma

@@ -1,4 +1,4 @@
-"""The learning loop: which units keep full attention (ConSA, arXiv 2606.18056), by gates under a sparsity constraint."""
+"""Learn which units keep full attention, by gates under a sparsity constraint (ConSA, arXiv 2606.18056)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,96 +20,17 @@ from consa import gates, loss
 from consa.allocation import (
     Allocation,
     Granularity,
-    check_sparsity,
     num_full_units,
     num_full_units_within,
 )
 from consa.checkpointing import Checkpoint
+from consa.config import LearnConfig
 from consa.errors import ConsaError
 from consa.gates import Units
-from consa.lagrangian import AugmentedLagrangian, target_at
+from consa.lagrangian import AugmentedLagrangian, ramp, target_at
 from consa.model import AttentionLayout, attached, attention_layout
 from consa.provenance import versions
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearnConfig:
-    """Everything a learning run depends on, besides the model and the text.
-
-    Raises:
-        ConsaError: a value out of range; the message names it.
-    """
-
-    sparsity: float = _option(0.75, "share of units to put on sliding-window attention, in [0, 1]")
-    kv_budget: int | None = _option(None, "instead of sparsity: KV-cache bytes (bf16) one sequence may take")
-    context: int | None = _option(None, "tokens in that cache")
-    granularity: Granularity = _option("kv_head", "what is decided as one: 'layer' or 'kv_head'")
-    window: int = _option(128, "tokens a sliding-window query sees, itself included")
-    num_sink_tokens: int = _option(4, "first tokens that stay visible on top of the window")
-    seq_len: int = _option(8192, "tokens per training sequence")
-    num_steps: int = _option(200, "optimiser steps")
-    sequences_per_step: int = _option(4, "sequences per optimiser step")
-    micro_batch: int = _option(1, "sequences computed at once; the rest is gradient accumulation")
-    seed: int = _option(0, "of the gates' noise and the order of the text")
-    objective: Literal["cross_entropy", "distillation"] = _option(
-        "distillation", "loss: of the text's next tokens, or divergence from the dense model's predictions"
-    )
-    gradient: str = _option("pathwise", "experiment")
-    lr_decay: float = _option(0.0, "experiment")
-    mode: Literal["frozen", "joint"] = _option("frozen", "'joint' trains the weights along with the gates")
-    weight_lr: float = _option(1e-5, "AdamW learning rate of the weights in joint mode")
-    gate_lr: float | None = _option(
-        None, "Adam learning rate of the gates; min(1, 60 / num_steps) unless given"
-    )
-    initial_log_alpha: float = _option(2.0, "where the gates start; 2 is a probability of 0.97 to be open")
-    log_alpha_bound: float = _option(6.0, "gates are clamped to [-bound, bound]")
-    warmup: float = _option(0.4, "share of the steps over which the target rises from 0")
-    penalty: float = _option(300.0, "quadratic coefficient of the constraint (rho), nats")
-    multiplier_step: float = _option(1.0, "step size of the constraint's multiplier (eta), nats")
-    averaged: float = _option(0.2, "last share of the steps whose log_alpha is averaged for the decision")
-    activation_checkpointing: bool = _option(False, "recompute layers in the backward pass to save memory")
-    checkpoint_every: int = _option(10, "steps between checkpoints")
-
-    def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
-        if (self.kv_budget is None) != (self.context is None):
-            raise ConsaError("kv_budget (bytes) and context (tokens) belong together; give both or neither")
-        choices = {"granularity": ("layer", "kv_head"), "mode": ("frozen", "joint")}
-        choices["objective"] = ("cross_entropy", "distillation")
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConsaError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        least = {"window": 1, "num_sink_tokens": 0, "seq_len": 2, "num_steps": 1, "sequences_per_step": 1}
-        least |= {"micro_batch": 1, "checkpoint_every": 1, "kv_budget": 1, "context": 1}
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < minimum):
-                raise ConsaError(f"{name} must be an integer >= {minimum}, got {value!r}")
-        positive = ("weight_lr", "gate_lr", "log_alpha_bound", "penalty", "multiplier_step", "averaged")
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConsaError(f"{name} must be a positive number, got {value!r}")
-        for name in ("warmup", "averaged"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConsaError(f"{name} must be a share in [0, 1], got {getattr(self, name)!r}")
-        if self.sequences_per_step % self.micro_batch:
-            raise ConsaError(
-                f"micro_batch must divide sequences_per_step ({self.sequences_per_step}), got {self.micro_batch}"
-            )
-        if not abs(self.initial_log_alpha) < self.log_alpha_bound:
-            raise ConsaError(
-                f"initial_log_alpha must lie within +-log_alpha_bound ({self.log_alpha_bound}),"
-                f" got {self.initial_log_alpha!r}; gates that start clamped start tied"
-            )
-        if self.mode == "joint" and self.objective == "distillation":
-            raise ConsaError(
-                "distillation needs the dense model unchanged; use objective cross_entropy in joint mode"
-            )
+from consa.refinement import Exchange, refine
 
 
 @dataclass(frozen=True)
@@ -117,7 +38,8 @@ class LearnResult:
     """What `learn` returns.
 
     Attributes:
-        allocation: the decision, exact at the target; its scores are the averaged log_alpha.
+        allocation: the decision, exact at the target; its scores are the averaged log_alpha. The gates decide it, and
+            the refinement may have exchanged units near the boundary.
         history: one record per step: step, loss, expected_sparsity, target, multiplier, fractional.
     """
 
@@ -133,6 +55,7 @@ def learn(
     identity: dict[str, str] | None = None,
     run_dir: Path | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
+    on_exchange: Callable[[Exchange], None] | None = None,
 ) -> LearnResult:
     """Learn an allocation for `model`.
 
@@ -144,6 +67,7 @@ def learn(
         run_dir: where to keep checkpoints and metrics.jsonl; a run killed at any moment and started again with the same
             arguments goes on from there and ends with the same allocation, bit for bit, on the same machine.
         on_step: called with each step's record.
+        on_exchange: called with each exchange of units that the final refinement tries.
 
     Raises:
         ConsaError: unusable settings or text, a loss that is not finite, or a folder that cannot be written.
@@ -160,10 +84,11 @@ def learn(
     run = Checkpoint(run_dir, _fingerprint(config, sequences, identity)) if run_dir else None
     history = state.restore(run.load()) if run else []
     start = _dense_start(layout, config)
-    steps = range(state.step, config.num_steps if 0 < num_full < units.count else 0)
+    if num_full in (0, units.count):  # nothing to choose
+        return LearnResult(_decide(state, units, num_full, layout, config, identity), history)
     trained = [p for p in model.parameters() if p.requires_grad] if config.mode == "joint" else []
     with _prepared(model, config), attached(model, start) as plan:
-        for step in steps:
+        for step in range(state.step, config.num_steps):
             began = time.perf_counter()
             value = _accumulate_gradients(
                 model, plan, state, units, _batches(sequences, config, step), config
@@ -185,7 +110,19 @@ def learn(
                 )
             if run and (state.step % config.checkpoint_every == 0 or state.step == config.num_steps):
                 run.save(state.tensors(), state.step, history)
-    return LearnResult(_decide(state, units, num_full, layout, config, identity), history)
+    allocation = _decide(state, units, num_full, layout, config, identity)
+    if config.refine_evaluations:
+        first = config.num_steps * config.sequences_per_step
+        chosen = _order(sequences, config, range(first, first + config.refine_sequences))
+        allocation = refine(
+            model,
+            allocation,
+            sequences[chosen],
+            max_evaluations=config.refine_evaluations,
+            batch_size=config.micro_batch,
+            on_exchange=on_exchange,
+        )
+    return LearnResult(allocation, history)
 
 
 def units_of(layout: AttentionLayout, granularity: Granularity) -> Units:
@@ -279,18 +216,10 @@ def _accumulate_gradients(
     total = 0.0
     for batch, uniform in zip(batches, draws.split(config.micro_batch), strict=True):
         tokens = torch.from_numpy(batch.astype(np.int64)).to(model.device)
-        teacher = None
-        if config.objective == "distillation":
-            with torch.no_grad(), plan.dense():
-                teacher = loss.hidden_states(model, tokens)
         z = units.spread(gates.sample(state.log_alpha, uniform), elsewhere=1.0)  # (layers, batch, kv_heads)
-        with plan.gated(z, model.device, config.gradient != "pathwise") as leaf:
-            total += float(loss.backward(model, tokens, scale=1 / len(batches), teacher=teacher))
+        with plan.gated(z, model.device) as leaf:
+            total += float(loss.backward(model, tokens, scale=1 / len(batches)))
         if leaf.grad is not None and z.requires_grad:
-            if config.gradient == "marginal":
-                z = units.spread(gates.probability_open(state.log_alpha).expand_as(uniform), elsewhere=1.0)
-            elif config.gradient == "straight":
-                z = units.spread(gates.unclipped(state.log_alpha, uniform), elsewhere=1.0)
             z.backward(leaf.grad.cpu())
     return total
 
@@ -299,12 +228,11 @@ def _update(
     state: _State, trained: list[Tensor], value: float, target: float, config: LearnConfig
 ) -> dict[str, float]:
     """Constraint, optimiser step, multiplier; returns the step's record."""
-    expected = 1 - gates.probability_open(state.log_alpha).mean()
-    state.constraint.loss(expected, target).backward()
-    if config.lr_decay:
-        lr = config.gate_lr or min(1.0, 60 / config.num_steps)
-        left = (config.num_steps - state.step) / config.num_steps
-        state.gate_optimizer.param_groups[0]["lr"] = lr * min(1.0, max(0.05, left / config.lr_decay))
+    growth = config.penalty_growth ** ramp(state.step + 1, config.num_steps, config.warmup)
+    sharpening = config.sharpening * ramp(state.step + 1, config.num_steps, config.sharpening_start)
+    is_open = gates.probability_open(state.log_alpha)
+    constraint = state.constraint.loss(1 - is_open.mean(), target, growth)
+    (constraint + sharpening * (is_open * (1 - is_open)).mean()).backward()
     state.gate_optimizer.step()
     state.gate_optimizer.zero_grad()
     if state.weight_optimizer is not None:
@@ -312,9 +240,9 @@ def _update(
         state.weight_optimizer.step()
         state.weight_optimizer.zero_grad()
     with torch.no_grad():
-        state.log_alpha.clamp_(-config.log_alpha_bound, config.log_alpha_bound)
+        state.log_alpha.clamp_(config.log_alpha_min, config.log_alpha_max)
         expected = float(1 - gates.probability_open(state.log_alpha).mean())
-    state.constraint.update(expected, target)
+    state.constraint.update(expected, target, growth)
     state.step += 1
     if state.step > config.num_steps * (1 - config.averaged):
         state.score_sum += state.log_alpha.detach().double()
@@ -361,13 +289,18 @@ def _decide(
 
 
 def _batches(sequences: np.ndarray, config: LearnConfig, step: int) -> list[np.ndarray]:
-    """This step's micro-batches: every sequence once per epoch, each epoch in its own order."""
+    """This step's micro-batches."""
     first = step * config.sequences_per_step
-    chosen = []
-    for position in range(first, first + config.sequences_per_step):
-        epoch, place = divmod(position, len(sequences))
-        chosen.append(np.random.default_rng([config.seed, epoch]).permutation(len(sequences))[place])
+    chosen = _order(sequences, config, range(first, first + config.sequences_per_step))
     return [sequences[chosen[i : i + config.micro_batch]] for i in range(0, len(chosen), config.micro_batch)]
+
+
+def _order(sequences: np.ndarray, config: LearnConfig, places: range) -> list[int]:
+    """The sequences at some places of the run's stream: each once per epoch, every epoch in its own order."""
+    chosen = []
+    for epoch, place in (divmod(place, len(sequences)) for place in places):
+        chosen.append(int(np.random.default_rng([config.seed, epoch]).permutation(len(sequences))[place]))
+    return chosen
 
 
 @contextmanager

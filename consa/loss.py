@@ -30,9 +30,7 @@ def token_losses(model: PreTrainedModel, tokens: Tensor) -> Tensor:
         )
 
 
-def backward(
-    model: PreTrainedModel, tokens: Tensor, *, scale: float, teacher: Tensor | None = None
-) -> Tensor:
+def backward(model: PreTrainedModel, tokens: Tensor, *, scale: float) -> Tensor:
     """Forward and backward through the model; gradients accumulate as after `loss.backward()`.
 
     Each chunk of positions goes through the output layer and back at once, which leaves its gradient on the hidden
@@ -42,8 +40,6 @@ def backward(
         model: attached or plain.
         tokens: `(batch, seq)` int64.
         scale: factor on the loss, for accumulation.
-        teacher: hidden states of a teacher that shares the output layer; if given, the loss is the divergence
-            KL(teacher || model) of next-token distributions, else the cross-entropy of the tokens.
 
     Returns:
         The mean loss per predicted token, times `scale`: a float32 scalar without gradient.
@@ -55,15 +51,7 @@ def backward(
     with output_layer(model) as head:
         for chunk in _chunks(tokens):
             piece = hidden[:, chunk].detach().requires_grad_(hidden.requires_grad)
-            if teacher is None:
-                loss = _cross_entropy(head(piece), tokens[:, _next(chunk)]).sum() * factor
-            else:
-                with torch.no_grad():
-                    wanted = head(teacher[:, chunk]).float().log_softmax(-1)
-                loss = (
-                    F.kl_div(head(piece).float().log_softmax(-1), wanted, reduction="sum", log_target=True)
-                    * factor
-                )
+            loss = _cross_entropy(head(piece), tokens[:, _next(chunk)]).sum() * factor
             total += loss.detach()
             if loss.requires_grad:
                 loss.backward()

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from consa import register  # noqa: F401 (the attention that `attached` sets)
 from consa.allocation import Allocation
 from consa.attention import interface
 from consa.attention.plan import Plan
@@ -96,6 +97,10 @@ def attached(model: PreTrainedModel, allocation: Allocation) -> Iterator[Plan]:
     layout = attention_layout(model)
     check_fits(allocation, layout, type(model).__name__)
     modules = [model.get_submodule(name) for name in layout.names]
+    if interface.allocation_of(model.config) is not None:
+        raise ConsaError(
+            f"{type(model).__name__} was converted with an allocation of its own; load the original"
+        )
     if any(hasattr(module, "consa_plan") for module in modules):
         raise ConsaError(f"{type(model).__name__} already has an allocation attached; leave that block first")
     before = model.config._attn_implementation
@@ -247,6 +252,31 @@ def load_model(source: str, *, device: str | None = None, dtype: torch.dtype | N
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    folder, revision, config, layout = _inspect_source(source)
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ConsaError(f"cannot load model {source!r}: {_first_line(error)}") from error
+    revision = revision or getattr(config, "_commit_hash", None) or _hash_weights(Path(folder))
+    return LoadedModel(model, tokenizer, layout, {"model": source, "revision": revision})
+
+
+def read_layout(source: str) -> AttentionLayout:
+    """Where attention is in the model that `load_model` would load, from its config alone.
+
+    Raises:
+        UnsupportedModelError: the attention cannot be taken over exactly.
+        ConsaError: there is no such model.
+    """
+    return _inspect_source(source)[3]
+
+
+def _inspect_source(source: str) -> tuple[str, str | None, Any, AttentionLayout]:
+    """What transformers can load for `source`, its revision where known, config and layout."""
     folder, revision = _resolve(source)
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -263,17 +293,7 @@ def load_model(source: str, *, device: str | None = None, dtype: torch.dtype | N
         raise UnsupportedModelError(
             f"model {source!r} ({config.model_type}) is not a causal language model"
         ) from error
-    layout = inspect_attention(model_class, config)
-    try:
-        with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise ConsaError(f"cannot load model {source!r}: {_first_line(error)}") from error
-    revision = revision or getattr(config, "_commit_hash", None) or _hash_weights(Path(folder))
-    return LoadedModel(model, tokenizer, layout, {"model": source, "revision": revision})
+    return folder, revision, config, inspect_attention(model_class, config)
 
 
 def _resolve(source: str) -> tuple[str, str | None]:
@@ -306,7 +326,7 @@ def _convert_gguf(path: Path) -> tuple[str, str]:
             raise ValueError("it holds no tensors")
         del reader
         arguments: dict[str, Any] = {"gguf_file": path.name}
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **arguments)
             if hasattr(
                 transformers, "GgufConfig"
@@ -328,7 +348,7 @@ def _convert_gguf(path: Path) -> tuple[str, str]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.mkdtemp(dir=folder.parent)
         try:
-            with _quiet():
+            with quiet():
                 model.save_pretrained(temporary)
                 tokenizer.save_pretrained(temporary)
             os.replace(temporary, folder)
@@ -350,7 +370,7 @@ def _hash_weights(folder: Path) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and warnings, which cannot tell the user anything here."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
+from pathlib import Path
+
+import consa
 
 
 def versions() -> dict[str, str]:
     """Versions of what computes: Python, consa and the libraries whose numbers end up in a result."""
-    found = {"python": platform.python_version()}
-    for package in ("consa", "torch", "transformers", "numpy"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout that was not installed
-            found[package] = "unknown"
-    return found
+    found = {"python": platform.python_version(), "consa": consa.__version__}
+    return found | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
+
+
+def hardware() -> str:
+    """What computes: the GPU, or the CPU and how many threads torch uses on it."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:  # Linux; elsewhere the platform module knows
+        name = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        name = None
+    return f"{name[1] if name else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

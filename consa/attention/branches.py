@@ -81,7 +81,7 @@ def sliding_attention(
     q_blocks = F.pad(q, (0, 0, 0, N * block - T)).reshape(B * H, HG // H, N, block, D)
     q_blocks = q_blocks.permute(2, 0, 1, 3, 4).reshape(N, B * H, -1, D)
     visible = _sliding_mask(N, block, HG // H, offset, window, num_sink_tokens, q.device)
-    out = _attend(q_blocks, key_blocks(k), key_blocks(v), visible, scaling, softcap)
+    out = attend(q_blocks, key_blocks(k), key_blocks(v), visible, scaling, softcap)
     out = out.reshape(N, B * H, HG // H, block, D).permute(1, 2, 0, 3, 4)
     return out.reshape(B, HG, N * block, D)[:, :, :T]
 
@@ -113,16 +113,14 @@ def _sliding_mask(
 def _attend_grouped(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scaling: float, softcap: float | None
 ) -> Tensor:
-    """`_attend` for `(B, H * G, T, D)` queries on `(B, H, S, D)` keys under one `(T, S)` mask."""
+    """`attend` for `(B, H * G, T, D)` queries on `(B, H, S, D)` keys under one `(T, S)` mask."""
     folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-    out = _attend(folded, k, v, visible.repeat(q.shape[1] // k.shape[1], 1), scaling, softcap)
+    out = attend(folded, k, v, visible.repeat(q.shape[1] // k.shape[1], 1), scaling, softcap)
     return out.reshape(q.shape)
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scaling: float, softcap: float | None
-) -> Tensor:
-    """Attention under a bool mask that broadcasts to `(..., queries, keys)`."""
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scaling: float, softcap: float | None) -> Tensor:
+    """Attention of as many query heads as KV heads, under a bool mask that broadcasts to `(..., queries, keys)`."""
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
 

@@ -26,15 +26,13 @@ class Rows:
     gates: Tensor  # (num_mixed,) float32, differentiable
 
     @classmethod
-    def sort(cls, values: Tensor, gates: Tensor, explore: bool = False) -> Rows:
+    def sort(cls, values: Tensor, gates: Tensor) -> Rows:
         """Sort by `values`, `(batch, kv_heads)` on the CPU, so that planning never waits for a device.
 
         `gates` are the same numbers on the model's device, and what gradients flow to.
         """
         values = values.flatten()
         kind = (values < 1).int() + (values <= 0).int()  # 0 full, 1 mixed, 2 sliding
-        if explore:
-            kind = torch.ones_like(kind)
         order = torch.argsort(kind, stable=True)
         num_full, num_mixed = int((kind == 0).sum()), int((kind == 1).sum())
         order_there = order.to(gates.device, non_blocking=True)

@@ -1,16 +1,17 @@
-"""Registers consa's attention and mask with transformers, under the name "consa"; importing it changes no other model.
-
-Both are needed: with an attention function alone, transformers makes no mask and padding would be ignored in silence.
-"""
+"""What transformers calls for attention and masks under the name "consa"; `consa.register` makes them known to it."""
 
 from __future__ import annotations
 
+import functools
+import json
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 
+from consa.allocation import Allocation
+from consa.attention.cached import NewKeys
+from consa.attention.plan import Plan
 from consa.errors import ConsaError
 
 NAME = "consa"
@@ -35,21 +36,52 @@ def consa_attention(
     """
     plan = getattr(module, "consa_plan", None)
     if plan is None:
-        raise ConsaError(
-            "this model says attn_implementation='consa' but has no allocation; use consa.attached"
-        )
+        plan = module.consa_plan = _plan_of(module, query, key)
+    if "cache" in ignored:
+        raise ConsaError("paged caches (generate_batch) are not supported; use generate")
     if dropout:
         raise ConsaError(
             f"attention dropout {dropout} is not supported; set the config's attention_dropout to 0"
         )
-    if attention_mask is not None and attention_mask.ndim != 1:
-        raise ConsaError(
-            f"an attention mask of shape {tuple(attention_mask.shape)} cannot be honoured; pass (batch, tokens)"
-        )
+    first = None
+    if attention_mask is not None:
+        if attention_mask.shape != (len(query), 1, 1, 1) or attention_mask.dtype != torch.long:
+            raise ConsaError(
+                f"an attention mask of shape {tuple(attention_mask.shape)} cannot be honoured; pass (batch, tokens)"
+            )
+        first = attention_mask.flatten()
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    out = plan.attend(module.layer_idx, query, key, value, attention_mask, scaling, softcap)
+    if isinstance(key, NewKeys):
+        out = plan.attend_cached(module.layer_idx, query, key, first, scaling, softcap)
+    else:
+        out = plan.attend(module.layer_idx, query, key, value, first, scaling, softcap)
     return out.transpose(1, 2).contiguous(), None
+
+
+def allocation_of(config: Any) -> Allocation | None:
+    """The allocation that a converted model's config holds, or None."""
+    record = getattr(config, "consa", None)
+    return None if record is None else _parse(json.dumps(record))
+
+
+_parse = functools.lru_cache(maxsize=16)(Allocation.from_json)
+
+
+def _plan_of(module: torch.nn.Module, query: Tensor, key: Tensor | NewKeys) -> Plan:
+    """The plan of a converted model that was not loaded by `consa.load`."""
+    allocation = allocation_of(module.config)
+    if allocation is None:
+        raise ConsaError(
+            "this model says attn_implementation='consa' but has no allocation; use consa.attached"
+        )
+    heads = (key.key if isinstance(key, NewKeys) else key).shape[1]
+    if (allocation.num_layers, allocation.num_kv_heads) != (module.config.num_hidden_layers, heads):
+        raise ConsaError(
+            f"the config's allocation is for {allocation.num_layers} layers x {allocation.num_kv_heads} KV heads, the"
+            f" model has {module.config.num_hidden_layers} x {heads}; convert the model again"
+        )
+    return Plan(allocation)
 
 
 def consa_mask(
@@ -62,18 +94,22 @@ def consa_mask(
     allow_is_causal_skip: bool = True,
     **ignored: Any,
 ) -> Tensor | None:
-    """transformers' mask function: where each sequence's first real key lies, `(batch,)` on the CPU, or None.
+    """transformers' mask function: where each sequence's first real key lies, `(batch, 1, 1, 1)` on the CPU, or None.
 
-    Padding on the right needs no mask, since no real query comes after it.
+    Padding on the right needs no mask, since no real query comes after it. A mask of four dimensions is one that
+    transformers passes on as it is.
 
     Raises:
         ConsaError: packed sequences, a static cache, or a mask with holes, none of which would be exact.
     """
-    if not allow_is_causal_skip:
+    static = (
+        kv_length == 0
+    )  # consa's own static layers ask for no length; transformers lets them skip no mask
+    if not allow_is_causal_skip and not static:
         raise ConsaError(
             "packed sequences and custom masks are not supported; give each document its own row"
         )
-    if int(q_offset) + q_length != kv_offset + kv_length:
+    if not static and int(q_offset) + q_length != kv_offset + kv_length:
         raise ConsaError(
             f"keys end at {kv_offset + kv_length} but queries at {int(q_offset) + q_length}: a static cache is not"
             " supported; use the default dynamic one"
@@ -88,8 +124,8 @@ def consa_mask(
     starts = torch.cat([real[:, :1], real[:, 1:] & ~real[:, :-1]], dim=1)
     if int(starts.sum(1).max()) > 1:
         raise ConsaError("the attention mask has holes; only padding before or after a sequence is supported")
-    first = real.int().argmax(1)
-    return first if bool(first.any()) else None
+    first = torch.where(real.any(1), real.int().argmax(1), real.shape[1])  # all padding: it starts later
+    return first[:, None, None, None] if bool(first.any()) else None
 
 
 def record_call(
@@ -103,9 +139,3 @@ def record_call(
     """Stands in for attention in a skeleton: leaves what was asked for on the module, and returns the right shape."""
     module.consa_call = (query, key, value, keywords)
     return torch.empty_like(query).transpose(1, 2), None
-
-
-AttentionInterface.register(NAME, consa_attention)
-AttentionMaskInterface.register(NAME, consa_mask)
-AttentionInterface.register(INSPECT_NAME, record_call)
-AttentionMaskInterface.register(INSPECT_NAME, lambda *args, **kwargs: None)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from consa.allocation import Allocation
 from consa.attention.branches import full_attention, sliding_attention
+from consa.attention.cached import HeadSplit, NewKeys, by_start, cached_attention
 from consa.attention.hybrid import Rows, hybrid_attention
+from consa.errors import ConsaError
 
 
 class Plan:
@@ -26,10 +28,11 @@ class Plan:
         self._fixed = full[:, None, :]  # (layers, 1, kv_heads): the same for every sequence
         self._gates: tuple[Tensor, Tensor] | None = None
         self._dense = False
+        self._splits = [HeadSplit.of(allocation, layer) for layer in range(allocation.num_layers)]
         self._rows: dict[tuple[int, int, torch.device], Rows] = {}
 
     @contextmanager
-    def gated(self, z: Tensor, device: torch.device, explore: bool = False) -> Iterator[Tensor]:
+    def gated(self, z: Tensor, device: torch.device) -> Iterator[Tensor]:
         """Within the block, row (layer, sequence, KV head) computes `z * FA + (1 - z) * SWA`.
 
         Args:
@@ -42,7 +45,6 @@ class Plan:
         """
         leaf = z.detach().to(device, copy=True).requires_grad_()
         self._gates = (z.detach(), leaf)
-        self._explore = explore
         try:
             yield leaf
         finally:
@@ -85,10 +87,11 @@ class Plan:
             return self._attend(layer, None, q, k, v, scaling, softcap)
         # Without its padding, a sequence is an ordinary one: group those of equal length and shift each to its start.
         out = torch.zeros_like(q)
-        for start in first.unique().tolist():
-            sequences = (first == start).nonzero()[:, 0]
+        for sequences, start in by_start(first):
             there = sequences.to(q.device)
             skipped = max(0, start - (k.shape[2] - q.shape[2]))  # queries that are padding
+            if skipped >= q.shape[2]:
+                continue
             part = self._attend(
                 layer,
                 sequences,
@@ -100,6 +103,30 @@ class Plan:
             )
             out = out.index_put((there,), torch.nn.functional.pad(part, (0, 0, skipped, 0)))
         return out
+
+    def attend_cached(
+        self,
+        layer: int,
+        q: Tensor,
+        new: NewKeys,
+        first: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention of one layer over a cache; arguments and result as in `attend`.
+
+        Raises:
+            ConsaError: the cache is of another allocation, or the plan asks for more than it keeps.
+        """
+        if self._gates is not None or self._dense:
+            raise ConsaError("a hybrid's cache does not keep what full attention needs; pass use_cache=False")
+        if new.cache.split != self._splits[layer]:
+            raise ConsaError("the cache was made for another allocation than the model's; make a new one")
+        if not torch.compiler.is_compiling() and new.cache.length == 0:
+            out = self.attend(layer, q, new.key, new.value, first, scaling, softcap)
+            new.cache.write(new.key, new.value, first)
+            return out
+        return cached_attention(q, new, first, scaling=scaling, softcap=softcap)
 
     def _attend(
         self,
@@ -135,7 +162,6 @@ class Plan:
             return Rows.sort(
                 values if sequences is None else values[sequences],
                 gates if sequences is None else gates[sequences.to(device)],
-                self._explore,
             )
         key = (layer, batch, device)
         if key not in self._rows:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from consa import loss
+from consa import gates, loss
 from consa.allocation import Allocation
 from consa.errors import ConsaError
 from consa.model import attached
@@ -33,13 +34,62 @@ def heldout_losses(
         batch_size: sequences computed at once.
         on_batch: called with the number of sequences done since the last call.
     """
-    out = np.empty((len(sequences), sequences.shape[1] - 1), dtype=np.float32)
     with nullcontext() if allocation is None else attached(model, allocation):
-        for start in range(0, len(sequences), batch_size):
-            batch = torch.from_numpy(sequences[start : start + batch_size].astype(np.int64)).to(model.device)
+        return _losses(model, sequences, batch_size, on_batch, lambda start, end: nullcontext())
+
+
+def sampled_losses(
+    model: PreTrainedModel,
+    sequences: np.ndarray,
+    allocation: Allocation,
+    *,
+    seed: int = 0,
+    batch_size: int = 1,
+    on_batch: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """As `heldout_losses`, under gates drawn anew for each sequence, as in learning, instead of the decision.
+
+    Args:
+        model: as there.
+        sequences: as there.
+        allocation: a learned one; its scores are the gates' log_alpha.
+        seed: of the draws.
+        batch_size: as there.
+        on_batch: as there.
+    """
+    if allocation.scores is None:
+        raise ConsaError("the allocation has no scores to draw gates from; use one that was learned")
+    heads = allocation.num_kv_heads if allocation.granularity == "kv_head" else 1
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(allocation.num_layers, len(sequences), heads, generator=generator)
+    log_alpha = torch.from_numpy(allocation.scores.astype(np.float32))[:, None]
+    z = gates.sample(
+        log_alpha, uniform
+    )  # (layers, sequences, kv_heads): a layer's one draw goes to all its heads
+    with attached(model, allocation) as plan:
+        return _losses(
+            model,
+            sequences,
+            batch_size,
+            on_batch,
+            lambda start, end: plan.gated(z[:, start:end], model.device),
+        )
+
+
+def _losses(
+    model: PreTrainedModel,
+    sequences: np.ndarray,
+    batch_size: int,
+    on_batch: Callable[[int], None] | None,
+    setting: Callable[[int, int], AbstractContextManager[object]],
+) -> np.ndarray:
+    out = np.empty((len(sequences), sequences.shape[1] - 1), dtype=np.float32)
+    for start in range(0, len(sequences), batch_size):
+        batch = torch.from_numpy(sequences[start : start + batch_size].astype(np.int64)).to(model.device)
+        with setting(start, start + len(batch)):
             out[start : start + len(batch)] = loss.token_losses(model, batch).cpu().numpy()
-            if on_batch:
-                on_batch(len(batch))
+        if on_batch:
+            on_batch(len(batch))
     return out
 
 
@@ -93,7 +143,7 @@ def compare(losses: dict[str, tuple[float, np.ndarray]], *, start: int) -> Compa
             f"sequences of {positions + 1} tokens hold no position from {start} on; use longer ones"
         )
     edges = [0, *(2**k for k in range(6, 40) if 2**k < positions), positions]
-    buckets = tuple(zip(edges[:-1], edges[1:], strict=True))
+    buckets = tuple(pairwise(edges))
     dense, floor = (float(losses[name][1][:, start:].mean()) for name in ("dense", "all_swa"))
     rows = []
     for name in sorted(losses, key=lambda name: {"dense": 0, "all_swa": 1}.get(name, 2)):

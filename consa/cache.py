@@ -1,0 +1,484 @@
+"""The KV cache of a hybrid: some KV heads keep every token, the others their sinks and a ring of the last ones.
+
+`HybridLayer` is one layer of a transformers `Cache`; `HybridCache` is a whole one. A model from `consa.load` makes its
+own in `generate()`; make one to keep it between calls, to preallocate it, or for a model under `consa.attached`.
+
+In the storage of an SWA head, the token at position p of its sequence (counted without padding) sits in slot p while
+p < num_sink_tokens, else in slot num_sink_tokens + (p - num_sink_tokens) % window. So slot s is taken once position s
+has been seen, and what is stored is exactly what the next query sees, besides its own token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+
+from consa.allocation import Allocation
+from consa.attention.cached import Heads, HeadSplit, NewKeys, by_start, pick, selector
+from consa.errors import ConsaError
+
+GROWTH = 256  # tokens by which storage grows; a copy of an FA head every so many tokens, and at most as many unused
+STORAGE = ("full_keys", "full_values", "sliding_keys", "sliding_values")
+
+
+class HybridLayer(CacheLayerMixin):
+    """One layer's keys and values, in storage that grows with the sequence.
+
+    Args:
+        split: which heads keep what.
+
+    Attributes:
+        full_keys: `(batch, FA heads, capacity, head_dim)`, or None; `full_values` likewise.
+        sliding_keys: `(batch, SWA heads, capacity, head_dim)`, or None; `sliding_values` likewise.
+        length: tokens seen, padding on the left included.
+        first: `(batch,)` on the CPU, column of each sequence's first real token; None without left padding.
+    """
+
+    is_sliding = False  # asked for the sizes of masks, it is a layer that sees every token
+    is_croppable = True
+    length = 0
+
+    def __init__(self, split: HeadSplit) -> None:
+        super().__init__()
+        self.split = split
+        self.record_past = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.full_keys = self.full_values = self.sliding_keys = self.sliding_values = None
+        self.length = 0
+        self._start(None)
+        self._undo: list[_Undo] = []
+        self._waiting = self._offload_after = False
+
+    def _start(self, first: Tensor | None) -> None:
+        """Take note of where the sequences start."""
+        self.first = first
+        self._earliest, self._latest = (0, 0) if first is None else (int(first.min()), int(first.max()))
+        self._first_there = None if first is None or not self.is_initialized else first.to(self.device)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype and device from the first keys, `(batch, kv_heads, any, head_dim)`."""
+        if len(self.split.full) + len(self.split.sliding) != key_states.shape[1]:
+            raise ConsaError(
+                f"the cache is for {len(self.split.full) + len(self.split.sliding)} KV heads a layer, the model has"
+                f" {key_states.shape[1]}; use the cache of this model's own allocation"
+            )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.full_heads: Heads = selector(self.split.full, self.device)
+        self.sliding_heads: Heads = selector(self.split.sliding, self.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, None]:
+        """Hand the new tokens over to the attention function, which writes them: it alone knows about padding."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if torch.is_grad_enabled() and key_states.requires_grad and self.length:
+            raise ConsaError("no gradient flows through cached keys; use torch.no_grad(), or use_cache=False")
+        self._waiting = True
+        return NewKeys(self, key_states, value_states), None
+
+    def can_append(self, key: Tensor, first: Tensor | None) -> bool:
+        """Whether `append` will do: one new token per sequence, none of them padding."""
+        self._check_start(first)
+        return key.shape[2] == 1 and self._latest <= self.length and not self.record_past
+
+    def append(self, key: Tensor, value: Tensor) -> list[tuple[Heads, Tensor, Tensor, Tensor | None]]:
+        """Write one token per sequence.
+
+        Returns:
+            For FA and for SWA heads, if there are any: which they are, all their keys and values, and which of them
+            are there, bool `(batch, 1, 1, keys)`, or None for all.
+        """
+        key, value = key.detach(), value.detach()
+        self._reserve(key, self.length + 1)
+        parts = []
+        if self.split.full:
+            here = slice(self.length, self.length + 1)
+            self.full_keys[:, :, here] = pick(key, self.full_heads)
+            self.full_values[:, :, here] = pick(value, self.full_heads)
+            filled = (x[:, :, : here.stop] for x in (self.full_keys, self.full_values))
+            visible = None
+            if self._first_there is not None:
+                column = torch.arange(here.stop, device=self.device)
+                visible = column >= self._first_there[:, None, None, None]
+            parts.append((self.full_heads, *filled, visible))
+        if self.split.sliding:
+            sliding_key, sliding_value = pick(key, self.sliding_heads), pick(value, self.sliding_heads)
+            count, visible = min(self.length + 1 - self._earliest, self.split.kept), None
+            if self._first_there is None:
+                slot = self._slot(self.length)
+                self.sliding_keys[:, :, slot : slot + 1] = sliding_key
+                self.sliding_values[:, :, slot : slot + 1] = sliding_value
+            else:
+                position = self.length - self._first_there
+                sinks, window = self.split.num_sink_tokens, self.split.window
+                slot = torch.where(position < sinks, position, sinks + (position - sinks) % window)
+                sequence = torch.arange(len(key), device=self.device)
+                self.sliding_keys[sequence, :, slot] = sliding_key[:, :, 0]
+                self.sliding_values[sequence, :, slot] = sliding_value[:, :, 0]
+                if self.length - self._latest + 1 < self.split.kept:
+                    visible = torch.arange(count, device=self.device) <= position[:, None, None, None]
+            filled = (x[:, :, :count] for x in (self.sliding_keys, self.sliding_values))
+            parts.append((self.sliding_heads, *filled, visible))
+        self.length += 1
+        self._done()
+        return parts
+
+    def read_sliding(self, rows: slice | Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Keys and values that SWA heads hold of sequences that start at column `start`, in order of position."""
+        seen, sinks = max(0, self.length - start), self.split.num_sink_tokens
+        keys, values = self.sliding_keys[rows], self.sliding_values[rows]
+        if seen <= self.split.kept:
+            return keys[:, :, :seen], values[:, :, :seen]
+        oldest = sinks + (seen - sinks) % self.split.window
+        keys, values = (
+            torch.cat([x[:, :, :sinks], x[:, :, oldest : self.split.kept], x[:, :, sinks:oldest]], dim=2)
+            for x in (keys, values)
+        )
+        return keys, values
+
+    def write(self, key: Tensor, value: Tensor, first: Tensor | None) -> None:
+        """Write any number of tokens per sequence, `(batch, kv_heads, tokens, head_dim)`; some may be padding."""
+        self._check_start(first)
+        key, value = key.detach(), value.detach()
+        end = self.length + key.shape[2]
+        self._reserve(key, end)
+        if self.split.full:
+            self.full_keys[:, :, self.length : end] = pick(key, self.full_heads)
+            self.full_values[:, :, self.length : end] = pick(value, self.full_heads)
+        if self.split.sliding:
+            key, value = pick(key, self.sliding_heads), pick(value, self.sliding_heads)
+            if self.record_past:
+                self._remember(key, value)
+            self._write_sliding(key, value)
+        self.length = end
+        self._done()
+
+    def _write_sliding(self, key: Tensor, value: Tensor) -> None:
+        """Write SWA heads' keys and values at columns `length` and after."""
+        for rows, start in by_start(self.first):
+            slots, newest = self._slots(self.length - start, self.length - start + key.shape[2])
+            for storage, new in ((self.sliding_keys, key), (self.sliding_values, value)):
+                if self.first is None:
+                    storage.index_copy_(2, slots, new[:, :, newest])
+                else:
+                    storage[rows] = storage[rows].index_copy(2, slots, new[rows][:, :, newest])
+
+    def _slots(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Where positions `begin <= p < end` go, without those that would be overwritten at once or are padding.
+
+        Returns:
+            Slots and indices into the new tokens, both `(written,)`.
+        """
+        sinks = self.split.num_sink_tokens
+        position = torch.arange(max(begin, 0), end, device=self.device)
+        position = position[(position < sinks) | (position >= end - self.split.window)]
+        return torch.where(
+            position < sinks, position, sinks + (position - sinks) % self.split.window
+        ), position - begin
+
+    def _slot(self, position: int) -> int:
+        sinks = self.split.num_sink_tokens
+        return position if position < sinks else sinks + (position - sinks) % self.split.window
+
+    def _capacity(self, tokens: int) -> int:
+        return -(-tokens // GROWTH) * GROWTH
+
+    def _reserve(self, like: Tensor, tokens: int) -> None:
+        """Have room for `tokens` columns."""
+        self._grow("full", len(self.split.full), like, self._capacity(tokens))
+        most = min(self._capacity(max(0, tokens - self._earliest)), self.split.kept)
+        self._grow("sliding", len(self.split.sliding), like, most)
+
+    def _grow(self, kind: str, num_heads: int, like: Tensor, capacity: int) -> None:
+        old = getattr(self, f"{kind}_keys")
+        if num_heads == 0 or (old is not None and old.shape[2] >= capacity):
+            return
+        for name in (f"{kind}_keys", f"{kind}_values"):
+            old = getattr(self, name)
+            # Zeros, since a masked key still has weight 0 * its value, and memory may hold anything.
+            new = like.new_zeros(like.shape[0], num_heads, capacity, like.shape[3])
+            if old is not None:
+                new[:, :, : old.shape[2]] = old
+            setattr(self, name, new)
+
+    def _check_start(self, first: Tensor | None) -> None:
+        if first is None and self.first is None:
+            return
+        if self.length:
+            before, now = (
+                torch.zeros(1) if x is None else x.clamp(max=self.length) for x in (self.first, first)
+            )
+            if before.shape != now.shape or not torch.equal(
+                before, now
+            ):  # where nothing was real, it may begin
+                raise ConsaError(
+                    "the attention mask puts the sequences' first tokens elsewhere than when the cache was started;"
+                    " pass the mask of the whole text, padding included"
+                )
+        if first is not self.first:
+            self._start(first)
+
+    def _done(self) -> None:
+        self._waiting = False
+        if self._offload_after:
+            self._offload_after = False
+            self.offload()
+
+    # What transformers asks of a layer.
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of columns that masks cover, and the first of them."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """Tokens there can be; -1 for any number."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything and free the memory."""
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let sequence i become what sequence `beam_idx[i]` is."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self._each_sequence(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences, in this order."""
+        self._each_sequence(lambda x: x[indices.to(x.device)])
+
+    def _each_sequence(self, change: Any) -> None:
+        for name in STORAGE:
+            storage = getattr(self, name)
+            if storage is not None:
+                setattr(self, name, change(storage))
+        if self.first is not None:
+            self._start(change(self.first))
+        self._undo.clear()  # those are of the sequences that were
+
+    def offload(self) -> None:
+        """Move the storage to the CPU; after the attention that is about to run, if there is one."""
+        if self._waiting:
+            self._offload_after = True
+        else:
+            self._move(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        """Move the storage back."""
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        for name in STORAGE:
+            storage = getattr(self, name)
+            if storage is not None:
+                setattr(self, name, storage.to(device, non_blocking=True))
+
+    def activate_past_recording(self) -> None:
+        """From now on remember what is overwritten, so that `crop` can take tokens back, until the next `crop`."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens.
+
+        Raises:
+            ConsaError: SWA heads have dropped what they would need to go back that far.
+        """
+        if tokens_to_remove > 0:
+            raise ConsaError(
+                f"crop takes the number of tokens to remove as a negative, got {tokens_to_remove}"
+            )
+        length = self.length + tokens_to_remove
+        if length < 0:
+            raise ConsaError(f"cannot remove {-tokens_to_remove} tokens from a cache of {self.length}")
+        dropped = self.split.sliding and self.length - self._earliest > self.split.kept
+        if dropped and length < self.length:
+            if not self._undo or self._undo[0].length > length:
+                raise ConsaError(
+                    f"cannot remove {-tokens_to_remove} tokens: SWA heads have dropped what came before; call"
+                    " activate_past_recording() before generating them"
+                )
+            while self.length > length:
+                last = self._undo.pop()
+                self.sliding_keys.index_copy_(2, last.slots, last.old_keys)
+                self.sliding_values.index_copy_(2, last.slots, last.old_values)
+                self.length = last.length
+                stay = max(0, length - last.length)
+                self._write_sliding(last.new_keys[:, :, :stay], last.new_values[:, :, :stay])
+                self.length += stay
+        self.length = length
+        self._undo.clear()
+
+    def _remember(self, key: Tensor, value: Tensor) -> None:
+        """Keep what SWA heads are about to overwrite, and what they are given."""
+        if self.first is None:
+            slots, _ = self._slots(self.length, self.length + key.shape[2])
+        else:  # each sequence has its own
+            slots = torch.arange(self.sliding_keys.shape[2], device=self.device)
+        old = (x.index_select(2, slots) for x in (self.sliding_keys, self.sliding_values))
+        self._undo.append(_Undo(self.length, slots, *old, key, value))
+
+
+@dataclass(frozen=True)
+class _Undo:
+    """One write to the SWA heads' storage: when, where, what was there before and what came."""
+
+    length: int
+    slots: Tensor
+    old_keys: Tensor
+    old_values: Tensor
+    new_keys: Tensor
+    new_values: Tensor
+
+
+class StaticHybridLayer(HybridLayer):
+    """The same in storage of a fixed size, for torch.compile and CUDA graphs.
+
+    Decoding one token runs without a look at any number on the device: masks hide what is not there yet.
+
+    Args:
+        split: which heads keep what.
+        max_length: tokens there is room for, padding included.
+    """
+
+    is_compileable = True
+    is_croppable = False
+
+    def __init__(self, split: HeadSplit, max_length: int) -> None:
+        self.max_length = max_length
+        self.cumulative_length = torch.tensor(0)  # a tensor: a number would be compiled into the graph
+        super().__init__(split)
+
+    @property
+    def length(self) -> int:
+        """Tokens seen; waits for the device."""
+        return int(self.cumulative_length)
+
+    @length.setter
+    def length(self, value: int) -> None:
+        self.cumulative_length.fill_(value)
+
+    def _forget(self) -> None:
+        if not self.is_initialized:
+            super()._forget()
+        self.length = 0
+        self._start(None)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate everything."""
+        super().lazy_initialization(key_states, value_states)
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        self._grow("full", len(self.split.full), key_states, self.max_length)
+        self._grow("sliding", len(self.split.sliding), key_states, min(self.max_length, self.split.kept))
+        if not torch.compiler.is_compiling():  # so that CUDA graphs may write to them
+            for tensor in (self.cumulative_length, *(getattr(self, name) for name in STORAGE)):
+                if tensor is not None:
+                    torch._dynamo.mark_static_address(tensor)
+
+    def can_append(self, key: Tensor, first: Tensor | None) -> bool:
+        """Whether `append` will do; what is compiled decodes, after a prefill that was not."""
+        if torch.compiler.is_compiling():
+            return key.shape[2] == 1
+        return super().can_append(key, first)
+
+    def append(self, key: Tensor, value: Tensor) -> list[tuple[Heads, Tensor, Tensor, Tensor | None]]:
+        """As `HybridLayer.append`."""
+        if not torch.compiler.is_compiling():
+            self._reserve(key, self.length + 1)
+        column, parts = self.cumulative_length, []
+        if self.split.full:
+            for storage, new in ((self.full_keys, key), (self.full_values, value)):
+                storage.index_copy_(2, column.view(1), pick(new, self.full_heads))
+            there = torch.arange(self.max_length, device=self.device)
+            visible = (there <= column).view(1, 1, 1, -1)
+            if self._first_there is not None:
+                visible = visible & (there >= self._first_there[:, None, None, None])
+            parts.append((self.full_heads, self.full_keys, self.full_values, visible))
+        if self.split.sliding:
+            start = 0 if self._first_there is None else self._first_there
+            position = (column - start).view(-1)  # (batch,), or (1,) where all are the same
+            sinks, window = self.split.num_sink_tokens, self.split.window
+            slot = torch.where(position < sinks, position, sinks + (position - sinks) % window)
+            for storage, new in ((self.sliding_keys, key), (self.sliding_values, value)):
+                new = pick(new, self.sliding_heads)
+                if self._first_there is None:
+                    storage.index_copy_(2, slot, new)
+                else:
+                    storage[torch.arange(len(new), device=self.device), :, slot] = new[:, :, 0]
+            there = torch.arange(self.sliding_keys.shape[2], device=self.device)
+            visible = there <= position[:, None, None, None]
+            parts.append((self.sliding_heads, self.sliding_keys, self.sliding_values, visible))
+        column.add_(1)
+        self._waiting = False
+        return parts
+
+    def _reserve(self, like: Tensor, tokens: int) -> None:
+        if tokens > self.max_length:
+            raise ConsaError(
+                f"the cache was made for {self.max_length} tokens, and {tokens} are needed; give it a larger max_length"
+            )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Nothing: this layer knows by itself what is visible, and a length would be a number on the device."""
+        return 0, 0
+
+    def get_seq_length(self) -> Any:
+        """Tokens seen, as a tensor of no dimensions."""
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """Tokens there is room for."""
+        return self.max_length
+
+
+def dynamic_layer(allocation: Allocation, layer: int) -> CacheLayerMixin:
+    """A layer that grows; one that the model slides itself keeps transformers' own."""
+    window = allocation.native_windows.get(layer)
+    return (
+        HybridLayer(HeadSplit.of(allocation, layer)) if window is None else DynamicSlidingWindowLayer(window)
+    )
+
+
+def static_layer(allocation: Allocation, layer: int, max_cache_len: int) -> CacheLayerMixin:
+    """A layer with room for `max_cache_len` tokens."""
+    return StaticHybridLayer(HeadSplit.of(allocation, layer), max_cache_len)
+
+
+class HybridCache(Cache):
+    """The cache of a whole model.
+
+    Args:
+        allocation: the one attached to the model.
+        max_length: tokens to allocate room for at once, for torch.compile; grows as needed unless given.
+    """
+
+    def __init__(self, allocation: Allocation, *, max_length: int | None = None) -> None:
+        layers = range(allocation.num_layers)
+        if max_length is None:
+            super().__init__(layers=[dynamic_layer(allocation, layer) for layer in layers])
+        else:
+            super().__init__(layers=[static_layer(allocation, layer, max_length) for layer in layers])
+
+
+def allocated_bytes(cache: Cache) -> int:
+    """Bytes of memory that a cache of any kind holds on to for keys and values: measured, not computed."""
+    storages = {}
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                storage = value.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

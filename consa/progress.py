@@ -1,0 +1,76 @@
+"""Progress on stderr: a live bar on a terminal, elsewhere a plain line every ten seconds."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+SECONDS_BETWEEN_LINES = 10
+
+
+def note(text: str) -> None:
+    """Say what begins now, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """Show how far a long job is.
+
+    Args:
+        title: of the job.
+        total: units of work, those done before included.
+
+    Yields:
+        A function to call with the number of units done so far and a text about them, after each unit or more.
+    """
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.text import Text
+
+    began = time.monotonic()
+    first = last_line = None
+
+    def time_left(done: int) -> str:
+        nonlocal first
+        first = done - 1 if first is None else first  # a continued job does not begin at 0
+        seconds = (time.monotonic() - began) / max(1, done - first) * (total - done)
+        return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02} left"
+
+    console = Console(stderr=True)
+    if not sys.stderr.isatty() or console.is_dumb_terminal:
+
+        def print_line(done: int, text: str) -> None:
+            nonlocal last_line
+            left, now = time_left(done), time.monotonic()
+            if last_line is None or now - last_line >= SECONDS_BETWEEN_LINES or done == total:
+                last_line = now
+                note(f"{title} {done}/{total}  {text}  {left}")
+
+        yield print_line
+        return
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
+    )
+    task = bar.add_task(title, total=total, left="")
+    with Live(bar, console=console, refresh_per_second=4) as live:
+
+        def redraw(done: int, text: str) -> None:
+            bar.update(task, completed=done, left=time_left(done))
+            live.update(Group(bar, Text(f"  {text}")))
+
+        yield redraw
+
+
+def memory() -> str:
+    """The most memory that this process has held so far: the GPU's if it uses one, else its own."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"

@@ -1,0 +1,126 @@
+"""Refining an allocation by what it really costs: exchange units near the boundary while the loss falls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from consa import loss
+from consa.allocation import Allocation
+from consa.errors import InvalidAllocationError
+from consa.model import attached
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One tried exchange: unit `closed` to SWA, unit `opened` to FA, and the change in mean loss, nats."""
+
+    closed: int
+    opened: int
+    change: float
+    accepted: bool
+    evaluations: int
+
+
+def refine(
+    model: PreTrainedModel,
+    allocation: Allocation,
+    sequences: np.ndarray,
+    *,
+    max_evaluations: int,
+    num_candidates: int = 8,
+    batch_size: int = 1,
+    on_exchange: Callable[[Exchange], None] | None = None,
+) -> Allocation:
+    """Exchange FA for SWA units, at equal sparsity, while that lowers the mean loss on `sequences`.
+
+    A round measures what closing each of the `num_candidates` FA units of lowest score costs and what opening each of
+    the SWA units of highest score gains, one unit at a time; then tries exchanges, the most promising sum first, and
+    keeps every one that lowers the loss. Rounds follow until one keeps none.
+
+    Args:
+        model: a causal language model; weights do not change.
+        allocation: where to start; its scores order the candidates.
+        sequences: int tokens `(num_sequences, seq_len)`; every evaluation runs the model on all of them.
+        max_evaluations: budget, in evaluations of all sequences.
+        num_candidates: units on each side of the boundary that a round considers.
+        batch_size: sequences computed at once.
+        on_exchange: called after each tried exchange.
+
+    Raises:
+        InvalidAllocationError: the allocation has no scores.
+    """
+    if allocation.scores is None:
+        raise InvalidAllocationError("scores are needed to order the candidates; this allocation has none")
+    heads = allocation.num_kv_heads if allocation.granularity == "layer" else 1
+    scores = allocation.scores.reshape(-1, heads)[:, 0]  # (units,), units of native sliding layers included
+    native = {layer * allocation.num_kv_heads // heads for layer in allocation.native_windows}
+    full = allocation.full_attention.reshape(-1, heads)[:, 0].copy()
+    spent = 0
+
+    def mean_loss(full: np.ndarray) -> float:
+        nonlocal spent
+        spent += 1
+        return _mean_loss(model, _with_units(allocation, full, heads), sequences, batch_size)
+
+    def flipped(*units: int) -> np.ndarray:
+        out = full.copy()
+        out[list(units)] ^= True
+        return out
+
+    current = mean_loss(full)
+    improved = True
+    while improved and spent < max_evaluations:
+        improved = False
+        order = [unit for unit in np.argsort(-scores, kind="stable") if unit not in native]
+        closing = [unit for unit in reversed(order) if full[unit]][:num_candidates]
+        opening = [unit for unit in order if not full[unit]][:num_candidates]
+        change = {}
+        for unit in closing + opening:
+            if spent >= max_evaluations:
+                break
+            change[unit] = mean_loss(flipped(unit)) - current
+        pairs = [
+            (change[c] + change[o], c, o) for c in closing for o in opening if c in change and o in change
+        ]
+        used: set[int] = set()
+        failures = 0
+        for _, closed, opened in sorted(pairs):
+            if spent >= max_evaluations or failures == num_candidates:
+                break
+            if closed in used or opened in used:
+                continue
+            value = mean_loss(flipped(closed, opened))
+            accepted = value < current
+            if on_exchange:
+                on_exchange(Exchange(int(closed), int(opened), value - current, accepted, spent))
+            if accepted:
+                full = flipped(closed, opened)
+                used |= {closed, opened}
+                current, improved, failures = value, True, 0
+            else:
+                failures += 1
+    return _with_units(allocation, full, heads)
+
+
+def _with_units(allocation: Allocation, full: np.ndarray, heads: int) -> Allocation:
+    mask = np.repeat(full, heads).reshape(allocation.full_attention.shape)
+    return replace(allocation, full_attention=mask)
+
+
+def _mean_loss(
+    model: PreTrainedModel, allocation: Allocation, sequences: np.ndarray, batch_size: int
+) -> float:
+    with attached(model, allocation):
+        sums = [
+            loss.token_losses(model, torch.from_numpy(batch.astype(np.int64)).to(model.device))
+            .double()
+            .sum()
+            .item()
+            for batch in np.array_split(sequences, -(-len(sequences) // batch_size))
+        ]
+    return sum(sums) / (len(sequences) * (sequences.shape[1] - 1))

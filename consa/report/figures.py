@@ -1,0 +1,202 @@
+"""Figures of an allocation and of how it was learned, as PNG files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from consa.allocation import Allocation
+from consa.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Each ramp goes from a score near the decision to one far from it. The darkest SWA is lighter than the lightest FA by
+# far, so that the two stay apart in greyscale print and for colour-blind readers.
+FA_RAMP = ("#4a7fb5", "#08264d")
+SWA_RAMP = ("#f9dfb4", "#fffaf0")
+NATIVE_COLOUR = "#d9d9d9"
+GRID_COLOUR = "#9a9a9a"
+
+
+def heatmap(allocation: Allocation, path: Path) -> None:
+    """Draw which units keep full attention: layers upwards from 0, KV heads to the right, scores as shade and number.
+
+    Args:
+        allocation: what to draw; its scores and the model in its provenance appear where it has them.
+        path: of the PNG file.
+
+    Raises:
+        ConsaError: the file cannot be written.
+    """
+    _save(_draw_heatmap(allocation), path)
+
+
+def _draw_heatmap(allocation: Allocation) -> Figure:
+    from matplotlib.patches import Patch, Rectangle
+
+    num_layers = allocation.num_layers
+    columns = 1 if allocation.granularity == "layer" else allocation.num_kv_heads
+    cell_width = {1: 1.2, 2: 0.8, 3: 0.8}.get(columns, 0.5)
+    width, height = columns * cell_width, num_layers * 0.2
+    left, right, bottom, top = 0.75, 0.3, 0.55, 1.15  # margins, inches
+    least = 4.6 if allocation.native_windows else 4.2  # what title and legend need
+    side = max(0.0, least - left - right - width) / 2
+    total = (left + width + right + 2 * side, bottom + height + top)
+    figure = _new_figure(*total)
+    axes = figure.add_axes(
+        ((left + side) / total[0], bottom / total[1], width / total[0], height / total[1]),
+        xlim=(-0.5, columns - 0.5),
+        ylim=(-0.5, num_layers - 0.5),
+        xticks=range(columns),
+        ylabel="layer",
+    )
+    shades = _shades(allocation)
+    for layer in range(num_layers):
+        if layer in allocation.native_windows:
+            box = Rectangle((-0.5, layer - 0.5), columns, 1, fc=NATIVE_COLOUR, ec="white", hatch="////")
+            axes.add_patch(box)
+            continue
+        for column in range(columns):
+            is_full = bool(allocation.full_attention[layer, column])
+            colour = _between(FA_RAMP if is_full else SWA_RAMP, shades[layer, column])
+            box = Rectangle((column - 0.5, layer - 0.5), 1, 1, fc=colour, ec=GRID_COLOUR, lw=0.5)
+            axes.add_patch(box)
+            if allocation.scores is not None:
+                number = f"{allocation.scores[layer, column]:z.1f}".replace("-", "\N{MINUS SIGN}")
+                ink = "white" if is_full else "#333333"
+                axes.text(column, layer, number, color=ink, fontsize=7, ha="center", va="center")
+    every = 1 if num_layers <= 12 else 2 if num_layers <= 40 else 4
+    axes.set_yticks(range(0, num_layers, every))
+    axes.tick_params(length=0, labelsize=8)
+    if columns == 1:
+        axes.set_xticks([])
+    axes.set_xlabel("all KV heads" if columns == 1 else "KV head")
+
+    model = Path(str(allocation.provenance.get("model", ""))).name
+    method = str(allocation.provenance.get("method", ""))
+    sinks = f"{allocation.num_sink_tokens} sink token" + "s" * (allocation.num_sink_tokens != 1)
+    center = (left + side + width / 2) / total[0]
+
+    def line(text: str, below_top: float, size: float, weight: str = "normal") -> None:
+        figure.text(center, 1 - below_top / total[1], text, fontsize=size, weight=weight, ha="center")
+
+    title = " \N{MIDDLE DOT} ".join(filter(None, [model, method])) or "Allocation"
+    room = int(total[0] / 0.11)  # characters
+    line(title if len(title) <= room else f"{title[: room - 1]}\N{HORIZONTAL ELLIPSIS}", 0.3, 11, "bold")
+    line(f"sparsity {allocation.sparsity:.3g}, window {allocation.window}, {sinks}", 0.53, 9)
+    if allocation.scores is not None:
+        kind = "log_alpha" if method == "consa" else "score"
+        line(f"numbers: {kind}, the higher the more it keeps full attention", 0.72, 7.5)
+    entries = [
+        Patch(fc=_between(FA_RAMP, 0.5), ec=GRID_COLOUR, label="full attention"),
+        Patch(fc=_between(SWA_RAMP, 0.2), ec=GRID_COLOUR, label="sliding window"),
+    ]
+    if allocation.native_windows:
+        windows = sorted(set(allocation.native_windows.values()))
+        text = f"native window {', '.join(map(str, windows))}"
+        entries.append(Patch(fc=NATIVE_COLOUR, ec="white", hatch="////", label=text))
+    figure.legend(
+        handles=entries,
+        loc="lower center",
+        bbox_to_anchor=(center, (bottom + height + 0.02) / total[1]),
+        ncols=len(entries),
+        fontsize=8,
+        frameon=False,
+        columnspacing=1.2,
+        handlelength=1.4,
+    )
+    return figure
+
+
+def curves(history: list[dict[str, float]], path: Path) -> None:
+    """Draw how a run went: loss, expected sparsity and its target, multiplier, share of fractional gates, by step.
+
+    Args:
+        history: one record per step, as `learn` returns them.
+        path: of the PNG file.
+
+    Raises:
+        ConsaError: the file cannot be written.
+    """
+    _save(_draw_curves(history), path)
+
+
+def _draw_curves(history: list[dict[str, float]]) -> Figure:
+    figure = _new_figure(9, 5.6)
+    panels = figure.subplots(2, 2, sharex=True)
+    figure.subplots_adjust(left=0.08, right=0.98, top=0.94, bottom=0.09, hspace=0.2, wspace=0.2)
+    steps = [record["step"] for record in history]
+    marker = "o" if len(steps) == 1 else ""  # one point makes no line
+
+    def draw(axes: Any, name: str, **style: Any) -> None:
+        axes.plot(steps, [record[name] for record in history], marker=marker, **style)
+
+    loss, sparsity, multiplier, fractional = panels.flat
+    draw(loss, "loss", color="#9dbbdb", lw=1, label="one step")
+    averaged = max(1, len(steps) // 10)
+    if averaged > 1:
+        values = np.convolve([record["loss"] for record in history], np.ones(averaged) / averaged, "valid")
+        loss.plot(steps[averaged - 1 :], values, color="#08264d", lw=1.6, label=f"mean of {averaged} steps")
+        loss.legend(frameon=False, fontsize=8)
+    loss.set_title("training loss (nats)", fontsize=10)
+    draw(sparsity, "target", color="#d1750c", ls="--", lw=1.5, label="target")
+    draw(sparsity, "expected_sparsity", color="#08264d", lw=1.6, label="expected")
+    sparsity.set(ylim=(-0.02, 1.02))
+    sparsity.set_title("sparsity", fontsize=10)
+    sparsity.legend(frameon=False, fontsize=8, loc="lower right")
+    draw(multiplier, "multiplier", color="#08264d", lw=1.6)
+    multiplier.axhline(0, color=GRID_COLOUR, lw=0.8)
+    multiplier.set_title("Lagrange multiplier (nats)", fontsize=10)
+    draw(fractional, "fractional", color="#08264d", lw=1.6)
+    fractional.set(ylim=(-0.02, 1.02))
+    fractional.set_title("share of fractional gates", fontsize=10)
+    for axes in (multiplier, fractional):
+        axes.set_xlabel("step", fontsize=9)
+    for axes in panels.flat:
+        axes.tick_params(labelsize=8)
+        axes.grid(color="#e6e6e6", lw=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _shades(allocation: Allocation) -> np.ndarray:
+    """How far each unit's score is from the decision, 0 to 1 within FA and within SWA; `(num_layers, num_kv_heads)`."""
+    full, scores = allocation.full_attention, allocation.scores
+    shades = np.full(full.shape, 0.5)
+    if scores is None:
+        return shades
+    decided = np.zeros_like(full)
+    decided[allocation.layers] = True
+    for chosen in (full, decided & ~full):
+        if chosen.any():
+            low, high = scores[chosen].min(), scores[chosen].max()
+            shades[chosen] = (scores[chosen] - low) / (high - low) if high > low else 0.5
+    return np.where(full, shades, 1 - shades)
+
+
+def _between(ramp: tuple[str, str], shade: float) -> tuple[float, ...]:
+    from matplotlib.colors import to_rgb
+
+    first, last = (np.array(to_rgb(colour)) for colour in ramp)
+    return tuple(first + shade * (last - first))
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    """A figure of its own, in inches: no pyplot, so nothing global changes and no display is needed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})  # the same data give the same bytes
+    write_atomically(path, content.getvalue())

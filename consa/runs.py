@@ -1,0 +1,434 @@
+"""A run: load, learn, measure beside every rule, write the folder. What `consa learn` and `consa demo` share."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from consa.allocation import Allocation
+from consa.checkpointing import first_difference
+from consa.config import LearnConfig, RunConfig
+from consa.data import SequenceSet, check_data, load_sequences
+from consa.errors import ConsaError
+from consa.evaluation.perplexity import Comparison, compare, heldout_losses, sampled_losses
+from consa.files import read_text, write_atomically
+from consa.learning import learn, target_units, units_of
+from consa.model import LoadedModel, load_model
+from consa.progress import memory, note, progress
+from consa.provenance import hardware, versions
+from consa.refinement import Exchange
+from consa.report import figures
+from consa.rules import RULES
+
+# What may differ when a run is continued: none of these changes what is learned.
+FREE = {"num_heldout", "start", "checkpoint_every"}
+
+
+def run(
+    where: RunConfig, config: LearnConfig, folder: Path, *, command: str, tensorboard: bool = False
+) -> dict[str, Any]:
+    """Learn an allocation, measure it beside dense, all-SWA and every rule, and write all of it to `folder`.
+
+    Killed at any moment and called again with the same arguments, it goes on where it was.
+
+    Args:
+        where: model, text and what else the run needs besides the learning's settings.
+        config: the learning's settings.
+        folder: for the results; one process at a time.
+        command: that does the same again, for the record.
+        tensorboard: also write the metrics for TensorBoard.
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        ConsaError: something the caller can mend; what is wrong is found before long work where that is possible.
+    """
+    start = where.start_for(config)
+    _check_device(where.device)
+    if tensorboard and not find_spec("tensorboard"):
+        raise ConsaError("tensorboard is not installed; run: pip install 'consa[tensorboard]'")
+    for data in filter(None, (where.data, where.heldout_data)):
+        check_data(data)
+    with _claimed(folder):
+        settings = {"run": asdict(where), "learn": asdict(config)}
+        _check_same_run(folder, settings)
+        note(f"Loading {where.model}")
+        dtype = getattr(torch, where.dtype) if where.dtype else None
+        loaded = load_model(where.model, device=where.device, dtype=dtype)
+        units = units_of(loaded.layout, config.granularity)
+        sparsity = 1 - target_units(loaded.layout, config) / units.count  # finds a budget that is too small
+        note(f"Reading {where.data}")
+        train, heldout = _load_text(where, config, loaded)
+        record = settings | {"command": command, "hardware": hardware(), "versions": versions()}
+        _write_json(folder / "config.json", record)
+
+        began = time.monotonic()
+        with _LearningProgress(config, folder / "tensorboard" if tensorboard else None) as shown:
+            result = learn(
+                loaded.model,
+                train.tokens,
+                config,
+                identity=loaded.identity,
+                run_dir=folder,
+                on_step=shown.on_step,
+                on_exchange=shown.on_exchange,
+            )
+        learned = time.monotonic()
+        result.allocation.save(folder / "allocation.json")
+        figures.heatmap(result.allocation, folder / "heatmap.png")
+        if result.history:
+            figures.curves(result.history, folder / "curves.png")
+
+        allocations = _competitors(loaded, config, sparsity) | {"learned": result.allocation}
+        losses = _measure(loaded, heldout.tokens, allocations, config, folder, sampled=bool(result.history))
+        sampled = losses.pop("sampled", None)
+        comparison = compare(losses, start=start)
+        summary = {
+            "model": loaded.identity,
+            "granularity": config.granularity,
+            "sparsity": result.allocation.sparsity,
+            "window": config.window,
+            "num_sink_tokens": config.num_sink_tokens,
+            "seq_len": config.seq_len,
+            "seed": config.seed,
+            "heldout_sequences": len(heldout.tokens),
+            "heldout_documents": len(np.unique(heldout.documents)),
+            **_comparison_record(comparison),
+            "losses": {
+                "dense": comparison.rows[0].loss,
+                "stochastic": None if sampled is None else float(sampled[1][:, start:].mean()),
+                "final": comparison.rows[-1].loss,
+            },
+            "expected_sparsity": result.history[-1]["expected_sparsity"] if result.history else None,
+            "fractional": result.history[-1]["fractional"] if result.history else None,
+            "seconds": {
+                "learning": round(learned - began, 1),
+                "evaluation": round(time.monotonic() - learned, 1),
+            },
+            **record,
+        }
+        _write_json(folder / "summary.json", summary)
+        write_atomically(folder / "summary.md", _as_markdown(summary).encode())
+    return summary
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Make `folder` and hold its lock; if nothing came of the block, leave no trace of it."""
+    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    lock = folder / ".lock"
+    in_use = ConsaError(f"{folder} is in use by another process; wait for that one or choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if (
+                    os.fstat(file.fileno()).st_ino != lock.stat().st_ino
+                ):  # its last holder has just removed it
+                    raise in_use
+            except (BlockingIOError, FileNotFoundError) as error:
+                raise in_use from error
+            write_atomically(lock.with_name(".writable"), b"")
+            lock.with_name(".writable").unlink()
+            try:
+                yield
+            finally:
+                if missing and [path.name for path in folder.iterdir()] == [lock.name]:
+                    lock.unlink()
+                    for path in missing:
+                        path.rmdir()
+    except OSError as error:
+        raise ConsaError(
+            f"cannot write {folder}: {error.strerror or error}; choose another folder with --out"
+        ) from error
+
+
+def _check_device(device: str | None) -> None:
+    try:
+        if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ConsaError(f"device {device!r} is not there: torch sees no GPU; use cpu, or leave it out")
+    except RuntimeError as error:
+        raise ConsaError(f"device must be such as cpu or cuda:1, got {device!r}") from error
+
+
+def _check_same_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder that another run's results are in."""
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    try:
+        found = json.loads(read_text(path, max_bytes=2**20))
+        before = {part: found[part] for part in settings}
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConsaError(f"cannot continue from {path}: damaged; delete the folder to start over") from error
+    difference = first_difference(_without_free(before), _without_free(json.loads(json.dumps(settings))))
+    if difference:
+        raise ConsaError(
+            f"{folder} holds a different run ({difference});"
+            " choose another folder with --out, or delete it to start over"
+        )
+
+
+def _without_free(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        part: {key: value for key, value in values.items() if key not in FREE}
+        for part, values in settings.items()
+    }
+
+
+def _load_text(where: RunConfig, config: LearnConfig, loaded: LoadedModel) -> tuple[SequenceSet, SequenceSet]:
+    """Training text and the held-out sequences to measure on, from different documents."""
+    load = partial(
+        load_sequences,
+        tokenizer=loaded.tokenizer,
+        seq_len=config.seq_len,
+        max_tokens=where.max_tokens,
+        text_field=where.text_field,
+    )
+    own = where.heldout_data is not None
+    train = load(where.data, split="all" if own else "train")
+    heldout = load(where.heldout_data or where.data, split="all" if own else "heldout")
+    rows = _spread_over_documents(heldout.documents, where.num_heldout)
+    chosen = SequenceSet(
+        tokens=heldout.tokens[rows],
+        domains=tuple(heldout.domains[row] for row in rows),
+        documents=heldout.documents[rows],
+        num_documents=heldout.num_documents,
+        num_skipped=heldout.num_skipped,
+    )
+    return train, chosen
+
+
+def _spread_over_documents(documents: np.ndarray, count: int) -> np.ndarray:
+    """Indices of `count` sequences: the first of every document, then the second of every, and so on."""
+    _, first, place = np.unique(documents, return_index=True, return_inverse=True)
+    rank = np.arange(len(documents)) - first[place]  # sequences of a document stand together
+    return np.argsort(rank, kind="stable")[:count]
+
+
+class _LearningProgress:
+    """Shows steps and then exchanges as `learn` reports them, and writes the former for TensorBoard if asked to."""
+
+    def __init__(self, config: LearnConfig, tensorboard: Path | None) -> None:
+        self.config = config
+        self.tensorboard = tensorboard
+        self.shown = ExitStack()
+        self.title = ""
+        self.update: Callable[[int, str], None] | None = None
+        self.writer: Any = None
+
+    def __enter__(self) -> _LearningProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shown.close()
+        if self.writer:
+            self.writer.close()
+
+    def on_step(self, record: dict[str, float]) -> None:
+        """Show a step."""
+        step = int(record["step"])
+        text = (
+            f"loss {record['loss']:.3f}, sparsity {record['expected_sparsity']:.3f}"
+            f" (target {record['target']:.3f}), multiplier {record['multiplier']:.2f},"
+            f" {record['tokens_per_second']:.0f} tokens/s, {memory()}"
+        )
+        self._show("Learning", self.config.num_steps, step, text)
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What a killed run wrote past its last checkpoint is done again: purge it.
+            self.writer = self.writer or SummaryWriter(str(self.tensorboard), purge_step=step)
+            for name in record.keys() - {"step"}:
+                self.writer.add_scalar(name, record[name], step)
+
+    def on_exchange(self, exchange: Exchange) -> None:
+        """Show a tried exchange."""
+        text = f"loss {exchange.change:+.5f}: exchange {'kept' if exchange.accepted else 'dropped'}"
+        self._show("Refining", self.config.refine_evaluations, exchange.evaluations, text)
+
+    def _show(self, title: str, total: int, done: int, text: str) -> None:
+        if title != self.title:  # one bar at a time
+            self.shown.close()
+            self.title, self.update = title, self.shown.enter_context(progress(title, total))
+        assert self.update
+        self.update(done, text)
+
+
+def _competitors(loaded: LoadedModel, config: LearnConfig, sparsity: float) -> dict[str, Allocation | None]:
+    """What the learned allocation is measured against; None is the model as it is."""
+    layout = loaded.layout
+    options: dict[str, Any] = {
+        "window": config.window,
+        "num_sink_tokens": config.num_sink_tokens,
+        "native_windows": layout.native_windows,
+        "granularity": config.granularity,
+    }
+    all_swa = RULES["bottom"](layout.num_layers, layout.num_kv_heads, sparsity=1.0, **options)
+    return {"dense": None, "all_swa": all_swa} | {
+        name: rule(layout.num_layers, layout.num_kv_heads, sparsity=sparsity, **options)
+        for name, rule in RULES.items()
+        if name != "uniform_heads" or config.granularity == "kv_head"
+    }
+
+
+def _measure(
+    loaded: LoadedModel,
+    tokens: np.ndarray,
+    allocations: dict[str, Allocation | None],
+    config: LearnConfig,
+    folder: Path,
+    *,
+    sampled: bool,
+) -> dict[str, tuple[float, np.ndarray]]:
+    """Sparsity and held-out losses of every allocation, and of sampled gates; what the folder holds is not redone."""
+    jobs = {
+        name: partial(heldout_losses, allocation=allocation, batch_size=config.micro_batch)
+        for name, allocation in allocations.items()
+    }
+    named = dict(allocations)
+    if sampled and (learned := allocations["learned"]):
+        named["sampled"] = learned
+        jobs["sampled"] = partial(sampled_losses, allocation=learned, batch_size=config.micro_batch)
+    common = {
+        "model": loaded.identity,
+        "computed": [str(loaded.model.dtype), str(loaded.model.device.type), versions()],
+        "tokens": hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest(),
+        "weights": asdict(config) if config.mode == "joint" else None,  # the run's own
+    }
+    paths, found = {}, {}
+    for name, allocation in named.items():
+        decided = json.loads(allocation.to_json()) if allocation else {}
+        described = common | {key: value for key, value in decided.items() if key != "provenance"}
+        digest = hashlib.sha256(json.dumps([described, name == "sampled"]).encode()).hexdigest()
+        paths[name] = folder / "heldout" / f"{name}-{digest[:16]}.npy"
+        values = _load_losses(paths[name], (len(tokens), tokens.shape[1] - 1))
+        if values is not None:
+            found[name] = values
+    missing = [name for name in jobs if name not in found]
+    done = 0
+    with progress("Measuring", len(missing) * len(tokens)) as update:
+        for name in missing:
+
+            def on_batch(count: int, name: str = name) -> None:
+                nonlocal done
+                done += count
+                update(done, name)
+
+            found[name] = jobs[name](loaded.model, tokens, on_batch=on_batch)
+            content = io.BytesIO()
+            np.save(content, found[name], allow_pickle=False)
+            write_atomically(paths[name], content.getvalue())
+    return {
+        name: (allocation.sparsity if allocation else 0.0, found[name]) for name, allocation in named.items()
+    }
+
+
+def _load_losses(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # absent or damaged: computed again
+        return None
+    return values if values.shape == shape and values.dtype == np.float32 else None
+
+
+def _comparison_record(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "start": comparison.start,
+        "buckets": [list(bucket) for bucket in comparison.buckets],
+        "rows": [
+            asdict(row)
+            | {
+                "recovered": row.recovered if np.isfinite(row.recovered) else None,
+                "by_position": list(row.by_position),
+            }
+            for row in comparison.rows
+        ],
+    }
+
+
+def _as_markdown(summary: dict[str, Any]) -> str:
+    def table(columns: list[str], rows: list[list[str]]) -> str:
+        lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+    rows, losses, seconds = summary["rows"], summary["losses"], summary["seconds"]
+    overall = table(
+        ["allocation", "sparsity", "loss", "recovered"],
+        [[row["name"], f"{row['sparsity']:.4f}", f"{row['loss']:.4f}", recovered_text(row)] for row in rows],
+    )
+    by_position = table(
+        ["allocation", *(f"{first}-{end - 1}" for first, end in summary["buckets"])],
+        [[row["name"], *(f"{value:.3f}" for value in row["by_position"])] for row in rows],
+    )
+    three = table(
+        ["", "loss"],
+        [
+            [label, f"{losses[key]:.4f}"]
+            for label, key in (
+                ("dense", "dense"),
+                ("stochastic gates, drawn per sequence at the averaged log_alpha", "stochastic"),
+                ("final allocation", "final"),
+            )
+            if losses[key] is not None
+        ],
+    )
+    fractional = "none learned" if summary["fractional"] is None else f"{summary['fractional']:.1%}"
+    used = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    return f"""# {Path(summary["model"]["model"]).name}: learned allocation at sparsity {summary["sparsity"]:.4g}
+
+Granularity {summary["granularity"]}, window {summary["window"]}, {summary["num_sink_tokens"]} sink tokens, \
+seed {summary["seed"]}. Measured on {summary["heldout_sequences"]} held-out sequences of {summary["seq_len"]} tokens \
+from {summary["heldout_documents"]} documents.
+
+## Loss on held-out text
+
+Mean cross-entropy (nats) from position {summary["start"]} on. `recovered` is the share of the gap from all-SWA to \
+dense that is closed.
+
+{overall}
+
+## By position
+
+{by_position}
+
+## From gates to a decision
+
+Losses on the same text and positions. Fractional gates at the end: {fractional}.
+
+{three}
+
+## How
+
+    {summary["command"]}
+
+{summary["hardware"]}; {used}. The process that finished the run learned for {seconds["learning"]:.0f} s and measured \
+for {seconds["evaluation"]:.0f} s.
+
+![which units keep full attention](heatmap.png)
+"""
+
+
+def recovered_text(row: dict[str, Any]) -> str:
+    """A row's `recovered` for people; a dash where dense and all-SWA do not differ."""
+    return "-" if row["recovered"] is None else f"{row['recovered']:.3f}"
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())

@@ -1,0 +1,94 @@
+"""Tiny random models of every supported family, whose attention matters: random weights are scaled up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from consa import Allocation
+
+SHAPE: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "head_dim": 8,
+    "vocab_size": 61,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+NATIVE_WINDOW = 5
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "smollm3": ("SmolLM3", {}),
+    "phi3": ("Phi3", {"sliding_window": None}),
+    "olmo2": ("Olmo2", {}),
+    "gemma2": ("Gemma2", {"sliding_window": NATIVE_WINDOW, "query_pre_attn_scalar": 8}),
+    "gemma3_text": ("Gemma3", {"sliding_window": NATIVE_WINDOW, "query_pre_attn_scalar": 8}),
+    "granite": ("Granite", {}),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+    "cohere2": ("Cohere2", {"sliding_window": NATIVE_WINDOW}),
+}
+
+
+def tiny(family: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model in evaluation mode, float32; `changes` go into its config."""
+    name, options = FAMILIES[family]
+    options = SHAPE | options | changes
+    if family in ("gemma2", "gemma3_text", "cohere2") and "layer_types" not in options:
+        kinds = ["sliding_attention", "full_attention"]
+        options["layer_types"] = (kinds * options["num_hidden_layers"])[: options["num_hidden_layers"]]
+    config_name = "Gemma3TextConfig" if family == "gemma3_text" else f"{name}Config"
+    config = getattr(transformers, config_name)(**options)
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim >= 2:  # as initialised, every token would attend to all others alike
+                weight.copy_(torch.randn_like(weight) * 1.5 / weight.shape[-1] ** 0.5)
+    return model
+
+
+def allocate(
+    model: PreTrainedModel, *, window: int = 7, num_sink_tokens: int = 2, seed: int = 0, **options: Any
+) -> Allocation:
+    """A random allocation that fits a model, with heads of both kinds somewhere in the same layer."""
+    config = model.config
+    native = {
+        layer: config.sliding_window
+        for layer, kind in enumerate(getattr(config, "layer_types", None) or [])
+        if kind == "sliding_attention"
+    }
+    rng = np.random.default_rng(seed)
+    full = rng.random((config.num_hidden_layers, config.num_key_value_heads)) < 0.5
+    full[-1] = np.arange(config.num_key_value_heads) % 2 == 0
+    full[list(native)] = False
+    return Allocation(
+        full_attention=full,
+        window=window,
+        num_sink_tokens=num_sink_tokens,
+        native_windows=native,
+        **options,
+    )
+
+
+def tokens(batch: int, length: int, *, seed: int = 0, vocab_size: int = SHAPE["vocab_size"]) -> torch.Tensor:
+    """Random token ids without padding, `(batch, length)`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, vocab_size, (batch, length), generator=generator)
+
+
+def left_padding(batch: torch.Tensor, starts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace the first `starts[i]` tokens of row i by padding; returns tokens and mask."""
+    mask = torch.arange(batch.shape[1]) >= torch.tensor(starts)[:, None]
+    return batch * mask, mask.long()

@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from consa import Allocation, ConsaError, rules, runs
+from consa.config import LearnConfig, RunConfig
+from consa.data import load_sequences
+from consa.evaluation.perplexity import heldout_losses, sampled_losses
+from consa.model import load_model
+from consa.rules import RULES
+from consa.runs import run
+
+ROOT = Path(__file__).parent.parent
+CONFIG = LearnConfig(
+    sparsity=0.5, window=8, seq_len=96, num_steps=8, sequences_per_step=2, checkpoint_every=3
+)
+RESULTS = {
+    *("allocation.json", "checkpoint.safetensors", "config.json", "curves.png", "heatmap.png", "heldout"),
+    *("metrics.jsonl", "summary.json", "summary.md", ".lock"),
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("CONSA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def where(tiny_model_folder: Path, text_folder: Path) -> RunConfig:
+    return RunConfig(
+        model=str(tiny_model_folder), data=str(text_folder), num_heldout=4, device="cpu", dtype="float32"
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(where: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, run(where, CONFIG, folder, command="consa learn it")
+
+
+def test_the_folder_holds_the_result(finished: tuple[Path, dict[str, Any]], where: RunConfig):
+    folder, summary = finished
+    assert {path.name for path in folder.iterdir()} == RESULTS
+    allocation = Allocation.load(folder / "allocation.json")
+    assert allocation.sparsity == 0.5 and allocation.window == 8
+    assert allocation.provenance["model"] == where.model and len(allocation.provenance["revision"]) == 64
+    config = json.loads((folder / "config.json").read_text())
+    assert config["run"] == asdict(where) and config["learn"] == asdict(CONFIG)
+    assert {"python", "torch", "transformers", "consa"} <= config["versions"].keys()
+    assert config["command"] == "consa learn it" and config["hardware"]
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 9))
+
+
+def test_the_summary_says_what_was_measured(finished: tuple[Path, dict[str, Any]], where: RunConfig):
+    folder, summary = finished
+    assert [row["name"] for row in summary["rows"]] == ["dense", "all_swa", *RULES, "learned"]
+    rows = {row["name"]: row for row in summary["rows"]}
+    assert (rows["dense"]["recovered"], rows["all_swa"]["recovered"]) == (1, 0)
+    assert all(rows[name]["sparsity"] == 0.5 for name in [*RULES, "learned"])
+    assert summary["start"] == max(4 * 8, 96 // 8)
+    assert summary["heldout_sequences"] == summary["heldout_documents"] == 4
+    assert summary["losses"]["dense"] == rows["dense"]["loss"]
+    assert summary["losses"]["final"] == rows["learned"]["loss"]
+    assert 0 <= summary["fractional"] <= 1
+    markdown = (folder / "summary.md").read_text()
+    for name in [*rows, "consa learn it", "stochastic gates", f"{rows['learned']['loss']:.4f}"]:
+        assert name in markdown
+
+    # The learned row, from what is public.
+    loaded = load_model(where.model, device="cpu")
+    heldout = load_sequences(where.data, loaded.tokenizer, 96, split="heldout")
+    firsts = np.unique(heldout.documents, return_index=True)[1][:4]
+    losses = heldout_losses(loaded.model, heldout.tokens[firsts], Allocation.load(folder / "allocation.json"))
+    assert rows["learned"]["loss"] == pytest.approx(float(losses[:, 32:].mean()), rel=1e-6)
+
+
+def test_a_finished_run_is_not_done_again(
+    finished: tuple[Path, dict[str, Any]], where: RunConfig, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("measured again")
+
+    folder, summary = finished
+    before = (folder / "allocation.json").read_bytes()
+    monkeypatch.setattr(runs, "heldout_losses", fail)
+    monkeypatch.setattr(runs, "sampled_losses", fail)
+    again = run(where, CONFIG, folder, command="consa learn it")
+    assert (folder / "allocation.json").read_bytes() == before
+    assert again | {"seconds": None} == summary | {"seconds": None}
+
+
+def test_damaged_losses_are_measured_again(
+    finished: tuple[Path, dict[str, Any]], where: RunConfig, monkeypatch: pytest.MonkeyPatch
+):
+    folder, summary = finished
+    (path,) = (folder / "heldout").glob("middle-*.npy")
+    path.write_bytes(path.read_bytes()[:100])
+    assert run(where, CONFIG, folder, command="c")["rows"] == summary["rows"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 1}, "learn.seed was 0, now 1"),
+        ({"sparsity": 0.25}, "learn.sparsity was 0.5, now 0.25"),
+        ({"data": "stdlib"}, "run.data was"),
+    ],
+)
+def test_another_run_does_not_touch_the_folder(
+    finished: tuple[Path, dict[str, Any]],
+    where: RunConfig,
+    changes: dict[str, Any],
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    folder, _ = finished
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(runs, "load_model", None)  # refused before that
+    learn_changes = {name: value for name, value in changes.items() if hasattr(CONFIG, name)}
+    where = replace(where, **{name: changes[name] for name in changes.keys() - learn_changes})
+    with pytest.raises(ConsaError, match=f"a different run .{named}"):
+        run(where, replace(CONFIG, **learn_changes), folder, command="c")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_more_may_be_measured_later(where: RunConfig, tmp_path: Path):
+    config = replace(CONFIG, num_steps=2)
+    first = run(where, config, tmp_path, command="c")
+    content = (tmp_path / "allocation.json").read_bytes()
+    second = run(replace(where, num_heldout=2, start=50), config, tmp_path, command="c")
+    assert (second["heldout_sequences"], second["start"]) == (2, 50)
+    assert first["rows"] != second["rows"]
+    assert (tmp_path / "allocation.json").read_bytes() == content
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from consa import runs
+from consa.config import LearnConfig, RunConfig
+
+model, data, folder, moment = sys.argv[1:]
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if moment == "learning":  # past the checkpoints of steps 3 and 6, in the middle of writing a file
+    replace, steps = os.replace, []
+    def replace_or_kill(source, target):
+        steps.append(target)
+        if len([path for path in steps if Path(path).name == "checkpoint.safetensors"]) == 3:
+            kill()
+        replace(source, target)
+    os.replace = replace_or_kill
+else:
+    measure, calls = runs.heldout_losses, []
+    def measure_or_kill(*args, **options):
+        calls.append(1)
+        return kill() if len(calls) == 4 else measure(*args, **options)
+    runs.heldout_losses = measure_or_kill
+config = LearnConfig(
+    sparsity=0.5, window=8, seq_len=96, num_steps=8, sequences_per_step=2, checkpoint_every=3
+)
+where = RunConfig(model=model, data=data, num_heldout=4, device="cpu", dtype="float32")
+runs.run(where, config, Path(folder), command="consa learn it")
+"""
+
+
+def test_killed_twice_it_ends_the_same(
+    finished: tuple[Path, dict[str, Any]], where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    undisturbed, summary = finished
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for moment in ("learning", "measuring"):
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, where.model, where.data, str(tmp_path), moment],
+            cwd=ROOT,
+            capture_output=True,
+            env=os.environ | threads,
+            timeout=120,
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        assert (tmp_path / "allocation.json").exists() == (moment == "measuring")
+    measured = []
+    monkeypatch.setattr(
+        runs,
+        "heldout_losses",
+        lambda *args, **options: measured.append(1) or heldout_losses(*args, **options),
+    )
+    again = run(where, CONFIG, tmp_path, command="consa learn it")
+    assert len(measured) == len(RULES) + 3 - 3  # dense, all-SWA, learned; three were there
+    for name in ("allocation.json", "metrics.jsonl", "heatmap.png", "curves.png"):
+        assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert again["rows"] == summary["rows"] and again["losses"] == summary["losses"]
+
+
+def test_a_folder_in_use_is_refused(where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runs, "load_model", None)
+    with (tmp_path / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ConsaError, match="in use by another process"):
+            run(where, CONFIG, tmp_path, command="c")
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(tmp_path: Path, where: RunConfig):
+    for missing in ("a/b", "."):  # a folder of its own, and one that was there
+        with pytest.raises(ConsaError, match="nowhere"):
+            run(replace(where, model="./nowhere"), CONFIG, tmp_path / missing, command="c")
+        assert [path.name for path in tmp_path.iterdir()] in ([], [".lock"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [
+        ({}, {"granularity": "layer", "refine_evaluations": 0}),
+        ({}, {"mode": "joint"}),
+        ({}, {"sparsity": 1.0}),
+        ({}, {"sparsity": 0.0}),
+        ({"heldout_data": "stdlib", "max_tokens": 2000}, {}),
+    ],
+)
+def test_other_settings_go_all_the_way(
+    where: RunConfig, changes: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+):
+    config = replace(CONFIG, **{"num_steps": 2} | settings)
+    summary = run(replace(where, **{"num_heldout": 2} | changes), config, tmp_path, command="c")
+    names = [row["name"] for row in summary["rows"]]
+    assert ("uniform_heads" in names) == (config.granularity == "kv_head")
+    assert (summary["losses"]["stochastic"] is None) == (config.sparsity in (0, 1))
+    assert Allocation.load(tmp_path / "allocation.json").sparsity == config.sparsity
+    assert "nan" not in (tmp_path / "summary.md").read_text().lower()
+
+
+def test_a_budget_is_checked_before_text_is_read(
+    where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(runs, "load_sequences", None)
+    with pytest.raises(ConsaError, match="KV budget of 1 bytes is too small for 100 tokens"):
+        run(where, replace(CONFIG, kv_budget=1, context=100), tmp_path, command="c")
+
+
+def test_gates_that_are_certain_draw_the_decision(where: RunConfig):
+    loaded = load_model(where.model, device="cpu")
+    tokens = np.random.default_rng(0).integers(0, 256, (3, 40))
+    for granularity in ("kv_head", "layer"):
+        decided = rules.random_units(4, 3, sparsity=0.5, granularity=granularity, window=4)
+        certain = replace(decided, scores=np.where(decided.full_attention, 40.0, -40.0))
+        expected = heldout_losses(loaded.model, tokens, decided)
+        np.testing.assert_array_equal(sampled_losses(loaded.model, tokens, certain, batch_size=2), expected)
+    uncertain = replace(decided, scores=np.zeros((4, 3)))
+    draws = [sampled_losses(loaded.model, tokens, uncertain, seed=seed) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert not np.array_equal(draws[0], draws[2])
+    with pytest.raises(ConsaError, match="no scores"):
+        sampled_losses(loaded.model, tokens, decided)
+
+
+def test_heldout_sequences_come_from_many_documents():
+    documents = np.array([0, 0, 0, 4, 5, 5, 9])
+    order = runs._spread_over_documents(documents, 99)
+    assert documents[order].tolist() == [0, 4, 5, 9, 0, 5, 0]
+    assert sorted(order) == list(range(7))
+    assert runs._spread_over_documents(documents, 2).tolist() == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("window", "seq_len", "given", "expected"),
+    [
+        (64, 1024, None, 256),
+        (128, 8192, None, 1024),
+        (300, 1024, None, 512),
+        (1, 16, None, 4),
+        (64, 99, 0, 0),
+    ],
+)
+def test_where_counting_starts(window: int, seq_len: int, given: int | None, expected: int):
+    config = LearnConfig(window=window, seq_len=seq_len)
+    assert RunConfig(model="m", start=given).start_for(config) == expected
+
+
+def test_tensorboard_writes_what_it_is_told(
+    where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import types
+
+    written: list[tuple[str, float, int]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            assert (folder, purge_step) == (str(tmp_path / "tensorboard"), 1)
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, value, step))
+
+        def close(self) -> None:
+            written.append(("closed", 0, 0))
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(runs, "find_spec", lambda name: True)
+    run(where, replace(CONFIG, num_steps=2), tmp_path, command="c", tensorboard=True)
+    assert {name for name, _, _ in written} >= {"loss", "expected_sparsity", "target", "multiplier", "closed"}
+    assert {step for _, _, step in written[:-1]} == {1, 2}
