@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 STYLE := $(BIN)/python -m ruff check && $(BIN)/python -m ruff format --check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu lint format clean distclean
+.PHONY: help install demo test test-slow test-gpu lint format docs clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -38,6 +38,9 @@ lint: $(VENV)/.dev  ## Check style and types
 format: $(VENV)/.dev  ## Fix what ruff can fix, and format
 	$(BIN)/python -m ruff check --fix
 	$(BIN)/python -m ruff format
+
+docs: $(VENV)/.dev  ## Write docs/cli.md from the commands
+	$(BIN)/consa cli-docs > docs/cli.md.new && mv docs/cli.md.new docs/cli.md
 
 clean:  ## Delete caches and builds; runs/ and .venv stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis

@@ -10,18 +10,18 @@ TRAIN and HELDOUT are anything `consa learn --data` takes, or .npy files of toke
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import environment, print_table, write_json
+from common import environment, overrides, print_table, write_json
 
 from consa.allocation import Allocation
+from consa.config import LearnConfig
 from consa.evaluation.perplexity import compare, heldout_losses
-from consa.learning import LearnConfig, learn
+from consa.learning import learn
 from consa.model import load_model
 from consa.rules import RULES
 
@@ -45,14 +45,7 @@ def main() -> None:
     options = parser.parse_args()
 
     loaded = load_model(options.model)
-    overrides = dict(item.split("=", 1) for item in options.set)
-    kinds = {f.name: f.type for f in fields(LearnConfig)}
-    settings = {
-        name: value
-        if any(kind in str(kinds[name]) for kind in ("Literal", "Granularity", "str"))
-        else json.loads(value)
-        for name, value in overrides.items()
-    }
+    settings = overrides(options.set)
     seq_len = settings.get("seq_len", LearnConfig.seq_len)
     train = _sequences(options.train, loaded.tokenizer, seq_len, "train")
     heldout = _sequences(options.heldout, loaded.tokenizer, seq_len, "heldout")[: options.num_heldout]

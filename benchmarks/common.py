@@ -43,3 +43,14 @@ def print_table(columns: list[str], rows: list[list[Any]]) -> None:
     print("|" + "---|" * len(columns))
     for row in rows:
         print("| " + " | ".join(str(value) for value in row) + " |")
+
+
+def overrides(items: list[str]) -> dict[str, Any]:
+    """`name=value` arguments as fields of LearnConfig: numbers as numbers, the rest as text."""
+    found = {}
+    for name, value in (item.split("=", 1) for item in items):
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found

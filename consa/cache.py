@@ -437,7 +437,7 @@ class StaticHybridLayer(HybridLayer):
 
     def get_seq_length(self) -> Any:
         """Tokens seen, as a tensor of no dimensions."""
-        return self.cumulative_length if self.is_initialized else 0
+        return self.cumulative_length.clone() if self.is_initialized else 0
 
     def get_max_length(self) -> int:
         """Tokens there is room for."""

@@ -102,8 +102,15 @@ def convert(
             "consa": record,
         }
     else:
-        kind, reason = "plain", "whole layers without sinks, for which this family's own config has words"
         changes = _plain_config(model.config, allocation)
+        vllm = "vLLM" if changes.get("model_type") == "ministral" else "vLLM (with --model-impl transformers)"
+        kind, reason = (
+            "plain",
+            (
+                f"whole layers without sinks are in the words of stock configs; transformers and {vllm} read it without"
+                " consa, other engines may run it as full attention in silence: compare before use"
+            ),
+        )
     try:
         with _new_folder(folder) as temporary, quiet():
             type(model).save_pretrained(model, temporary)
@@ -197,7 +204,8 @@ def verify(folder: str | Path) -> tuple[Literal["hybrid", "plain"], Allocation]:
             raise ConsaError(f"{folder / name} is missing; convert the model again")
         if sha256_of(folder / name) != digest:
             raise ConsaError(
-                f"{folder / name} is not what was written (truncated or edited); convert the model again"
+                f"{folder / name} is not what {MANIFEST} says was written (truncated or edited); convert the model"
+                " again"
             )
     allocation = Allocation.load(folder / ALLOCATION)
     config = _read_json(folder / "config.json")

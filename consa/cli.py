@@ -5,13 +5,11 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import shlex
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import MISSING, Field, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -19,6 +17,10 @@ from typer.core import TyperGroup
 import consa
 from consa.config import LearnConfig, RunConfig
 from consa.errors import ConsaError
+from consa.options import command_line, described, from_options, number, with_fields_of
+
+
+UsageError: Any = typer.BadParameter.__base__  # typer does not export it, and its click may be its own
 
 
 class _Commands(TyperGroup):
@@ -28,7 +30,7 @@ class _Commands(TyperGroup):
         _quieten()
         try:
             status = super().main(*args, **options | {"standalone_mode": False})
-        except typer.BadParameter.__mro__[1] as error:  # UsageError, whichever click this typer uses
+        except UsageError as error:
             status = _fail(str(error.format_message()).rstrip("."), 2)
         except typer.Abort:
             status = 1
@@ -86,99 +88,9 @@ def _quieten() -> None:
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
 
 
-# Options from dataclasses.
-
-
-def num_bytes(text: str) -> int:
-    """Parse a size such as 2GiB, 512MB or 1000000.
-
-    Raises:
-        BadParameter: no such size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?", text.strip().lower())
-    if not match:
-        raise typer.BadParameter(f"must be a size such as 2GiB, 512MB or 1000000, got {text!r}")
-    number, prefix, binary = match.groups()
-    unit = (1024 if binary else 1000) ** (" kmgt".index(prefix) if prefix else 0)
-    return int(float(number) * unit) if "." in number else int(number) * unit
-
-
-PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {"kv_budget": (num_bytes, "BYTES")}
-
-
-def _with_fields_of(*configs: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for every field of the dataclasses; a field without default becomes an argument.
-
-    The command's keyword argument `**options` receives them.
-    """
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True).parameters.values()
-        signature = [
-            *(
-                _parameter(field, get_type_hints(config)[field.name])
-                for config in configs
-                for field in fields(config)
-            ),
-            *(p for p in own if p.kind is not p.VAR_KEYWORD),
-        ]
-        signature = [p.replace(kind=p.KEYWORD_ONLY) for p in signature]
-        command.__signature__ = inspect.Signature(signature)  # pyright: ignore[reportFunctionMemberAccess]
-        return command
-
-    return decorate
-
-
-def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
-    parser, metavar = PARSERS.get(field.name, (None, None))
-    choices = [member for member in (kind, *get_args(kind)) if get_origin(member) is Literal]
-    if choices:  # as text, so that the dataclass says what is wrong with a bad one, in one line
-        metavar, kind = "|".join(get_args(choices[0])), str if field.default is not None else str | None
-    help_text = field.metadata["help"]
-    if field.default is MISSING:
-        annotation = Annotated[
-            kind, typer.Argument(help=help_text, metavar=field.name.upper(), show_default=False)
-        ]
-        return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
-    name = f"--{field.name.replace('_', '-')}"
-    if kind is bool:
-        name = f"{name}/--no-{name[2:]}"
-    option = typer.Option(
-        name, help=help_text, parser=parser, metavar=metavar, show_default=field.default is not None
-    )
-    return inspect.Parameter(
-        field.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=field.default,
-        annotation=Annotated[kind, option],
-    )
-
-
-def _split(options: dict[str, Any], *configs: type) -> list[Any]:
-    """The options, as one instance of each of the dataclasses."""
-    return [config(**{field.name: options[field.name] for field in fields(config)}) for config in configs]
-
-
-def _command_line(verb: str, *configs: Any) -> str:
-    """The command that gives these settings, without what is default anyway."""
-    words = ["consa", verb]
-    for config in configs:
-        for field in fields(config):
-            value = getattr(config, field.name)
-            name = f"--{field.name.replace('_', '-')}"
-            if field.default is MISSING:
-                words.append(str(value))
-            elif value != field.default:
-                words += (
-                    [name if value else f"--no-{name[2:]}"] if isinstance(value, bool) else [name, str(value)]
-                )
-    return shlex.join(words)
-
-
-# Commands.
-
 Out = Annotated[
-    Path | None, typer.Option(help="folder for the results; under runs/ unless given", show_default=False)
+    Path | None,
+    typer.Option(metavar="FOLDER", help="for the results; under runs/ unless given", show_default=False),
 ]
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="also write the metrics for TensorBoard")]
 
@@ -195,29 +107,17 @@ def _consa(
 
 
 @app.command()
-@_with_fields_of(RunConfig, LearnConfig)
+@with_fields_of(RunConfig, LearnConfig)
 def learn(*, out: Out = None, tensorboard: Tensorboard = False, ctx: typer.Context, **options: Any) -> None:
     """Learn which layers or KV heads of MODEL keep full attention, and measure it beside every rule."""
     if options["kv_budget"] is not None and _was_given(ctx, "sparsity"):
         raise ConsaError("sparsity and kv_budget set the same thing; give one of them")
-    where, config = _split(options, RunConfig, LearnConfig)
+    where, config = from_options(options, RunConfig, LearnConfig)
     folder = out or Path("runs") / _name_of(where, config)
-    _run(where, config, folder, _command_line("learn", where, config), tensorboard)
+    _run(where, config, folder, command_line("learn", where, config), tensorboard)
 
 
-@app.command()
-def demo(
-    out: Out = None,
-    seed: Annotated[int, typer.Option(help="of the gates' noise and the order of the text")] = 0,
-    tensorboard: Tensorboard = False,
-) -> None:
-    """Learn and measure KV heads of a real 135M model, small, on Python's own sources: 10 minutes on a laptop CPU."""
-    config = replace(DEMO_LEARN, seed=seed)
-    folder = out or Path("runs") / ("demo" if seed == 0 else f"demo-seed{seed}")
-    _run(DEMO_RUN, config, folder, f"consa demo --seed {seed}", tensorboard)
-
-
-DEMO_RUN = RunConfig(model="smollm2-135m", data="stdlib", max_tokens=2**20, num_heldout=7)
+DEMO_RUN = RunConfig(model="smollm2-135m", data="stdlib", max_tokens=2**22, num_heldout=7)
 DEMO_LEARN = LearnConfig(
     sparsity=0.75,
     granularity="kv_head",
@@ -226,47 +126,46 @@ DEMO_LEARN = LearnConfig(
     seq_len=1024,
     num_steps=60,
     sequences_per_step=1,
+    refine_evaluations=0,  # each would cost a forward pass per sequence
 )
 
 
 @app.command()
+def demo(
+    out: Out = None,
+    seed: Annotated[int, number(help="of the gates' noise and the order of the text")] = 0,
+    tensorboard: Tensorboard = False,
+) -> None:
+    """Learn and measure KV heads of a real 135M model, small, on Python's own sources: 10 minutes on a laptop CPU."""
+    config = replace(DEMO_LEARN, seed=seed)
+    folder = out or Path("runs") / ("demo" if seed == 0 else f"demo-seed{seed}")
+    _run(DEMO_RUN, config, folder, f"consa demo --seed {seed}", tensorboard)
+
+
+@app.command()
+@with_fields_of(LearnConfig, only=("sparsity", "granularity", "window", "num_sink_tokens"))
 def rules(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="as in learn; its shape counts")
     ] = None,
     *,
-    layers: Annotated[int | None, typer.Option(help="instead of MODEL: its number of layers")] = None,
-    kv_heads: Annotated[int | None, typer.Option(help="instead of MODEL: KV heads of each layer")] = None,
+    layers: Annotated[int | None, number(help="instead of MODEL: its number of layers")] = None,
+    kv_heads: Annotated[int | None, number(help="instead of MODEL: KV heads of each layer")] = None,
     head_dim: Annotated[
-        int, typer.Option(help="without MODEL: elements of one head's key, for the cache's size")
+        int, number(help="without MODEL: elements of one head's key, for the cache's size")
     ] = 128,
-    sparsity: Annotated[float, typer.Option(help="share of units to put on sliding-window attention")] = 0.75,
-    granularity: Annotated[
-        str, typer.Option(metavar="layer|kv_head", help="what is decided as one")
-    ] = "kv_head",
-    window: Annotated[int, typer.Option(help="tokens a sliding-window query sees, itself included")] = 128,
-    num_sink_tokens: Annotated[int, typer.Option(help="first tokens visible on top of the window")] = 4,
-    seed: Annotated[int, typer.Option(help="of random_units")] = 0,
-    context: Annotated[int, typer.Option(help="tokens in the KV cache whose size is shown")] = 32768,
-    out: Annotated[Path, typer.Option(help="folder for one JSON file per rule")],
+    seed: Annotated[int, number(help="of random_units")] = 0,
+    tokens: Annotated[int, number(help="in the KV cache whose size is shown")] = 32768,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="for one JSON file per rule")],
+    **options: Any,
 ) -> None:
     """Write every rule's allocation for MODEL, or for a model of given shape, and show what each saves."""
-    from rich import box
-    from rich.table import Table
+    from consa.rules import bottom, every_rule
 
-    from consa.rules import RULES
-
-    # The same limits as in learning, checked in the same place.
-    LearnConfig(
-        sparsity=sparsity,
-        granularity=granularity,  # pyright: ignore[reportArgumentType]
-        window=window,
-        num_sink_tokens=num_sink_tokens,
-        seed=seed,
-    )
-    if context < 1:
-        raise ConsaError(f"context must be an integer >= 1, got {context}")
-    native_windows: dict[int, int] = {}
+    LearnConfig(seed=seed, **options)  # the same limits as in learning
+    for name, value in {"head_dim": head_dim, "tokens": tokens}.items():
+        if value < 1:
+            raise ConsaError(f"{name} must be an integer >= 1, got {value}")
     if (model is None) == (layers is None or kv_heads is None) or (model and (layers or kv_heads)):
         raise ConsaError("give either MODEL, or both --layers and --kv-heads")
     if model is not None:
@@ -274,62 +173,30 @@ def rules(
 
         layout = read_layout(model)
         layers, kv_heads, head_dim = layout.num_layers, layout.num_kv_heads, layout.head_dim
-        native_windows = layout.native_windows
+        options["native_windows"] = layout.native_windows
     assert layers is not None and kv_heads is not None
-    options = {
-        "granularity": granularity,
-        "window": window,
-        "num_sink_tokens": num_sink_tokens,
-        "native_windows": native_windows,
-    }
-    table = Table("rule", box=box.SIMPLE_HEAD)
-    for column in ("sparsity", f"KV cache at {context} tokens", "of dense"):
-        table.add_column(column, justify="right")
-
-    def size(allocation: consa.Allocation) -> int:
-        return allocation.kv_cache_bytes(context, head_dim=head_dim)
-
-    dense = size(RULES["bottom"](layers, kv_heads, sparsity=0.0, **options))
-    allocations = {
-        name: rule(
-            layers,
-            kv_heads,
-            sparsity=sparsity,
-            **options | ({"seed": seed} if name == "random_units" else {}),
-        )
-        for name, rule in RULES.items()
-        if name != "uniform_heads" or granularity == "kv_head"
-    }
+    allocations = every_rule(layers, kv_heads, seed=seed, **options)
+    dense = bottom(layers, kv_heads, **options | {"sparsity": 0.0}).kv_cache_bytes(tokens, head_dim=head_dim)
+    rows = []
     for name, allocation in allocations.items():
         origin = {} if model is None else {"model": model}
         replace(allocation, provenance=origin | dict(allocation.provenance)).save(out / f"{name}.json")
-        taken = size(allocation)
-        table.add_row(name, f"{allocation.sparsity:.4f}", f"{taken / 2**20:.1f} MiB", f"{taken / dense:.1%}")
-    _show(table)
+        taken = allocation.kv_cache_bytes(tokens, head_dim=head_dim)
+        rows.append([name, f"{allocation.sparsity:.4f}", f"{taken / 2**20:.1f} MiB", f"{taken / dense:.1%}"])
+    _show(["rule", "sparsity", f"KV cache at {tokens} tokens", "of dense"], rows)
     print(f"{len(allocations)} allocations in {out}")
 
 
 @app.command(hidden=True)
 def cli_docs() -> None:
     """Print this reference as Markdown; docs/cli.md is what it printed last."""
-    group = typer.main.get_command(app)
-    print("# Command line\n\nMade from the commands by `make docs`; do not edit.")
-    for name, command in group.commands.items():  # pyright: ignore[reportAttributeAccessIssue]
+    print(f"# Command line\n\n{app.info.help} Made from the commands by `make docs`: do not edit.")
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
         if not command.hidden:
             arguments = [p.metavar for p in command.params if p.param_type_name == "argument"]
             print(f"\n## {' '.join(['consa', name, *arguments])}\n\n{inspect.getdoc(command.callback)}\n")
-            for p in command.params:
-                print(f"- {_described(p)}")
-
-
-def _described(parameter: Any) -> str:
-    """One line about an option or argument, in Markdown."""
-    if parameter.param_type_name == "argument":
-        return f"`{parameter.metavar}`: {parameter.help}"
-    shown = parameter.default is not None and not (parameter.is_flag and not parameter.secondary_opts)
-    names = " / ".join([*parameter.opts, *parameter.secondary_opts])
-    default = f" (default `{parameter.default}`)" if shown else " (required)" if parameter.required else ""
-    return f"`{names}`: {parameter.help}{default}"
+            print("\n".join(described(parameter) for parameter in command.params))
 
 
 def _was_given(ctx: typer.Context, name: str) -> bool:
@@ -347,29 +214,31 @@ def _name_of(where: RunConfig, config: LearnConfig) -> str:
 def _run(where: RunConfig, config: LearnConfig, folder: Path, command: str, tensorboard: bool) -> None:
     """Run, then show the table."""
     where.start_for(config)  # says what is wrong before anything heavy is imported
-    from rich import box
-    from rich.table import Table
-
     from consa.runs import recovered_text, run
 
     summary = run(where, config, folder, command=command, tensorboard=tensorboard)
-    table = Table(
-        "allocation",
-        box=box.SIMPLE_HEAD,
-        title=f"Held-out loss (nats) from position {summary['start']} on;"
-        " recovered: share of the gap from all-SWA to dense",
+    print(
+        f"Held-out loss (nats) from position {summary['start']} on, and the share of the gap from all-SWA to dense"
+        " that is recovered:"
     )
-    for column in ("sparsity", "loss", "recovered"):
-        table.add_column(column, justify="right")
-    for row in summary["rows"]:
-        cells = [row["name"], f"{row['sparsity']:.4f}", f"{row['loss']:.4f}", recovered_text(row)]
-        table.add_row(*cells, style="bold" if row["name"] == "learned" else None)
-    _show(table)
+    rows = [
+        [row["name"], f"{row['sparsity']:.4f}", f"{row['loss']:.4f}", recovered_text(row)]
+        for row in summary["rows"]
+    ]
+    _show(["allocation", "sparsity", "loss", "recovered"], rows)
     for name in ("allocation.json", "heatmap.png", "summary.md"):
         print(folder / name)
 
 
-def _show(table: Any) -> None:
+def _show(columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout; what was learned stands out."""
+    from rich import box
     from rich.console import Console
+    from rich.table import Table
 
+    table = Table(columns[0], box=box.SIMPLE_HEAD)
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == "learned" else None)
     Console().print(table)

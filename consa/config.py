@@ -10,8 +10,8 @@ from consa.allocation import Granularity, check_sparsity
 from consa.errors import ConsaError
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _option(default: Any, text: str, **more: str) -> Any:
+    return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,9 @@ class LearnConfig:
     """
 
     sparsity: float = _option(0.75, "share of units to put on sliding-window attention, in [0, 1]")
-    kv_budget: int | None = _option(None, "instead of sparsity: KV-cache bytes (bf16) one sequence may take")
+    kv_budget: int | None = _option(
+        None, "instead of sparsity: what one sequence's KV cache (bf16) may take, such as 2GiB", unit="bytes"
+    )
     context: int | None = _option(None, "tokens in that cache")
     granularity: Granularity = _option("kv_head", "what is decided as one: 'layer' or 'kv_head'")
     window: int = _option(128, "tokens a sliding-window query sees, itself included")

@@ -17,12 +17,13 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+def progress(title: str, total: int, *, began: float | None = None) -> Iterator[Callable[[int, str], None]]:
     """Show how far a long job is.
 
     Args:
         title: of the job.
         total: units of work, those done before included.
+        began: when the first unit of this process began, by `time.monotonic`; now unless given.
 
     Yields:
         A function to call with the number of units done so far and a text about them, after each unit or more.
@@ -32,7 +33,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.text import Text
 
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
     first = last_line = None
 
     def time_left(done: int) -> str:
@@ -57,13 +58,17 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
     )
     task = bar.add_task(title, total=total, left="")
-    with Live(bar, console=console, refresh_per_second=4) as live:
+    live = Live(bar, console=console, refresh_per_second=4)
 
-        def redraw(done: int, text: str) -> None:
-            bar.update(task, completed=done, left=time_left(done))
-            live.update(Group(bar, Text(f"  {text}")))
+    def redraw(done: int, text: str) -> None:
+        bar.update(task, completed=done, left=time_left(done))
+        live.update(Group(bar, Text(f"  {text}")))
+        live.start()  # not before there is something to show; the second time it does nothing
 
+    try:
         yield redraw
+    finally:
+        live.stop()
 
 
 def memory() -> str:

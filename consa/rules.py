@@ -99,6 +99,22 @@ RULES: dict[str, Rule] = {
 }
 
 
+def every_rule(
+    num_layers: int, num_kv_heads: int, *, granularity: Granularity, seed: int = 0, **options: Any
+) -> dict[str, Allocation]:
+    """The allocation of every rule that there is for a granularity. Other options as in `from_units`."""
+    return {
+        name: rule(
+            num_layers,
+            num_kv_heads,
+            granularity=granularity,
+            **options | ({"seed": seed} if rule is random_units else {}),
+        )
+        for name, rule in RULES.items()
+        if rule is not uniform_heads or granularity == "kv_head"
+    }
+
+
 def from_units(
     choose: Callable[[int, int, int], np.ndarray],
     num_layers: int,

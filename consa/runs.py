@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from consa import rules
 from consa.allocation import Allocation
 from consa.checkpointing import first_difference
 from consa.config import LearnConfig, RunConfig
@@ -32,7 +33,6 @@ from consa.progress import memory, note, progress
 from consa.provenance import hardware, versions
 from consa.refinement import Exchange
 from consa.report import figures
-from consa.rules import RULES
 
 # What may differ when a run is continued: none of these changes what is learned.
 FREE = {"num_heldout", "start", "checkpoint_every"}
@@ -230,6 +230,7 @@ class _LearningProgress:
         self.tensorboard = tensorboard
         self.shown = ExitStack()
         self.title = ""
+        self.since = time.monotonic()  # of the last report
         self.update: Callable[[int, str], None] | None = None
         self.writer: Any = None
 
@@ -266,26 +267,24 @@ class _LearningProgress:
     def _show(self, title: str, total: int, done: int, text: str) -> None:
         if title != self.title:  # one bar at a time
             self.shown.close()
-            self.title, self.update = title, self.shown.enter_context(progress(title, total))
+            self.title = title
+            self.update = self.shown.enter_context(progress(title, total, began=self.since))
         assert self.update
         self.update(done, text)
+        self.since = time.monotonic()
 
 
 def _competitors(loaded: LoadedModel, config: LearnConfig, sparsity: float) -> dict[str, Allocation | None]:
     """What the learned allocation is measured against; None is the model as it is."""
-    layout = loaded.layout
+    shape = loaded.layout.num_layers, loaded.layout.num_kv_heads
     options: dict[str, Any] = {
         "window": config.window,
         "num_sink_tokens": config.num_sink_tokens,
-        "native_windows": layout.native_windows,
+        "native_windows": loaded.layout.native_windows,
         "granularity": config.granularity,
     }
-    all_swa = RULES["bottom"](layout.num_layers, layout.num_kv_heads, sparsity=1.0, **options)
-    return {"dense": None, "all_swa": all_swa} | {
-        name: rule(layout.num_layers, layout.num_kv_heads, sparsity=sparsity, **options)
-        for name, rule in RULES.items()
-        if name != "uniform_heads" or config.granularity == "kv_head"
-    }
+    ends = {"dense": None, "all_swa": rules.bottom(*shape, sparsity=1.0, **options)}
+    return ends | rules.every_rule(*shape, sparsity=sparsity, **options)
 
 
 def _measure(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from consa import Allocation
+from consa.attention import interface
+from consa.attention.reference import reference_attention
 
 SHAPE: dict[str, Any] = {
     "num_hidden_layers": 4,
@@ -33,6 +37,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", {}),
     "phi3": ("Phi3", {"sliding_window": None}),
     "olmo2": ("Olmo2", {}),
+    "gemma": ("Gemma", {}),
     "gemma2": ("Gemma2", {"sliding_window": NATIVE_WINDOW, "query_pre_attn_scalar": 8}),
     "gemma3_text": ("Gemma3", {"sliding_window": NATIVE_WINDOW, "query_pre_attn_scalar": 8}),
     "granite": ("Granite", {}),
@@ -92,3 +97,45 @@ def left_padding(batch: torch.Tensor, starts: list[int]) -> tuple[torch.Tensor, 
     """Replace the first `starts[i]` tokens of row i by padding; returns tokens and mask."""
     mask = torch.arange(batch.shape[1]) >= torch.tensor(starts)[:, None]
     return batch * mask, mask.long()
+
+
+@contextmanager
+def exact(model: PreTrainedModel, allocation: Allocation) -> Iterator[None]:
+    """Within the block the model computes the hybrid by `reference_attention`: dense masks, nothing of the fast paths.
+
+    Pass `use_cache=False`: the reference wants all keys.
+    """
+
+    def attend(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        **ignored: Any,
+    ) -> tuple[torch.Tensor, None]:
+        native = allocation.native_windows.get(module.layer_idx)
+        out = reference_attention(
+            query,
+            key,
+            value,
+            torch.tensor(allocation.full_attention[module.layer_idx][None], dtype=torch.float32),
+            window=native or allocation.window,
+            num_sink_tokens=0 if native else allocation.num_sink_tokens,
+            scaling=scaling,
+            softcap=softcap,
+            first=None if attention_mask is None else attention_mask.flatten(),
+        )
+        return out.transpose(1, 2).to(query.dtype), None
+
+    AttentionInterface.register("consa_test_reference", attend)
+    AttentionMaskInterface.register("consa_test_reference", interface.consa_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("consa_test_reference")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

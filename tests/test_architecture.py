@@ -25,8 +25,8 @@ def module_name(path: Path) -> str:
 
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
-LEAVES = ["allocation", "errors", "files", "gates", "lagrangian", "rules", "attention.masks"]
-NUMPY_ONLY = ["allocation", "errors", "files", "rules"]
+LEAVES = ["allocation", "config", "errors", "files", "gates", "lagrangian", "rules", "attention.masks"]
+NUMPY_ONLY = ["allocation", "config", "errors", "files", "rules"]
 VERBS = ["adaptation", "behaviour", "evaluation", "learning", "report", "serving"]
 
 

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import consa
-from consa import Allocation, cli
+from consa import Allocation, cli, options
 from consa.checkpointing import CHECKPOINT
 from consa.config import LearnConfig, RunConfig
 from consa.rules import RULES
@@ -23,6 +23,7 @@ from consa.rules import RULES
 ROOT = Path(__file__).parent.parent
 SMALL = ["--seq-len", "96", "--window", "8", "--num-steps", "4", "--sequences-per-step", "1"]
 SMALL += ["--num-heldout", "2", "--device", "cpu", "--checkpoint-every", "1"]
+SMALL += ["--refine-evaluations", "20", "--refine-sequences", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +168,7 @@ def test_the_demo_is_a_fixed_run(caught: list[tuple[Any, ...]]):
     ],
 )
 def test_sizes(text: str, expected: int):
-    assert cli.num_bytes(text) == expected
+    assert options.num_bytes(text) == expected
 
 
 # What goes wrong.
@@ -319,6 +320,7 @@ def test_learn_from_the_shell(tmp_path: Path, tiny_model_folder: Path, text_fold
         "Loading",
         "Reading",
         "Learning",
+        "Refining",
         "Measuring",
     }
     for part in ("loss", "sparsity", "target", "multiplier", "tokens/s", "GiB", "left"):
@@ -329,7 +331,7 @@ def test_learn_from_the_shell(tmp_path: Path, tiny_model_folder: Path, text_fold
 
 def test_rules_of_a_shape(tmp_path: Path):
     result = consa_cli(
-        "rules", "--layers", 8, "--kv-heads", 2, "--sparsity", 0.5, "--out", tmp_path, "--context", 1000
+        "rules", "--layers", 8, "--kv-heads", 2, "--sparsity", 0.5, "--out", tmp_path, "--tokens", 1000
     )
     assert result.exit_code == 0, result.output
     assert {path.stem for path in tmp_path.iterdir()} == set(RULES)
@@ -363,7 +365,7 @@ def test_rules_of_a_model(tmp_path: Path, tiny_model_folder: Path):
         (["m", "--layers", 4, "--kv-heads", 2], "MODEL, or both"),
         (["--layers", 0, "--kv-heads", 2], "num_layers=0"),
         (["--layers", 4, "--kv-heads", 2, "--sparsity", -1], "-1"),
-        (["--layers", 4, "--kv-heads", 2, "--context", 0], "context"),
+        (["--layers", 4, "--kv-heads", 2, "--tokens", 0], "tokens"),
         (["./nowhere"], "./nowhere"),
     ],
 )

@@ -142,7 +142,7 @@ def test_curves_of_any_length(steps: int):
         "Lagrange multiplier (nats)",
         "share of fractional gates",
     ]
-    assert list(figure.axes[0].lines[0].get_xdata()) == list(range(1, steps + 1))
+    assert np.asarray(figure.axes[0].lines[0].get_xdata()).tolist() == list(range(1, steps + 1))
 
 
 def test_an_unwritable_place_is_named(tmp_path: Path):

@@ -172,12 +172,23 @@ def test_native_windows_are_skipped_not_counted():
     assert allocation.sparsity == 0.5
 
 
+def test_every_rule_of_a_granularity():
+    options = {"sparsity": 0.5, "window": 8}
+    by_head = rules.every_rule(8, 2, granularity="kv_head", seed=3, **options)
+    assert by_head == {
+        name: rule(8, 2, granularity="kv_head", **options | ({"seed": 3} if name == "random_units" else {}))
+        for name, rule in RULES.items()
+    }
+    by_layer = rules.every_rule(8, 2, granularity="layer", **options)
+    assert by_layer.keys() == RULES.keys() - {"uniform_heads"}
+
+
 def test_the_table_of_rules_is_complete():
     assert set(RULES) == {
         name
         for name, rule in vars(rules).items()
         if callable(rule) and getattr(rule, "__module__", "") == rules.__name__ and name[0] != "_"
-    } - {"from_units"}
+    } - {"from_units", "every_rule"}
     assert consa.rules is rules
 
 

