@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import platform
 import re
@@ -20,6 +21,8 @@ from transformers import DynamicCache, PreTrainedModel
 from consa.attention import interface
 from consa.cache import allocated_bytes
 from consa.errors import ConsaError
+from consa.files import write_atomically
+from consa.provenance import hardware, versions
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,9 @@ class Benchmark:
         """The benchmark as JSON."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
-    def table(self) -> list[list[str]]:
-        """Rows of text, the first of them the heading; ratios are hybrid to dense."""
-        rows = [["context", "batch", "model", "prefill s", "decode tok/s", "KV cache MB", "peak MB"]]
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Heading and rows of text; ratios are hybrid to dense."""
+        rows = []
         for dense, hybrid in self.pairs():
             for m in (dense, hybrid):
                 row = [f"{m.prefill_seconds:.3f}", f"{m.decode_tokens_per_second:.1f}"]
@@ -83,7 +86,7 @@ class Benchmark:
                 hybrid.peak_bytes / dense.peak_bytes,
             )
             rows.append(["", "", "ratio", *(f"{ratio:.3f}" for ratio in ratios)])
-        return rows
+        return ["context", "batch", "model", "prefill s", "decode tok/s", "KV cache MB", "peak MB"], rows
 
 
 def benchmark(
@@ -93,7 +96,7 @@ def benchmark(
     batch_sizes: list[int],
     decode_tokens: int = 32,
     repeats: int = 3,
-    on_measured: Callable[[Measurement], None] | None = None,
+    on_run: Callable[[int, str], None] | None = None,
 ) -> Benchmark:
     """Measure a hybrid beside its dense model.
 
@@ -103,14 +106,16 @@ def benchmark(
         batch_sizes: sequences.
         decode_tokens: steps after each prefill.
         repeats: of prefill and decoding, dense and hybrid in turn, so that both meet the same machine.
-        on_measured: called with each measurement.
+        on_run: called after each run with the number of runs so far and what it was.
 
     Raises:
         ConsaError: not a hybrid, or contexts that the model does not take.
     """
     allocation = interface.allocation_of(model.config)
     if allocation is None:
-        raise ConsaError("there is nothing to compare: the model is no hybrid; make one with consa convert")
+        raise ConsaError(
+            "there is nothing to compare: the model is no hybrid; make one with consa convert --kind hybrid"
+        )
     if decode_tokens < 1 or repeats < 1 or not contexts or not batch_sizes or min(contexts + batch_sizes) < 1:
         raise ConsaError("contexts, batch sizes, decoded tokens and repeats must all be at least 1")
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -120,13 +125,16 @@ def benchmark(
             " model; choose shorter ones"
         )
     models = {"dense": dense_twin(model), "hybrid": model}
-    measurements = []
+    measurements, done = [], 0
     for context in contexts:
         for batch_size in batch_sizes:
             runs: dict[str, list[_Run]] = {name: [] for name in models}
             for _ in range(repeats):
                 for name, candidate in models.items():
                     runs[name].append(_measure(candidate, context, batch_size, decode_tokens))
+                    done += 1
+                    if on_run:
+                        on_run(done, f"{name}, {context} tokens, batch {batch_size}")
             for name in models:
                 steps = [seconds for run in runs[name] for seconds in run.steps]
                 measurement = Measurement(
@@ -139,19 +147,13 @@ def benchmark(
                     max(run.peak_bytes for run in runs[name]),
                 )
                 measurements.append(measurement)
-                if on_measured:
-                    on_measured(measurement)
     where = {
-        "device": str(model.device),
-        "machine": platform.machine(),
-        "dtype": str(model.dtype),
-        "threads": torch.get_num_threads(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "decode_tokens": decode_tokens,
         "repeats": repeats,
-        "torch": torch.__version__,
     }
-    if model.device.type == "cuda":
-        where["device"] = torch.cuda.get_device_name(model.device)
     return Benchmark(allocation.sparsity, tuple(measurements), where)
 
 
@@ -169,8 +171,16 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-def figure(result: Benchmark, path: Path) -> None:
-    """Draw decoding speed, prefill time and cache by context, dense and hybrid, for each batch size."""
+def write(result: Benchmark, folder: Path) -> tuple[Path, Path]:
+    """Write bench.json and bench.png; returns their paths."""
+    paths = folder / "bench.json", folder / "bench.png"
+    write_atomically(paths[0], result.to_json().encode())
+    write_atomically(paths[1], figure(result))
+    return paths
+
+
+def figure(result: Benchmark) -> bytes:
+    """Decoding speed, prefill time and cache by context, dense and hybrid, for each batch size, as PNG."""
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(11, 3.6), layout="constrained")
@@ -194,8 +204,10 @@ def figure(result: Benchmark, path: Path) -> None:
         axes.set(xlabel="context, tokens", ylabel=label, ylim=(0, None))
         axes.set_xscale("log", base=2)
     drawing.axes[0].legend(frameon=False, fontsize="small")
-    drawing.suptitle(f"Hybrid at sparsity {result.sparsity:.3f} beside dense, {result.where['device']}")
-    drawing.savefig(path, dpi=150)
+    drawing.suptitle(f"Hybrid at sparsity {result.sparsity:.3f} beside dense, {result.where['hardware']}")
+    content = io.BytesIO()
+    drawing.savefig(content, format="png", dpi=150)
+    return content.getvalue()
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from consa.allocation import Allocation
 from consa.attention.cached import Heads, HeadSplit, NewKeys, by_start, pick, selector
 from consa.errors import ConsaError
 
-GROWTH = 256  # tokens by which storage grows; a copy of an FA head every so many tokens, and at most as many unused
+GROWTH = 64  # tokens by which storage grows: at most as many unused, and a copy costs a 64th of what attention reads
 STORAGE = ("full_keys", "full_values", "sliding_keys", "sliding_values")
 
 

@@ -9,7 +9,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -17,8 +17,8 @@ from typer.core import TyperGroup
 import consa
 from consa.config import LearnConfig, RunConfig
 from consa.errors import ConsaError
+from consa.files import read_text
 from consa.options import command_line, described, from_options, number, with_fields_of
-
 
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it, and its click may be its own
 
@@ -185,6 +185,111 @@ def rules(
         rows.append([name, f"{allocation.sparsity:.4f}", f"{taken / 2**20:.1f} MiB", f"{taken / dense:.1%}"])
     _show(["rule", "sparsity", f"KV cache at {tokens} tokens", "of dense"], rows)
     print(f"{len(allocations)} allocations in {out}")
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="as in learn")],
+    *,
+    allocation: Annotated[Path, typer.Option("--allocation", metavar="FILE", help="an allocation.json")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="a new folder for the checkpoint")],
+    kind: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|plain|hybrid",
+            help="plain needs no consa, and is possible for whole layers without sinks in some families; auto writes"
+            " it where it is possible, else a hybrid",
+        ),
+    ] = "auto",
+) -> None:
+    """Write MODEL with an allocation as a checkpoint that loads and generates with the small KV cache."""
+    from consa.allocation import Allocation
+
+    chosen = Allocation.load(allocation)
+    from consa import checkpoint
+    from consa.model import load_model
+
+    loaded = load_model(model)
+    written = checkpoint.convert(loaded.model, chosen, out, tokenizer=loaded.tokenizer, kind=cast(Any, kind))
+    print(f"{written.folder}: {written.kind} checkpoint ({written.reason})")
+
+
+Converted = Annotated[Path, typer.Argument(metavar="FOLDER", help="what `consa convert` wrote")]
+
+
+@app.command()
+def generate(
+    folder: Converted,
+    *,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="what to continue")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", metavar="FILE", help="instead: a file with the prompt")
+    ] = None,
+    max_new_tokens: Annotated[int, number(help="at most")] = 256,
+    temperature: Annotated[float, number(kind=float, help="0 takes the most likely token each time")] = 0.0,
+    top_p: Annotated[float, number(kind=float, help="share of probability to choose from")] = 1.0,
+    seed: Annotated[int, number(help="of the choices")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the chat template")] = False,
+) -> None:
+    """Continue a prompt with a converted model; the text comes as it is made."""
+    if (prompt is None) == (file is None):
+        raise ConsaError("give either --prompt or --file")
+    if file is not None:
+        prompt = read_text(file, max_bytes=2**28)
+    assert prompt is not None
+    from consa.generation import Sampling, generate_text, load_with_tokenizer
+
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    model, tokenizer = load_with_tokenizer(folder)
+    generate_text(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        chat=chat,
+        on_text=lambda text: print(text, end="", flush=True),
+    )
+    print()
+
+
+@app.command()
+def bench(
+    folder: Converted,
+    *,
+    contexts: Annotated[str, typer.Option(metavar="N,N,...", help="tokens in the cache")] = "1024,4096",
+    batch_sizes: Annotated[str, typer.Option(metavar="N,N,...", help="sequences at once")] = "1",
+    decode_tokens: Annotated[int, number(help="steps after each prefill")] = 32,
+    repeats: Annotated[int, number(help="of each measurement; their median counts")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="for bench.json and bench.png", show_default=False)
+    ] = None,
+) -> None:
+    """Measure a converted model beside the dense one: prefill, decoding, KV cache and peak memory."""
+    lists = []
+    for name, text in (("contexts", contexts), ("batch_sizes", batch_sizes)):
+        try:
+            lists.append([int(number) for number in text.split(",")])
+        except ValueError:
+            raise ConsaError(f"{name} must be integers with commas between, got {text!r}") from None
+    from consa import benchmark
+    from consa.checkpoint import load
+    from consa.progress import progress
+
+    model = load(folder)
+    with progress("measuring", len(lists[0]) * len(lists[1]) * repeats * 2) as tell:
+        result = benchmark.benchmark(
+            model,
+            contexts=lists[0],
+            batch_sizes=lists[1],
+            decode_tokens=decode_tokens,
+            repeats=repeats,
+            on_run=tell,
+        )
+    _show(*result.table())
+    folder = out or folder.parent / f"{folder.name}-bench"
+    for path in benchmark.write(result, folder):
+        print(path)
 
 
 @app.command(hidden=True)

@@ -72,7 +72,9 @@ class LearnConfig:
         least |= {"refine_evaluations": 0, "refine_sequences": 1}
         for name, minimum in least.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < minimum):
+            if value is None and name in ("kv_budget", "context"):
+                continue
+            if not isinstance(value, int) or value < minimum:
                 raise ConsaError(f"{name} must be an integer >= {minimum}, got {value!r}")
         positive = ("weight_lr", "gate_lr", "penalty", "multiplier_step", "penalty_growth", "averaged")
         for name in positive:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from consa.checkpoint import load
 from consa.errors import ConsaError
 
 
@@ -41,6 +43,21 @@ class Sampling:
         if self.temperature == 0:  # None: a model's own settings for sampling would only cause warnings
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+def load_with_tokenizer(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A converted model and the tokenizer beside it.
+
+    Raises:
+        ConsaError: as `consa.load`, or there is no tokenizer.
+    """
+    model = load(folder)
+    try:
+        return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a missing file, and whatever tokenizers raise
+        raise ConsaError(
+            f"{folder} holds no tokenizer that can be read; convert the model again with its tokenizer"
+        ) from error
 
 
 def generate_text(
@@ -104,7 +121,7 @@ def generate_text(
         **sampling.options(),
         **options,
     )
-    return tokenizer.decode(output[0, length:], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0, length:], skip_special_tokens=True))
 
 
 class _Pieces(TextStreamer):

@@ -58,7 +58,8 @@ def refine(
         raise InvalidAllocationError("scores are needed to order the candidates; this allocation has none")
     heads = allocation.num_kv_heads if allocation.granularity == "layer" else 1
     scores = allocation.scores.reshape(-1, heads)[:, 0]  # (units,), units of native sliding layers included
-    native = {layer * allocation.num_kv_heads // heads for layer in allocation.native_windows}
+    per_layer = allocation.num_kv_heads // heads
+    native = {unit for unit in range(len(scores)) if unit // per_layer in allocation.native_windows}
     full = allocation.full_attention.reshape(-1, heads)[:, 0].copy()
     spent = 0
 

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def assert_close(actual: Tensor, wanted: Tensor, tolerance: float = 1e-5, name: str = "result") -> None:
-    """The largest difference is at most `tolerance` times the largest number wanted."""
+def assert_close(
+    actual: Tensor | None,
+    wanted: Tensor,
+    tolerance: float = 1e-5,
+    name: str = "result",
+    *,
+    floor: float = 1e-30,
+) -> None:
+    """The largest difference is at most `tolerance` times the largest number wanted.
+
+    Numbers wanted count as `floor` at least: what cancels out to zero is compared with the size of what cancels.
+    """
+    actual = torch.zeros_like(wanted) if actual is None else actual  # a gradient that nothing flowed to
     assert actual.shape == wanted.shape, f"{name}: shape {tuple(actual.shape)}, wanted {tuple(wanted.shape)}"
     actual, wanted = actual.detach().double().cpu(), wanted.detach().double().cpu()
     assert actual.isfinite().all(), f"{name} is not finite"
-    scale = float(wanted.abs().max()) if wanted.numel() else 0.0
-    error = float((actual - wanted).abs().max()) if wanted.numel() else 0.0
-    assert error <= tolerance * max(scale, 1e-30), f"{name}: relative error {error / max(scale, 1e-30):.2e}"
+    error = float((actual - wanted).abs().max()) / max(float(wanted.abs().max()), floor)
+    assert error <= tolerance, f"{name}: relative error {error:.2e}"
 
 
 class Elements(TorchDispatchMode):

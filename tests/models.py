@@ -118,17 +118,24 @@ def exact(model: PreTrainedModel, allocation: Allocation) -> Iterator[None]:
         **ignored: Any,
     ) -> tuple[torch.Tensor, None]:
         native = allocation.native_windows.get(module.layer_idx)
-        out = reference_attention(
-            query,
-            key,
-            value,
-            torch.tensor(allocation.full_attention[module.layer_idx][None], dtype=torch.float32),
-            window=native or allocation.window,
-            num_sink_tokens=0 if native else allocation.num_sink_tokens,
-            scaling=scaling,
-            softcap=softcap,
-            first=None if attention_mask is None else attention_mask.flatten(),
-        )
+        z = torch.tensor(allocation.full_attention[module.layer_idx][None], dtype=torch.float32)
+        parts = [  # a KV head at a time: the masks of a long text take gigabytes
+            reference_attention(
+                q,
+                k,
+                v,
+                z[:, head : head + 1],
+                window=native or allocation.window,
+                num_sink_tokens=0 if native else allocation.num_sink_tokens,
+                scaling=scaling,
+                softcap=softcap,
+                first=None if attention_mask is None else attention_mask.flatten(),
+            )
+            for head, (q, k, v) in enumerate(
+                zip(*(x.chunk(key.shape[1], dim=1) for x in (query, key, value)), strict=True)
+            )
+        ]
+        out = torch.cat(parts, dim=1)
         return out.transpose(1, 2).to(query.dtype), None
 
     AttentionInterface.register("consa_test_reference", attend)

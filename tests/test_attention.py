@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -160,7 +161,7 @@ def compare(case: Case, attention: Any, z: Tensor, *, gates: bool = False, toler
     """`attention(q, k, v, gates)` against the reference in float64: output and all gradients."""
     q, k, v, upstream = case.draw()
     mine = z.clone().requires_grad_()
-    with mock.patch.multiple(branches, **case.sizes):
+    with mock.patch.multiple(branches, **case.sizes) if case.sizes else nullcontext():
         out = attention(q, k, v, mine)
         out.backward(upstream)
     q2, k2, v2, z2 = (x.detach().double().requires_grad_() for x in (q, k, v, z))
@@ -168,18 +169,12 @@ def compare(case: Case, attention: Any, z: Tensor, *, gates: bool = False, toler
     wanted.backward(upstream.double())
     assert_close(out, wanted, tolerance, "output")
     for name, x, x2 in (("dq", q, q2), ("dk", k, k2), ("dv", v, v2)):
-        # Where a softmax has one key, dq and dk are zero up to rounding: measure against the inputs' scale then.
-        scale = max(float(x2.grad.abs().max()), 0.1)
-        error = float((x.grad.double() - x2.grad).abs().max())
-        assert error <= 2 * tolerance * scale, f"{name}: {error / scale:.2e}"
+        # Where a softmax has one key, dq and dk cancel out to zero.
+        assert_close(x.grad, x2.grad, 2 * tolerance, name, floor=0.1)
     if gates:
-        wanted_z = torch.where(
-            (z > 0) & (z < 1), z2.grad.float(), 0
-        )  # exactly 0 or 1: the clip passes nothing
-        got = torch.zeros_like(z) if mine.grad is None else mine.grad
-        assert not got[(z == 0) | (z == 1)].any()
-        error, scale = float((got - wanted_z).abs().max()), max(float(z2.grad.abs().max()), 1.0)
-        assert error <= 2 * tolerance * scale, f"dz: {error / scale:.2e}"
+        mixed = (z > 0) & (z < 1)  # exactly 0 or 1: the clip passes nothing
+        assert_close(mine.grad, torch.where(mixed, z2.grad, 0), 2 * tolerance, "dz", floor=1.0)
+        assert mine.grad is None or not mine.grad[~mixed].any()
 
 
 @given(cases())
@@ -206,7 +201,7 @@ def test_hybrid_attention(case: Case):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize(
     ("queries", "keys", "window", "num_sink_tokens"),
-    [(1100, 1100, 700, 4), (1025, 1300, 63, 0), (129, 600, 128, 4), (515, 515, 1, 1), (1, 900, 100, 5)],
+    [(700, 700, 600, 4), (523, 690, 63, 0), (129, 600, 128, 4), (515, 515, 1, 1), (1, 900, 100, 5)],
 )
 def test_blocks_as_large_as_they_come(queries, keys, window, num_sink_tokens, softcap):
     sizes = {"QUERY_BLOCK": branches.QUERY_BLOCK, "MIN_SLIDING_BLOCK": branches.MIN_SLIDING_BLOCK}
@@ -219,6 +214,15 @@ def test_blocks_as_large_as_they_come(queries, keys, window, num_sink_tokens, so
     compare(case, attention, z, gates=True)
 
 
+@pytest.mark.parametrize("hidden", [-1, 0, 1, 2])
+@pytest.mark.parametrize(("window", "num_sink_tokens"), [(1, 0), (5, 0), (1, 6), (4, 3)])
+def test_where_the_first_key_goes_out_of_reach(window: int, num_sink_tokens: int, hidden: int):
+    keys = max(1, window + num_sink_tokens + hidden)
+    case = Case(1, 2, 1, keys, keys, 4, window, num_sink_tokens, None, torch.zeros(1, 2), {}, 0)
+    with mock.patch.object(branches, "MIN_SLIDING_BLOCK", 2):
+        compare(case, lambda q, k, v, z: sliding_attention(q, k, v, **case.windowed), case.z)
+
+
 @st.composite
 def padded(draw: Any) -> tuple[Case, Tensor]:
     case = draw(cases())
@@ -227,7 +231,7 @@ def padded(draw: Any) -> tuple[Case, Tensor]:
 
 
 @given(padded(), st.booleans())
-@settings(max_examples=120)
+@settings(max_examples=100)
 def test_a_layer_with_left_padding_and_gates_per_sequence(padded: tuple[Case, Tensor], decided: bool):
     """What a model's layer calls; whole rows of padding included. Padding holds NaN, which must not get anywhere."""
     case, first = padded
@@ -253,17 +257,14 @@ def test_a_layer_with_left_padding_and_gates_per_sequence(padded: tuple[Case, Te
     wanted_inputs = [x.detach().double().requires_grad_() for x in (q, k, v, z)]
     wanted = reference_attention(*wanted_inputs, **case.windowed, first=first)
     wanted.backward(upstream.double())
-    assert not out.isnan().any()
-    assert (out - wanted).abs().max() <= 1e-5 * max(float(wanted.detach().abs().max()), 0.1)
-    for x, x2 in zip(inputs, wanted_inputs[:3], strict=True):
-        got = torch.zeros_like(x) if x.grad is None else x.grad
-        assert (got - x2.grad).abs().max() <= 2e-5 * max(float(x2.grad.abs().max()), 0.1)
-    if leaf is not None and leaf.grad is not None:
-        assert not leaf.grad[0].any(), "another layer's gates"
-        wanted_z = torch.where((z > 0) & (z < 1), wanted_inputs[3].grad.float(), 0)
-        assert (leaf.grad[1] - wanted_z).abs().max() <= 2e-5 * max(float(wanted_z.abs().max()), 1)
-    elif leaf is not None:
-        assert not ((z > 0) & (z < 1))[first < case.keys].any()
+    assert_close(out, wanted, floor=0.1)
+    for name, x, x2 in zip("qkv", inputs, wanted_inputs, strict=False):
+        assert_close(x.grad, x2.grad, 2e-5, f"d{name}", floor=0.1)
+    if leaf is not None:
+        mixed = (z > 0) & (z < 1)
+        wanted_z = torch.where(mixed, wanted_inputs[3].grad, 0)
+        assert_close(leaf.grad if leaf.grad is None else leaf.grad[1], wanted_z, 2e-5, "dz", floor=1.0)
+        assert leaf.grad is None or not leaf.grad[0].any(), "another layer's gates"
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(7, 7), (5, 9), (1, 6)])

