@@ -51,9 +51,9 @@ def demo(record: dict[str, Any]) -> list[str]:
     return [
         "## The demo: learned against every rule, on a laptop CPU",
         "",
-        "SmolLM2-135M-Instruct, weights frozen, KV heads at target sparsity 0.75, window 64, 4 sinks, sequences of 1,024"
-        f" tokens of Python's standard library, {first['heldout_sequences']} held-out sequences. `recovered` is the share"
-        " of the loss between all-SWA (0) and dense (1) that an allocation keeps, from position 256 on.",
+        "SmolLM2-135M-Instruct, weights frozen, KV heads at target sparsity 0.75, window 64, 4 sinks, sequences of"
+        f" 1,024 tokens of Python's standard library, {first['heldout_sequences']} held-out sequences. `recovered` is"
+        " the share of the loss between all-SWA (0) and dense (1) that an allocation keeps, from position 256 on.",
         "",
         *_table(["recovered", *seeds, "median"], rows),
         "",

@@ -41,6 +41,10 @@ class HybridLayer(CacheLayerMixin):
     is_sliding = False  # asked for the sizes of masks, it is a layer that sees every token
     is_croppable = True
     length = 0
+    full_keys: Any  # a tensor once something was written
+    full_values: Any
+    sliding_keys: Any
+    sliding_values: Any
 
     def __init__(self, split: HeadSplit) -> None:
         super().__init__()
@@ -199,10 +203,12 @@ class HybridLayer(CacheLayerMixin):
         old = getattr(self, f"{kind}_keys")
         if num_heads == 0 or (old is not None and old.shape[2] >= capacity):
             return
+        # Zeros where a mask hides what is not there yet: it still has weight 0 times its value, which may be anything.
+        masked = kind == "sliding" or self.is_compileable
+        make = like.new_zeros if masked else like.new_empty
         for name in (f"{kind}_keys", f"{kind}_values"):
             old = getattr(self, name)
-            # Zeros, since a masked key still has weight 0 * its value, and memory may hold anything.
-            new = like.new_zeros(like.shape[0], num_heads, capacity, like.shape[3])
+            new = make(like.shape[0], num_heads, capacity, like.shape[3])
             if old is not None:
                 new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
@@ -328,8 +334,8 @@ class HybridLayer(CacheLayerMixin):
             slots, _ = self._slots(self.length, self.length + key.shape[2])
         else:  # each sequence has its own
             slots = torch.arange(self.sliding_keys.shape[2], device=self.device)
-        old = (x.index_select(2, slots) for x in (self.sliding_keys, self.sliding_values))
-        self._undo.append(_Undo(self.length, slots, *old, key, value))
+        old = [x.index_select(2, slots) for x in (self.sliding_keys, self.sliding_values)]
+        self._undo.append(_Undo(self.length, slots, old[0], old[1], key, value))
 
 
 @dataclass(frozen=True)

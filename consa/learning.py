@@ -23,6 +23,7 @@ from consa.allocation import (
     num_full_units,
     num_full_units_within,
 )
+from consa.attention.plan import Plan
 from consa.checkpointing import Checkpoint
 from consa.config import LearnConfig
 from consa.errors import ConsaError
@@ -67,7 +68,7 @@ def learn(
         run_dir: where to keep checkpoints and metrics.jsonl; a run killed at any moment and started again with the same
             arguments goes on from there and ends with the same allocation, bit for bit, on the same machine.
         on_step: called with each step's record.
-        on_exchange: called with each exchange of units that the final refinement tries.
+        on_exchange: called with each evaluation of the final refinement.
 
     Raises:
         ConsaError: unusable settings or text, a loss that is not finite, or a folder that cannot be written.
@@ -204,7 +205,7 @@ class _State:
 
 def _accumulate_gradients(
     model: PreTrainedModel,
-    plan: Any,
+    plan: Plan,
     state: _State,
     units: Units,
     batches: list[np.ndarray],

@@ -17,10 +17,13 @@ from consa.model import attached
 
 @dataclass(frozen=True)
 class Exchange:
-    """One tried exchange: unit `closed` to SWA, unit `opened` to FA, and the change in mean loss, nats."""
+    """One evaluation: unit `closed` to SWA, unit `opened` to FA, and the change in mean loss, nats.
 
-    closed: int
-    opened: int
+    An exchange has both; a probe of what one unit is worth has one, and is never accepted.
+    """
+
+    closed: int | None
+    opened: int | None
     change: float
     accepted: bool
     evaluations: int
@@ -49,7 +52,7 @@ def refine(
         max_evaluations: budget, in evaluations of all sequences.
         num_candidates: units on each side of the boundary that a round considers.
         batch_size: sequences computed at once.
-        on_exchange: called after each tried exchange.
+        on_exchange: called after each evaluation but the first, of the start itself.
 
     Raises:
         InvalidAllocationError: the allocation has no scores.
@@ -68,23 +71,30 @@ def refine(
         spent += 1
         return _mean_loss(model, _with_units(allocation, full, heads), sequences, batch_size)
 
-    def flipped(*units: int) -> np.ndarray:
+    def exchanged(closed: int | None, opened: int | None) -> np.ndarray:
         out = full.copy()
-        out[list(units)] ^= True
+        out[[unit for unit in (closed, opened) if unit is not None]] ^= True
         return out
+
+    def attempt(closed: int | None, opened: int | None) -> float:
+        change = mean_loss(exchanged(closed, opened)) - current
+        accepted = change < 0 and closed is not None and opened is not None
+        if on_exchange:
+            on_exchange(Exchange(closed, opened, change, accepted, spent))
+        return change
 
     current = mean_loss(full)
     improved = True
     while improved and spent < max_evaluations:
         improved = False
-        order = [unit for unit in np.argsort(-scores, kind="stable") if unit not in native]
+        order = [int(unit) for unit in np.argsort(-scores, kind="stable") if unit not in native]
         closing = [unit for unit in reversed(order) if full[unit]][:num_candidates]
         opening = [unit for unit in order if not full[unit]][:num_candidates]
         change = {}
         for unit in closing + opening:
             if spent >= max_evaluations:
                 break
-            change[unit] = mean_loss(flipped(unit)) - current
+            change[unit] = attempt(unit, None) if full[unit] else attempt(None, unit)
         pairs = [
             (change[c] + change[o], c, o) for c in closing for o in opening if c in change and o in change
         ]
@@ -95,14 +105,11 @@ def refine(
                 break
             if closed in used or opened in used:
                 continue
-            value = mean_loss(flipped(closed, opened))
-            accepted = value < current
-            if on_exchange:
-                on_exchange(Exchange(int(closed), int(opened), value - current, accepted, spent))
-            if accepted:
-                full = flipped(closed, opened)
+            gained = -attempt(closed, opened)
+            if gained > 0:
+                full = exchanged(closed, opened)
                 used |= {closed, opened}
-                current, improved, failures = value, True, 0
+                current, improved, failures = current - gained, True, 0
             else:
                 failures += 1
     return _with_units(allocation, full, heads)

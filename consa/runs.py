@@ -260,8 +260,9 @@ class _LearningProgress:
                 self.writer.add_scalar(name, record[name], step)
 
     def on_exchange(self, exchange: Exchange) -> None:
-        """Show a tried exchange."""
-        text = f"loss {exchange.change:+.5f}: exchange {'kept' if exchange.accepted else 'dropped'}"
+        """Show an evaluation of the refinement."""
+        kind = "probe" if None in (exchange.closed, exchange.opened) else "exchange"
+        text = f"loss {exchange.change:+.5f}: {kind} {'kept' if exchange.accepted else 'dropped'}"
         self._show("Refining", self.config.refine_evaluations, exchange.evaluations, text)
 
     def _show(self, title: str, total: int, done: int, text: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from consa.allocation import Allocation
-from consa.attention.branches import full_attention, sliding_attention
+from consa.attention.branches import sliding_attention
 from consa.attention.cached import HeadSplit, NewKeys, by_start, cached_attention
 from consa.attention.hybrid import Rows, hybrid_attention
 from consa.errors import ConsaError
@@ -27,7 +27,6 @@ class Plan:
         full = torch.tensor(allocation.full_attention, dtype=torch.float32)
         self._fixed = full[:, None, :]  # (layers, 1, kv_heads): the same for every sequence
         self._gates: tuple[Tensor, Tensor] | None = None
-        self._dense = False
         self._splits = [HeadSplit.of(allocation, layer) for layer in range(allocation.num_layers)]
         self._rows: dict[tuple[int, int, torch.device], Rows] = {}
 
@@ -49,15 +48,6 @@ class Plan:
             yield leaf
         finally:
             self._gates = None
-
-    @contextmanager
-    def dense(self) -> Iterator[None]:
-        """Within the block, every head that the model does not slide itself computes full attention."""
-        before, self._dense = self._dense, True
-        try:
-            yield
-        finally:
-            self._dense = before
 
     def attend(
         self,
@@ -118,7 +108,7 @@ class Plan:
         Raises:
             ConsaError: the cache is of another allocation, or the plan asks for more than it keeps.
         """
-        if self._gates is not None or self._dense:
+        if self._gates is not None:
             raise ConsaError("a hybrid's cache does not keep what full attention needs; pass use_cache=False")
         if new.cache.split != self._splits[layer]:
             raise ConsaError("the cache was made for another allocation than the model's; make a new one")
@@ -143,8 +133,6 @@ class Plan:
             return sliding_attention(
                 q, k, v, window=native_window, num_sink_tokens=0, scaling=scaling, softcap=softcap
             )
-        if self._dense:
-            return full_attention(q, k, v, scaling=scaling, softcap=softcap)
         return hybrid_attention(
             q,
             k,
