@@ -13,6 +13,7 @@ import argparse
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def main() -> None:
     batch = 4 if torch.cuda.is_available() else 1
     config = LearnConfig(**settings)
     layout = loaded.layout
-    shape = {"window": config.window, "num_sink_tokens": config.num_sink_tokens}
+    shape: dict[str, Any] = {"window": config.window, "num_sink_tokens": config.num_sink_tokens}
     everything_slides = np.zeros((layout.num_layers, layout.num_kv_heads), dtype=bool)
     all_swa = Allocation(full_attention=everything_slides, native_windows=layout.native_windows, **shape)
     ends = {

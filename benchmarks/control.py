@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from common import environment, overrides, print_table, write_json
 
@@ -43,9 +44,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
-    settings = {"seq_len": 64, "window": 8, "sequences_per_step": 1, "refine_evaluations": 0} | overrides(
-        options.set
-    )
+    settings: dict[str, Any] = {"seq_len": 64, "window": 8, "sequences_per_step": 1, "refine_evaluations": 0}
+    settings |= overrides(options.set)
     loaded = load_model(options.model)
     sequences = load_sequences(options.data, loaded.tokenizer, settings["seq_len"], max_tokens=2**17).tokens
     rows = []

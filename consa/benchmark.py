@@ -164,8 +164,7 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
     for module in twin.modules():
         module.__dict__.pop("consa_plan", None)
     twin.__dict__.pop("save_pretrained", None)
-    if hasattr(twin.config, "consa"):
-        del twin.config.consa
+    vars(twin.config).pop("consa", None)
     softcap = getattr(twin.config, "attn_logit_softcapping", None)  # which sdpa refuses
     twin.set_attn_implementation("eager" if softcap is not None else "sdpa")
     return twin

@@ -158,14 +158,13 @@ def load(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype or "auto", local_files_only=True
             ).eval()
     except ConsaError:
         raise
-    except (
-        Exception
-    ) as error:  # transformers raises many kinds; the files are as written, so it is the versions
+    # transformers raises many kinds; the files are as written, so it is the versions.
+    except Exception as error:
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConsaError(f"cannot load {folder}: {message}") from error
     if kind == "hybrid":
@@ -257,10 +256,11 @@ def _check_plain(folder: Path, allocation: Allocation) -> None:
     """Make sure that this version of transformers reads the config as it is meant."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     wanted = {
-        layer: allocation.window for layer, full in enumerate(allocation.full_attention.all(1)) if not full
+        layer: allocation.window for layer, full in enumerate(allocation.full_attention[:, 0]) if not full
     }
     try:
-        found = inspect_attention(AutoModelForCausalLM._model_mapping[type(config)], config).native_windows
+        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        found = inspect_attention(model_class, config).native_windows
     except UnsupportedModelError:
         if len(wanted) < allocation.num_layers:
             raise

@@ -87,7 +87,7 @@ class Units:
 
         Layers without units get `elsewhere`.
         """
-        by_layer = values.unflatten(-1, (len(self.layers), self.per_layer)).movedim(-2, 0)
+        by_layer: Tensor = values.reshape(*values.shape[:-1], len(self.layers), self.per_layer).movedim(-2, 0)
         by_layer = by_layer.expand(*by_layer.shape[:-1], self.num_kv_heads)
         out = values.new_full((self.num_layers, *by_layer.shape[1:]), elsewhere)
         return out.index_copy(0, torch.tensor(self.layers), by_layer)

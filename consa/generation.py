@@ -112,7 +112,8 @@ def generate_text(
     sampling = sampling or Sampling()
     torch.manual_seed(sampling.seed)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    output = model.generate(
+    generate: Any = model.generate  # typed as what a Module's attribute may be
+    output = generate(
         inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,

@@ -173,7 +173,11 @@ class _State:
     def tensors(self) -> dict[str, Tensor]:
         """All of the state but `step`, by name."""
         multiplier = torch.tensor(self.constraint.multiplier, dtype=torch.float64)
-        found = {"log_alpha": self.log_alpha, "score_sum": self.score_sum, "multiplier": multiplier}
+        found: dict[str, Tensor] = {
+            "log_alpha": self.log_alpha,
+            "score_sum": self.score_sum,
+            "multiplier": multiplier,
+        }
         for prefix, optimizer in (("gate", self.gate_optimizer), ("weight", self.weight_optimizer)):
             for index, slots in (optimizer.state_dict()["state"] if optimizer else {}).items():
                 found |= {f"{prefix}_optimizer.{index}.{slot}": value for slot, value in slots.items()}
@@ -226,7 +230,7 @@ def _accumulate_gradients(
 
 
 def _update(
-    state: _State, trained: list[Tensor], value: float, target: float, config: LearnConfig
+    state: _State, trained: list[torch.nn.Parameter], value: float, target: float, config: LearnConfig
 ) -> dict[str, float]:
     """Constraint, optimiser step, multiplier; returns the step's record."""
     growth = config.penalty_growth ** ramp(state.step + 1, config.num_steps, config.warmup)
@@ -312,11 +316,10 @@ def _prepared(model: PreTrainedModel, config: LearnConfig) -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     model.eval()  # no dropout: the gates are to see the model as it will be used
     model.requires_grad_(config.mode == "joint")
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # it costs time and guards against nothing here
-    )
+    settings.fill_uninitialized_memory = False  # it costs time and guards against nothing
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for module in model.modules():  # transformers recomputes only in modules in training mode
@@ -329,7 +332,7 @@ def _prepared(model: PreTrainedModel, config: LearnConfig) -> Iterator[None]:
             model.gradient_checkpointing_disable()
         model.train(training)
         torch.use_deterministic_algorithms(deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
         for parameter, required in wanted:
             parameter.requires_grad_(required)
 

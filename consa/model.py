@@ -96,14 +96,14 @@ def attached(model: PreTrainedModel, allocation: Allocation) -> Iterator[Plan]:
     """
     layout = attention_layout(model)
     check_fits(allocation, layout, type(model).__name__)
-    modules = [model.get_submodule(name) for name in layout.names]
+    modules: list[Any] = [model.get_submodule(name) for name in layout.names]
     if interface.allocation_of(model.config) is not None:
         raise ConsaError(
             f"{type(model).__name__} was converted with an allocation of its own; load the original"
         )
     if any(hasattr(module, "consa_plan") for module in modules):
         raise ConsaError(f"{type(model).__name__} already has an allocation attached; leave that block first")
-    before = model.config._attn_implementation
+    before: Any = model.config._attn_implementation
     plan = Plan(allocation)
     try:
         model.set_attn_implementation(interface.NAME)
@@ -178,7 +178,7 @@ def inspect_attention(model_class: type[PreTrainedModel], config: Any) -> Attent
             skeleton(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     except Exception as error:  # whatever a foreign model's code raises
         raise refuse(f"a forward pass of its skeleton failed: {type(error).__name__}: {error}") from error
-    modules = {name: module for name, module in skeleton.named_modules() if hasattr(module, "consa_call")}
+    modules: dict[str, Any] = {n: m for n, m in skeleton.named_modules() if hasattr(m, "consa_call")}
     num_layers = config.get_text_config().num_hidden_layers
     if [module.layer_idx for module in modules.values()] != list(range(num_layers)):
         raise refuse(f"{len(modules)} of its {num_layers} layers have attention that can be taken over")
@@ -255,7 +255,8 @@ def load_model(source: str, *, device: str | None = None, dtype: torch.dtype | N
     folder, revision, config, layout = _inspect_source(source)
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+            model = model.to(device)
             tokenizer = AutoTokenizer.from_pretrained(folder)
     except torch.OutOfMemoryError:
         raise
@@ -280,15 +281,14 @@ def _inspect_source(source: str) -> tuple[str, str | None, Any, AttentionLayout]
     folder, revision = _resolve(source)
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (
-        Exception
-    ) as error:  # the hub, JSON and config classes raise many kinds; all mean the same to the user
+    # The hub, JSON and config classes raise many kinds; all mean the same to the user.
+    except Exception as error:
         raise ConsaError(
             f"cannot load model {source!r}: not a folder with a config.json, a .gguf file or a reachable Hugging Face"
             f" model ({_first_line(error)})"
         ) from error
     try:
-        model_class = AutoModelForCausalLM._model_mapping[type(config)]
+        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError as error:
         raise UnsupportedModelError(
             f"model {source!r} ({config.model_type}) is not a causal language model"

@@ -7,7 +7,7 @@ those queries an ordinary short sequence: sinks first, the window last. `branche
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -158,7 +158,7 @@ def pick(x: Tensor, heads: Heads) -> Tensor:
     return x[:, heads] if isinstance(heads, slice) else x.index_select(1, heads)
 
 
-def by_start(first: Tensor | None) -> list[tuple[slice | Tensor, int]]:
+def by_start(first: Tensor | None) -> list[tuple[Any, int]]:
     """Sequences that start at the same column, as (which, column)."""
     if first is None:
         return [(slice(None), 0)]

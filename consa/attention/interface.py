@@ -19,7 +19,7 @@ INSPECT_NAME = "consa_inspect"  # only ever set on skeletons without weights
 
 
 def consa_attention(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -51,7 +51,7 @@ def consa_attention(
             )
         first = attention_mask.flatten()
     if scaling is None:
-        scaling = query.shape[-1] ** -0.5
+        scaling = float(query.shape[-1] ** -0.5)
     if isinstance(key, NewKeys):
         out = plan.attend_cached(module.layer_idx, query, key, first, scaling, softcap)
     else:
@@ -68,7 +68,7 @@ def allocation_of(config: Any) -> Allocation | None:
 _parse = functools.lru_cache(maxsize=16)(Allocation.from_json)
 
 
-def _plan_of(module: torch.nn.Module, query: Tensor, key: Tensor | NewKeys) -> Plan:
+def _plan_of(module: Any, query: Tensor, key: Tensor | NewKeys) -> Plan:
     """The plan of a converted model that was not loaded by `consa.load`."""
     allocation = allocation_of(module.config)
     if allocation is None:
@@ -129,7 +129,7 @@ def consa_mask(
 
 
 def record_call(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
