@@ -1,4 +1,4 @@
-"""Write docs/RESULTS.md from the JSON files under benchmarks/results; no number there is typed by hand.
+"""Write docs/RESULTS.md and README.md's table from benchmarks/results; no number there is typed by hand.
 
 python benchmarks/results_page.py
 """
@@ -14,6 +14,8 @@ from consa.files import write_atomically
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "RESULTS.md"
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- results: written by benchmarks/results_page.py -->\n", "<!-- end of results -->\n"
 
 
 def main() -> None:
@@ -28,15 +30,30 @@ def main() -> None:
         if path.exists():
             sections += render(json.loads(path.read_text()))
     write_atomically(PAGE, ("\n".join(sections).rstrip() + "\n").encode())
+    before, rest = README.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    record = json.loads((HERE / "results" / "demo.json").read_text())
+    table = [*_recovered(record), "", *_source(record)]
+    write_atomically(README, (before + BEGIN + "\n".join(table) + END + after).encode())
 
 
-def demo(record: dict[str, Any]) -> list[str]:
+def _recovered(record: dict[str, Any]) -> list[str]:
     runs = record["runs"]
-    first = runs[0]
     rows = [
         [name, *(f"{value:.3f}" for value in values), f"{median(values):.3f}"]
         for name, values in sorted(record["recovered"].items(), key=lambda item: -median(item[1]))
     ]
+    return [
+        "SmolLM2-135M-Instruct, weights frozen, KV heads at target sparsity 0.75, window 64, 4 sinks, sequences of"
+        f" 1,024 tokens of Python's standard library, {runs[0]['heldout_sequences']} held-out sequences. `recovered` is"
+        " the share of the loss between all-SWA (0) and dense (1) that an allocation keeps, from position 256 on.",
+        "",
+        *_table(["recovered", *(f"seed {run['seed']}" for run in runs), "median"], rows),
+    ]
+
+
+def demo(record: dict[str, Any]) -> list[str]:
+    runs = record["runs"]
     facts = [
         ["hardware", *(run["hardware"] for run in runs)],
         ["seconds of learning", *(f"{run['seconds']['learning']:.0f}" for run in runs)],
@@ -47,17 +64,12 @@ def demo(record: dict[str, Any]) -> list[str]:
         ["expected sparsity at the end", *(f"{run['expected_sparsity']:.4f}" for run in runs)],
         ["gates still fractional", *(f"{run['fractional']:.3f}" for run in runs)],
     ]
-    seeds = [f"seed {run['seed']}" for run in runs]
     return [
         "## The demo: learned against every rule, on a laptop CPU",
         "",
-        "SmolLM2-135M-Instruct, weights frozen, KV heads at target sparsity 0.75, window 64, 4 sinks, sequences of"
-        f" 1,024 tokens of Python's standard library, {first['heldout_sequences']} held-out sequences. `recovered` is"
-        " the share of the loss between all-SWA (0) and dense (1) that an allocation keeps, from position 256 on.",
+        *_recovered(record),
         "",
-        *_table(["recovered", *seeds, "median"], rows),
-        "",
-        *_table(["", *seeds], facts),
+        *_table(["", *(f"seed {run['seed']}" for run in runs)], facts),
         "",
         *_source(record),
     ]
