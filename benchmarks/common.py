@@ -10,22 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from consa.files import write_atomically
-from consa.provenance import versions
+from consa.provenance import hardware, versions
 
 
 def environment() -> dict[str, Any]:
     """The command, hardware, versions and date of this run."""
-    hardware = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "hardware": hardware,
+        "hardware": hardware(),
         "machine": platform.machine(),
         "date": datetime.date.today().isoformat(),
         "versions": versions(),
