@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +112,10 @@ def learn(
             if run and (state.step % config.checkpoint_every == 0 or state.step == config.num_steps):
                 run.save(state.tensors(), state.step, history)
     allocation = _decide(state, units, num_full, layout, config, identity)
-    if config.refine_evaluations:
+    if config.refine_evaluations and state.refined is None:
         first = config.num_steps * config.sequences_per_step
         chosen = _order(sequences, config, range(first, first + config.refine_sequences))
-        allocation = refine(
+        refined = refine(
             model,
             allocation,
             sequences[chosen],
@@ -123,6 +123,11 @@ def learn(
             batch_size=config.micro_batch,
             on_exchange=on_exchange,
         )
+        state.refined = torch.from_numpy(refined.full_attention.copy())
+        if run:
+            run.save(state.tensors(), state.step, history)
+    if state.refined is not None:
+        allocation = replace(allocation, full_attention=state.refined.numpy())
     return LearnResult(allocation, history)
 
 
@@ -154,6 +159,7 @@ class _State:
     weights: dict[str, torch.nn.Parameter]  # joint mode only
     weight_optimizer: torch.optim.Optimizer | None
     step: int = 0
+    refined: Tensor | None = None  # (layers, kv_heads) bool, once the refinement is done
 
     @classmethod
     def fresh(cls, model: PreTrainedModel, units: Units, config: LearnConfig) -> _State:
@@ -181,6 +187,8 @@ class _State:
         for prefix, optimizer in (("gate", self.gate_optimizer), ("weight", self.weight_optimizer)):
             for index, slots in (optimizer.state_dict()["state"] if optimizer else {}).items():
                 found |= {f"{prefix}_optimizer.{index}.{slot}": value for slot, value in slots.items()}
+        if self.refined is not None:
+            found["refined"] = self.refined
         return found | {f"weights.{name}": value for name, value in self.weights.items()}
 
     def restore(
@@ -190,6 +198,7 @@ class _State:
         if saved is None:
             return []
         tensors, self.step, history = saved
+        self.refined = tensors.get("refined")
         with torch.no_grad():
             self.log_alpha.copy_(tensors["log_alpha"])
             self.score_sum.copy_(tensors["score_sum"])

@@ -412,6 +412,16 @@ def test_goes_on_after_an_exception_at_any_step_bit_for_bit(mode: Any, every: in
         assert [json.loads(line) for line in lines] == wanted[1]
 
 
+def test_a_finished_run_refines_no_more(tmp_path: Path):
+    config = changed(refine_evaluations=4)
+    evaluated: list[Any] = []
+    wanted = end(tmp_path, config, on_exchange=evaluated.append)
+    assert evaluated
+    evaluated.clear()
+    assert_same((*end(tmp_path, config, on_exchange=evaluated.append)[:2], {}), (*wanted[:2], {}))
+    assert not evaluated
+
+
 def test_goes_on_however_often_it_is_interrupted(tmp_path: Path):
     for number in range(1, QUICK.num_steps + 1):  # one more step each time
         with pytest.raises(Interrupted):
