@@ -1,12 +1,15 @@
 """The two branches, portable to any device: full attention, and sliding-window attention at O(queries * window).
 
+On CUDA, sliding-window attention goes through the Triton kernels instead where they run (`fused_for`).
+
 Shape suffixes: B rows, H KV heads, G query heads per KV head, T queries, S keys, N query blocks, C columns, D head_dim.
-Faster kernels for a device plug in here: same signatures, same truth (`reference`).
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,35 @@ from consa.attention import masks
 
 QUERY_BLOCK = 512  # queries that share one mask; bounds what a branch holds at once
 MIN_SLIDING_BLOCK = 64  # below this, matrix products are too small to be worth a block
+
+# What the kernels take.
+FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FUSED_HEAD_DIM = 256  # the largest
+FUSED_SHARED_MEMORY = 160 * 1024  # bytes per block: data-centre GPUs from A100 on
+FUSED_TORCH = "2.7"  # the first whose Triton passes tuples to kernels
+
+
+def fused_for(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> ModuleType | None:
+    """`consa.attention.fused`, where its kernels run and take these arguments; else None, for the portable path."""
+    if not q.is_cuda or softcap is not None or q.shape[3] > FUSED_HEAD_DIM:
+        return None
+    return _fused_on(q.device) if q.dtype in FUSED_DTYPES and q.dtype == k.dtype == v.dtype else None
+
+
+@cache
+def _fused_on(device: torch.device) -> ModuleType | None:
+    memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if memory < FUSED_SHARED_MEMORY or torch.__version__ < FUSED_TORCH or find_spec("triton") is None:
+        return None
+    from consa.attention import fused
+
+    return fused
+
+
+def _must_repeat(*inputs: Tensor) -> bool:
+    """Whether gradients are wanted that repeat bit for bit, which the library's kernels on CUDA do not promise."""
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return wanted and torch.are_deterministic_algorithms_enabled()
 
 
 def full_attention(
@@ -35,6 +67,8 @@ def full_attention(
         As `q`.
     """
     queries, keys = q.shape[2], k.shape[2]
+    if _must_repeat(q, k, v) and (fused := fused_for(q, k, v, softcap)):
+        return fused.repeatable_full_attention(q, k, v, scaling=scaling)
     if softcap is None and (queries == keys or queries == 1):
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=queries > 1, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
@@ -67,6 +101,10 @@ def sliding_attention(
     (B, HG, T, D), (_, H, S, _) = q.shape, k.shape
     if window + num_sink_tokens >= S:  # nothing is out of reach
         return full_attention(q, k, v, scaling=scaling, softcap=softcap)
+    if fused := fused_for(q, k, v, softcap):
+        return fused.sliding_attention(
+            q, k, v, window=window, num_sink_tokens=num_sink_tokens, scaling=scaling
+        )
     block = min(max(window, MIN_SLIDING_BLOCK), QUERY_BLOCK, T)
     N, reach, offset = -(-T // block), window - 1, S - T
     first = max(0, offset - reach)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from consa.attention.branches import full_attention, sliding_attention
+from consa.attention.branches import full_attention, fused_for, sliding_attention
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,10 @@ def hybrid_attention(
         return full_attention(q, k, v, scaling=scaling, softcap=softcap)
     if rows.num_full + rows.num_mixed == 0:
         return sliding_attention(q, k, v, **sliding_options)
+    if fused := fused_for(q, k, v, softcap):
+        return fused.hybrid_attention(
+            q, k, v, rows, window=window, num_sink_tokens=num_sink_tokens, scaling=scaling
+        )
 
     def by_row(
         x: Tensor,

@@ -1,0 +1,180 @@
+"""Attention on a GPU: what gates and sliding windows cost or save beside causal attention of the library.
+
+    python benchmarks/attention.py --out benchmarks/results/attention.json
+
+Checked against the reference on a shorter sequence first. Times are medians after a warm-up; inputs are random and
+rotate, so that none are left in the L2 cache. `ratio` is to the faster of the library's two causal attentions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import environment, print_table, write_json
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from consa.attention import fused
+from consa.attention.hybrid import Rows, hybrid_attention
+from consa.attention.reference import reference_attention
+
+DEVICE = torch.device("cuda")
+NUM_SINK_TOKENS = 4
+CACHE_BYTES = 256 * 2**20  # inputs in rotation are larger than any L2 cache
+TRAINING = [  # batch, query heads, KV heads, tokens, head_dim, window
+    (8, 9, 3, 4096, 64, 256),
+    (2, 16, 8, 8192, 128, 512),
+    (1, 16, 8, 32768, 128, 512),
+]
+PREFILL = [(1, 16, 8, 32768, 128, 512), (1, 16, 8, 131072, 128, 512)]
+COLUMNS = ["shape", "window", "attention", "forward ms", "ratio", "forward + backward ms", "ratio"]
+
+Shape = tuple[int, int, int, int, int, int]
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def inputs(shape: Shape, seed: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """q, k, v and the output's gradient, laid out as a model's projections leave them."""
+    batch, q_heads, kv_heads, tokens, head_dim, _ = shape
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return [
+        torch.randn(batch, tokens, heads, head_dim, device=DEVICE, dtype=dtype, generator=generator)
+        .transpose(1, 2)
+        .requires_grad_(leaf)
+        for heads, leaf in ((q_heads, True), (kv_heads, True), (kv_heads, True), (q_heads, False))
+    ]
+
+
+def library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of all rows."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def library_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return library(q, k, v)
+
+
+def gates(shape: Shape, closed: float, rest: str) -> Tensor:
+    """z of all rows: 0 for a share of them, evenly spread, and for the rest 1, or random between."""
+    count = shape[0] * shape[2]
+    row = torch.arange(count)
+    is_closed = ((row + 1) * closed).floor() > (row * closed).floor()
+    z = torch.rand(count, generator=torch.Generator().manual_seed(0)).clamp(0.01, 0.99)
+    return torch.where(is_closed, 0.0, z if rest == "open" else torch.ones(count)).reshape(shape[0], -1)
+
+
+def hybrid(shape: Shape, z: Tensor, one_pass: bool = True) -> Attention:
+    """Ours."""
+    leaf = z.to(DEVICE).requires_grad_()
+    options = {"window": shape[5], "num_sink_tokens": NUM_SINK_TOKENS, "scaling": shape[4] ** -0.5}
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        fused.MIX_IN_ONE_PASS = one_pass
+        return hybrid_attention(q, k, v, Rows.sort(z, leaf), **options)
+
+    return attention
+
+
+def error(shape: Shape, z: Tensor, attention: Attention) -> float:
+    """The largest difference to the reference on 1,000 tokens, relative to the largest number."""
+    batch, q_heads, kv_heads, _, head_dim, window = shape
+    *leaves, upstream = inputs((batch, q_heads, kv_heads, 1000, head_dim, window), 0)
+    q, k, v = leaves
+    mine = [attention(q, k, v)]
+    mine += torch.autograd.grad(mine[0], leaves, upstream)
+    options = {"window": window, "num_sink_tokens": NUM_SINK_TOKENS, "scaling": head_dim**-0.5}
+    truth = [reference_attention(q, k, v, z.to(DEVICE), **options)]
+    truth += torch.autograd.grad(truth[0], leaves, upstream.float())
+    return max(
+        float((a.float() - b.float()).abs().max() / b.abs().max()) for a, b in zip(mine, truth, strict=True)
+    )
+
+
+def median_ms(step: Callable[..., Any], shape: Shape, repeats: int) -> float:
+    """Median time of `step(q, k, v, gradient)`."""
+    q_bytes = 2 * shape[0] * shape[1] * shape[3] * shape[4]
+    sets = cycle([inputs(shape, seed) for seed in range(2 + CACHE_BYTES // (3 * q_bytes))])
+    for _ in range(3):
+        step(*next(sets))
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        step(*next(sets))
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def measure(attention: Attention, shape: Shape, repeats: int, training: bool) -> list[float]:
+    """Milliseconds of the forward pass without gradients, and if `training` of both passes."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor) -> None:
+        with torch.no_grad():
+            attention(q, k, v)
+
+    def both(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor) -> None:
+        torch.autograd.grad(attention(q, k, v), (q, k, v), upstream)
+
+    return [median_ms(step, shape, repeats) for step in ([forward, both] if training else [forward])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer repeats, no sequences beyond 8,192 tokens"
+    )
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+
+    cases = [(shape, True) for shape in TRAINING] + [(shape, False) for shape in PREFILL]
+    if options.quick:
+        cases = [(shape, training) for shape, training in cases if shape[3] <= 8192]
+    rows, errors = [], {}
+    for shape, training in cases:
+        name = "x".join(map(str, shape[:5]))
+        mostly_closed, decided = gates(shape, 0.75, "open"), gates(shape, 0.75, "full")
+        hybrids = {"75 % z = 0, 25 % z = 1": (decided, hybrid(shape, decided))}
+        if training:
+            for setting, z in (
+                ("all open", gates(shape, 0, "open")),
+                ("75 % z = 0, rest open", mostly_closed),
+            ):
+                hybrids[f"{setting}, one pass"] = z, hybrid(shape, z)
+                hybrids[f"{setting}, library's FA and SWA"] = z, hybrid(shape, z, one_pass=False)
+        attentions: dict[str, Attention] = {"causal, cuDNN": library_cudnn, "causal, default": library}
+        for label, (z, attention) in hybrids.items():
+            attentions[label] = attention
+            errors[f"{name}, {label}"] = found = error(shape, z, attention)
+            assert found < 0.02, f"{label} at {name}: error {found:.3g}"
+        repeats = 5 if options.quick or shape[3] > 8192 else 30
+        times = {}
+        for label, attention in attentions.items():
+            times[label] = measure(attention, shape, repeats, training)
+            print(name, label, *times[label], flush=True)
+        dense = [min(causal, default) for causal, default, *_ in zip(*times.values(), strict=True)]
+        for label, measured in times.items():
+            row: list[Any] = [name, shape[5], label]
+            for ms, dense_ms in zip(measured, dense, strict=True):
+                row += [round(ms, 3), round(ms / dense_ms, 3)]
+            rows.append(row + [""] * (len(COLUMNS) - len(row)))
+        if options.out:
+            record = {"columns": COLUMNS, "rows": rows, "errors": errors, "num_sink_tokens": NUM_SINK_TOKENS}
+            write_json(options.out, environment() | record)
+    print_table(COLUMNS, rows)
+
+
+if __name__ == "__main__":
+    main()
