@@ -90,7 +90,24 @@ def control(record: dict[str, Any]) -> list[str]:
     ]
 
 
-SECTIONS = {"demo": demo, "control": control}
+def inference(record: dict[str, Any]) -> list[str]:
+    settings = record["settings"]
+    return [
+        "## Inference: what a hybrid saves beside the dense model",
+        "",
+        f"{settings['model']}, {settings['dtype']}, one sequence, window {settings['window']},"
+        f" {settings['num_sink_tokens']} sinks; medians over {settings['repeats']} runs, each a prefill and"
+        f" {settings['decode_tokens']} decoded tokens, dense and hybrid in turn on the same weights. Prefill: seconds;"
+        " decode: tokens per second; KV cache: bytes that it holds; all hybrid over dense. Peaks of memory are with"
+        " the weights.",
+        "",
+        *_table(record["columns"], record["rows"]),
+        "",
+        *_source(record),
+    ]
+
+
+SECTIONS = {"demo": demo, "control": control, "inference": inference}
 
 
 def _table(columns: list[str], rows: list[list[Any]]) -> list[str]:

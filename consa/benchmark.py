@@ -163,7 +163,6 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
     twin = copy.deepcopy(model, shared)
     for module in twin.modules():
         module.__dict__.pop("consa_plan", None)
-    twin.__dict__.pop("save_pretrained", None)
     vars(twin.config).pop("consa", None)
     softcap = getattr(twin.config, "attn_logit_softcapping", None)  # which sdpa refuses
     twin.set_attn_implementation("eager" if softcap is not None else "sdpa")

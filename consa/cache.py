@@ -146,8 +146,12 @@ class HybridLayer(CacheLayerMixin):
         )
         return keys, values
 
-    def write(self, key: Tensor, value: Tensor, first: Tensor | None) -> None:
-        """Write any number of tokens per sequence, `(batch, kv_heads, tokens, head_dim)`; some may be padding."""
+    def write(self, key: Tensor, value: Tensor, first: Tensor | None) -> list[Tensor]:
+        """Write any number of tokens per sequence, `(batch, kv_heads, tokens, head_dim)`; some may be padding.
+
+        Returns:
+            All keys and values of FA heads, `(batch, FA heads, tokens seen, head_dim)`, if there are such heads.
+        """
         self._check_start(first)
         key, value = key.detach(), value.detach()
         end = self.length + key.shape[2]
@@ -161,7 +165,9 @@ class HybridLayer(CacheLayerMixin):
                 self._remember(key, value)
             self._write_sliding(key, value)
         self.length = end
-        self._done()
+        full = [x[:, :, :end] for x in (self.full_keys, self.full_values) if x is not None]
+        self._done()  # what is offloaded now stays where it was for who holds it
+        return full
 
     def _write_sliding(self, key: Tensor, value: Tensor) -> None:
         """Write SWA heads' keys and values at columns `length` and after."""
@@ -291,7 +297,8 @@ class HybridLayer(CacheLayerMixin):
         for name in STORAGE:
             storage = getattr(self, name)
             if storage is not None:
-                setattr(self, name, storage.to(device, non_blocking=True))
+                # What is on its way to the CPU must have arrived before another stream fetches it back.
+                setattr(self, name, storage.to(device, non_blocking=device.type != "cpu"))
 
     def activate_past_recording(self) -> None:
         """From now on remember what is overwritten, so that `crop` can take tokens back, until the next `crop`."""

@@ -1,9 +1,9 @@
 """Converted models on disk: weights, config, tokenizer and allocation in one folder, whole or absent.
 
-A folder is of one of two kinds. A *hybrid* needs consa: its config.json keeps the stock model_type and adds the
-allocation, `"attn_implementation": "consa"` and an architecture of consa's own, so that transformers and other engines
-refuse it where consa is not there. A *plain* one needs
-nothing: a layer-wise allocation without sinks, said in the words that the family's own config has for it.
+A folder is of one of two kinds. A *hybrid* needs consa: model type, layer types and architecture in its config.json are
+of consa's own, so that transformers, by whichever class, and other engines refuse it where consa is not there. A
+*plain* one needs nothing: a layer-wise allocation without sinks, said in the words that the family's own config has
+for it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from consa import register  # noqa: F401 (what makes transformers know a hybrid)
 from consa.allocation import Allocation
 from consa.attention import interface
 from consa.attention.plan import Plan
 from consa.errors import ConsaError, UnsupportedModelError
 from consa.files import read_text, sha256_of
 from consa.model import attention_layout, check_fits, inspect_attention, quiet
+from consa.register import PREFIX, TAKEN
 
 SCHEMA = "consa.checkpoint/1"
 MANIFEST = "consa.json"
@@ -95,15 +95,9 @@ def convert(
         raise ConsaError(f"{folder} already exists; choose another folder, or delete it")
     if kind == "hybrid" or obstacle:
         kind, reason = "hybrid", f"needs consa: {obstacle or 'as asked for'}"
-        record = json.loads(allocation.to_json()) | {"scores": None, "provenance": {}}
-        changes = {
-            "attn_implementation": interface.NAME,
-            "architectures": [f"ConSA{type(model).__name__}"],  # what vLLM and others look at
-            "consa": record,
-        }
     else:
-        changes = _plain_config(model.config, allocation)
-        vllm = "vLLM" if changes.get("model_type") == "ministral" else "vLLM (with --model-impl transformers)"
+        ministral = PLAIN_FAMILIES[model.config.model_type].get("model_type") == "ministral"
+        vllm = "vLLM" if ministral else "vLLM (with --model-impl transformers)"
         kind, reason = (
             "plain",
             (
@@ -113,11 +107,11 @@ def convert(
         )
     try:
         with _new_folder(folder) as temporary, quiet():
-            type(model).save_pretrained(model, temporary)
+            with _without_allocation(model.config):
+                model.save_pretrained(temporary)
             config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
-            for name in ("consa", "attn_implementation"):
-                config.pop(name, None)
-            _write_json(temporary / "config.json", config | changes)
+            describe = _hybrid_config if kind == "hybrid" else _plain_config
+            _write_json(temporary / "config.json", config | describe(model, config, allocation))
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
             allocation.save(temporary / ALLOCATION)
@@ -173,7 +167,6 @@ def load(
         plan = Plan(allocation)
         for name in layout.names:
             model.get_submodule(name).consa_plan = plan
-        model.save_pretrained = _refuse_to_save
     return model.to(device)
 
 
@@ -210,15 +203,14 @@ def verify(folder: str | Path) -> tuple[Literal["hybrid", "plain"], Allocation]:
     config = _read_json(folder / "config.json")
     if manifest.get("kind") == "plain" and "consa" not in config:
         return "plain", allocation
-    record = json.loads(allocation.to_json()) | {"scores": None, "provenance": {}}
-    if manifest.get("kind") != "hybrid" or config.get("consa") != record:
+    if manifest.get("kind") != "hybrid" or config.get("consa") != _record(allocation):
         raise ConsaError(
             f"{folder / 'config.json'} does not hold the allocation of {ALLOCATION}; convert the model again"
         )
-    if config.get("attn_implementation") != interface.NAME:
+    if config.get("model_type") != interface.NAME:
         raise ConsaError(
-            f"{folder / 'config.json'}: attn_implementation must be {interface.NAME!r}, got"
-            f" {config.get('attn_implementation')!r}; convert the model again"
+            f"{folder / 'config.json'}: model_type must be {interface.NAME!r}, got {config.get('model_type')!r};"
+            " convert the model again"
         )
     return "hybrid", allocation
 
@@ -240,7 +232,24 @@ def plain_obstacle(config: Any, allocation: Allocation) -> str | None:
     return None
 
 
-def _plain_config(config: Any, allocation: Allocation) -> dict[str, Any]:
+def _hybrid_config(model: PreTrainedModel, written: dict[str, Any], allocation: Allocation) -> dict[str, Any]:
+    """What to change in a config as `written` by the family, so that only `register.HybridConfig` understands it."""
+    return {PREFIX + name: written[name] for name in TAKEN if name in written} | {
+        "model_type": interface.NAME,  # AutoModel looks at it
+        "layer_types": [interface.NAME] * allocation.num_layers,  # the classes of any family do
+        "architectures": [f"ConSA{type(model).__name__}"],  # vLLM and others do
+        "consa": _record(allocation),
+    }
+
+
+def _record(allocation: Allocation) -> dict[str, Any]:
+    """What a config needs of an allocation."""
+    return json.loads(allocation.to_json()) | {"scores": None, "provenance": {}}
+
+
+def _plain_config(model: PreTrainedModel, written: dict[str, Any], allocation: Allocation) -> dict[str, Any]:
+    """The same in the family's own words."""
+    config: Any = model.config
     kinds = ("sliding_attention", "full_attention")
     changes = PLAIN_FAMILIES[config.model_type] | {
         "sliding_window": allocation.window,
@@ -250,6 +259,17 @@ def _plain_config(config: Any, allocation: Allocation) -> dict[str, Any]:
         heads = config.num_attention_heads
         changes["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
     return changes
+
+
+@contextmanager
+def _without_allocation(config: Any) -> Iterator[None]:
+    """Within the block a hybrid's config is its family's again, which may be saved."""
+    record = vars(config).pop("consa", None)
+    try:
+        yield
+    finally:
+        if record is not None:
+            config.consa = record
 
 
 def _check_plain(folder: Path, allocation: Allocation) -> None:
@@ -297,8 +317,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ConsaError(f"{path} must hold an object, got {type(record).__name__}; convert the model again")
     return record
-
-
-def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
-    """transformers would drop attn_implementation, and the next reader would get full attention in silence."""
-    raise ConsaError("save_pretrained cannot write a hybrid; use consa.convert(model, allocation, folder)")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shlex
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -15,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 import consa
-from consa.config import LearnConfig, RunConfig
+from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig, SweepConfig
 from consa.errors import ConsaError
 from consa.files import read_text
 from consa.options import command_line, described, from_options, number, with_fields_of
@@ -140,6 +141,28 @@ def demo(
     config = replace(DEMO_LEARN, seed=seed)
     folder = out or Path("runs") / ("demo" if seed == 0 else f"demo-seed{seed}")
     _run(DEMO_RUN, config, folder, f"consa demo --seed {seed}", tensorboard)
+
+
+@app.command()
+@with_fields_of(RunConfig, AdaptConfig)
+def adapt(
+    *,
+    allocation: Annotated[Path, typer.Option("--allocation", metavar="FILE", help="an allocation.json")],
+    out: Out = None,
+    tensorboard: Tensorboard = False,
+    **options: Any,
+) -> None:
+    """Train MODEL on under an allocation that stays, and measure it beside the hybrid as it was."""
+    where, config = from_options(options, RunConfig, AdaptConfig)
+    command = f"{command_line('adapt', where, config)} --allocation {shlex.quote(str(allocation))}"
+    folder = out or Path("runs") / f"adapt-{_model_name(where)}-{config.method}-seed{config.seed}"
+    from consa.allocation import Allocation
+
+    kept = Allocation.load(allocation)
+    from consa.runs import run_adaptation
+
+    summary = run_adaptation(where, kept, config, folder, command=command, tensorboard=tensorboard)
+    _show_losses(summary, folder, "model", "summary.md")
 
 
 @app.command()
@@ -292,6 +315,140 @@ def bench(
         print(path)
 
 
+@app.command("eval")
+@with_fields_of(RunConfig, EvalConfig)
+def evaluate(
+    *,
+    allocation: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="what to measure besides dense and all-SWA, several times if you like: an allocation.json, a rule,"
+            " or the .tsv of DuoAttention or PruLong",
+        ),
+    ] = None,
+    out: Out = None,
+    **options: Any,
+) -> None:
+    """Measure allocations of MODEL beside dense and all-SWA: held-out loss, retrieval and lm-eval's tasks."""
+    where, config = from_options(options, RunConfig, EvalConfig)
+    command = command_line("eval", where, config)
+    for name in allocation or ():
+        command += f" --allocation {shlex.quote(name)}"
+    from consa.evaluation import suite
+
+    table, paths = suite.run(
+        where, config, allocation or [], out or Path("runs") / f"eval-{_model_name(where)}", command=command
+    )
+    for title, columns, rows in table.sections():
+        print(f"{title}:")
+        _show(columns, rows)
+    for path in paths:
+        print(path)
+
+
+MEASURED = tuple(field.name for field in fields(EvalConfig) if field.name not in ("sparsity", "granularity"))
+
+
+@app.command()
+@with_fields_of(RunConfig, SweepConfig)
+@with_fields_of(EvalConfig, only=MEASURED)
+def sweep(*, out: Out = None, **options: Any) -> None:
+    """Choose allocations of MODEL by several methods at several sparsities, measure all, draw quality over KV cache."""
+    where, config = from_options(options, RunConfig, SweepConfig)
+    measured = EvalConfig(**{name: options[name] for name in MEASURED})
+    command = command_line("sweep", where, config, measured)
+    folder = out or Path("runs") / f"sweep-{_model_name(where)}"
+    from consa.sweep import sweep as run_sweep
+
+    frontier, paths = run_sweep(where, config, measured, folder, command=command)
+    _show(*frontier.for_terminal())
+    for path in paths:
+        print(path)
+
+
+@app.command()
+@with_fields_of(RunConfig, only=("model", "data", "text_field", "max_tokens", "device", "dtype"))
+@with_fields_of(LearnConfig, only=("window", "num_sink_tokens"))
+def behaviour(
+    *,
+    seq_len: Annotated[int, number(help="tokens per held-out sequence")] = 8192,
+    seed: Annotated[int, number(help="of the random sequence and the needles")] = 0,
+    sequences: Annotated[int, number(help="held-out sequences to measure on")] = 1,
+    causal_sequences: Annotated[
+        int, number(help="of these, to measure each KV head's effect on the loss with; slow, 0 for none")
+    ] = 0,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="a run of MODEL: gives window and sink tokens, and shows how the measures go with its allocation",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="behaviour.safetensors in the run's folder unless given"),
+    ] = None,
+    ctx: typer.Context,
+    **options: Any,
+) -> None:
+    """Measure what each KV head of MODEL attends to: spans, sinks, previous tokens, induction, copying, needles."""
+    if out is None and run is None:
+        raise ConsaError("give --out FILE or --run FOLDER; there is nowhere to write to")
+    from consa.allocation import Allocation
+
+    limits = {name: options.pop(name) for name in ("window", "num_sink_tokens")}
+    limits |= {"seq_len": seq_len, "seed": seed}
+    LearnConfig(**limits)  # the same limits as in learning
+    allocation = None if run is None else Allocation.load(run / "allocation.json")
+    for name in ("window", "num_sink_tokens"):
+        if allocation and not _was_given(ctx, name):
+            limits[name] = getattr(allocation, name)
+    where = RunConfig(**options)
+    from consa import behaviour as verb
+    from consa.relations import MEASURES, relate
+
+    path = out or cast(Path, run) / "behaviour.safetensors"
+    found = verb.run(where, path, num_sequences=sequences, causal_sequences=causal_sequences, **limits)
+    columns, rows = ["measure", "lowest", "mean", "highest"], []
+    for name in filter(found.measures.__contains__, MEASURES):
+        values = found.measures[name]
+        rows.append([name, *(f"{value:.4g}" for value in (values.min(), values.mean(), values.max()))])
+    if allocation:
+        columns += ["AUC", "with score"]
+        for row, relation in zip(rows, relate(found, allocation), strict=True):
+            pair = (relation.auc, relation.with_scores)
+            row += ["-" if value is None else f"{value:.3f}" for value in pair]
+    _show(columns, rows)
+    print(path)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="folders of consa learn, eval or bench")
+    ],
+    *,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="the page")] = Path("report.html"),
+    behaviour: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="what consa behaviour wrote, for runs without one of their own"),
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="also write every chart there, as SVG and PNG")
+    ] = None,
+) -> None:
+    """Make one HTML page about runs, which needs no network: allocations, losses, behaviour, memory and speed."""
+    from consa.relations import Behaviour
+    from consa.report import page
+
+    words = ["consa", "report", *map(str, runs), "--out", str(out)]
+    words += ["--behaviour", str(behaviour)] if behaviour else []
+    found = Behaviour.load(behaviour) if behaviour else None
+    for path in page.write(runs, out, command=shlex.join(words), behaviour=found, figures=figures):
+        print(path)
+
+
 @app.command(hidden=True)
 def cli_docs() -> None:
     """Print this reference as Markdown; docs/cli.md is what it printed last."""
@@ -311,17 +468,30 @@ def _was_given(ctx: typer.Context, name: str) -> bool:
 
 def _name_of(where: RunConfig, config: LearnConfig) -> str:
     """A run folder's name: the same command finds its folder again."""
-    model = re.sub(r"[^\w.-]+", "-", Path(where.model).name) or "model"
+    model = _model_name(where)
     size = f"{config.sparsity:g}" if config.kv_budget is None else f"{config.kv_budget}B"
     return f"{model}-{config.granularity}-{size}-w{config.window}-seed{config.seed}"
+
+
+def _model_name(where: RunConfig) -> str:
+    return re.sub(r"[^\w.-]+", "-", Path(where.model).name) or "model"
 
 
 def _run(where: RunConfig, config: LearnConfig, folder: Path, command: str, tensorboard: bool) -> None:
     """Run, then show the table."""
     where.start_for(config)  # says what is wrong before anything heavy is imported
-    from consa.runs import recovered_text, run
+    from consa.runs import run
 
     summary = run(where, config, folder, command=command, tensorboard=tensorboard)
+    _show_losses(summary, folder, "allocation.json", "heatmap.png", "summary.md")
+
+
+def _show_losses(summary: dict[str, Any], folder: Path, *names: str) -> None:
+    """What a run found, and where it is; nothing from the other processes of a distributed run."""
+    if not summary:
+        return
+    from consa.runs import recovered_text
+
     print(
         f"Held-out loss (nats) from position {summary['start']} on, and the share of the gap from all-SWA to dense"
         " that is recovered:"
@@ -331,7 +501,7 @@ def _run(where: RunConfig, config: LearnConfig, folder: Path, command: str, tens
         for row in summary["rows"]
     ]
     _show(["allocation", "sparsity", "loss", "recovered"], rows)
-    for name in ("allocation.json", "heatmap.png", "summary.md"):
+    for name in names:
         print(folder / name)
 
 

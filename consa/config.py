@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from consa.allocation import Granularity, check_sparsity
 from consa.errors import ConsaError
+from consa.retrieval import TASKS
 
 
 def _option(default: Any, text: str, **more: str) -> Any:
@@ -43,20 +44,23 @@ class LearnConfig:
     initial_log_alpha: float = _option(2.0, "where the gates start; 2 is a probability of 0.97 to be open")
     log_alpha_min: float = _option(-7.0, "lower bound of the gates; -7 is a probability of 0.005 to be open")
     log_alpha_max: float = _option(4.0, "upper bound of the gates; beyond it the constraint's pull vanishes")
-    warmup: float = _option(0.4, "share of the steps over which the target rises from 0")
+    warmup: float = _option(0.7, "share of the steps over which the target rises from 0")
     penalty: float = _option(300.0, "quadratic coefficient of the constraint (rho), nats")
     multiplier_step: float = _option(3.0, "step size of the constraint's multiplier (eta), nats")
     penalty_growth: float = _option(
         10.0, "factor by which both have grown at the end, from the warm-up's end on"
     )
     sharpening: float = _option(3.0, "largest coefficient of P(1 - P), nats; drives gates to a decision")
-    sharpening_start: float = _option(0.6, "share of the steps after which that coefficient rises from 0")
+    sharpening_start: float = _option(0.75, "share of the steps after which that coefficient rises from 0")
     averaged: float = _option(0.2, "last share of the steps whose log_alpha is averaged for the decision")
     refine_evaluations: int = _option(
         40, "budget of the final exchange of units near the boundary; 0 for none"
     )
     refine_sequences: int = _option(8, "training sequences that each of these evaluations runs on")
     activation_checkpointing: bool = _option(False, "recompute layers in the backward pass to save memory")
+    parallel: Literal["ddp", "fsdp"] = _option(
+        "ddp", "on several processes, of weights that are trained: 'ddp' has all on each, 'fsdp' shards the layers'"
+    )
     checkpoint_every: int = _option(10, "steps between checkpoints")
 
     def __post_init__(self) -> None:
@@ -64,6 +68,7 @@ class LearnConfig:
         if (self.kv_budget is None) != (self.context is None):
             raise ConsaError("kv_budget (bytes) and context (tokens) belong together; give both or neither")
         choices = {"granularity": ("layer", "kv_head"), "mode": ("frozen", "joint")}
+        choices |= {"parallel": ("ddp", "fsdp")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConsaError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -90,11 +95,103 @@ class LearnConfig:
             raise ConsaError(
                 f"micro_batch must divide sequences_per_step ({self.sequences_per_step}), got {self.micro_batch}"
             )
+        if self.mode == "frozen" and self.parallel == "fsdp":
+            raise ConsaError("parallel must be ddp with mode frozen, which trains no weights; got 'fsdp'")
         if not self.log_alpha_min < self.initial_log_alpha < self.log_alpha_max:
             raise ConsaError(
                 f"initial_log_alpha must lie between log_alpha_min ({self.log_alpha_min}) and log_alpha_max"
                 f" ({self.log_alpha_max}), got {self.initial_log_alpha!r}; gates that start clamped start tied"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+    """Everything that continued training under a fixed allocation depends on, besides the model and the text.
+
+    Raises:
+        ConsaError: a value out of range; the message names it.
+    """
+
+    method: Literal["full", "lora"] = _option(
+        "full",
+        "'full' trains every weight, 'lora' low-rank additions to the linear layers (needs consa[lora])",
+    )
+    cross_entropy: float = _option(1.0, "weight of the next-token loss")
+    distillation: float = _option(0.0, "weight of KL(dense model || hybrid) over the next token")
+    hidden_loss: float = _option(
+        0.0, "weight of the last hidden states' squared distance from the dense model's, relative to theirs"
+    )
+    seq_len: int = _option(8192, "tokens per training sequence")
+    num_steps: int = _option(200, "optimiser steps")
+    sequences_per_step: int = _option(8, "sequences per optimiser step, over all processes")
+    micro_batch: int = _option(1, "sequences computed at once; the rest is gradient accumulation")
+    seed: int = _option(0, "of the order of the text and of LoRA's start")
+    learning_rate: float | None = _option(
+        None, "of AdamW, at the warm-up's end; 1e-5 for full and 2e-4 for lora unless given"
+    )
+    warmup: float = _option(
+        0.05, "share of the steps over which the learning rate rises; then it falls as a cosine"
+    )
+    max_grad_norm: float = _option(1.0, "gradients' norm beyond which they are scaled down to it")
+    lora_rank: int = _option(16, "rank of LoRA's additions")
+    lora_alpha: float = _option(32.0, "LoRA's additions are scaled by this over the rank")
+    lora_targets: str = _option(
+        "all-linear", "linear layers that LoRA adds to, such as q_proj,v_proj; commas between several"
+    )
+    evaluate_every: int = _option(20, "steps between evaluations on held-out text; also after the last")
+    activation_checkpointing: bool = _option(False, "recompute layers in the backward pass to save memory")
+    parallel: Literal["ddp", "fsdp"] = _option(
+        "ddp",
+        "on several processes: 'ddp' has the weights on each, 'fsdp' shards the layers' weights over them",
+    )
+    checkpoint_every: int = _option(50, "steps between checkpoints")
+
+    def __post_init__(self) -> None:
+        for name, allowed in {"method": ("full", "lora"), "parallel": ("ddp", "fsdp")}.items():
+            if getattr(self, name) not in allowed:
+                raise ConsaError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        least = {"seq_len": 2, "num_steps": 1, "sequences_per_step": 1, "micro_batch": 1, "seed": 0}
+        least |= {"lora_rank": 1, "evaluate_every": 1, "checkpoint_every": 1}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < minimum:
+                raise ConsaError(f"{name} must be an integer >= {minimum}, got {value!r}")
+        for name in ("learning_rate", "max_grad_norm", "lora_alpha"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConsaError(f"{name} must be a positive number, got {value!r}")
+        for name in ("cross_entropy", "distillation", "hidden_loss"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConsaError(f"{name} must be a number >= 0, got {getattr(self, name)!r}")
+        if not self.cross_entropy + self.distillation + self.hidden_loss:
+            raise ConsaError(
+                "cross_entropy, distillation and hidden_loss are all 0; give one of them a weight"
+            )
+        if not 0 <= self.warmup <= 1:
+            raise ConsaError(f"warmup must be a share in [0, 1], got {self.warmup!r}")
+        if self.sequences_per_step % self.micro_batch:
+            raise ConsaError(
+                f"micro_batch must divide sequences_per_step ({self.sequences_per_step}), got {self.micro_batch}"
+            )
+        if self.method == "lora" and self.parallel == "fsdp":
+            raise ConsaError(
+                "parallel must be ddp with method lora, whose trained weights are few; got 'fsdp'"
+            )
+        if not words_of(self.lora_targets):
+            raise ConsaError(f"lora_targets must name linear layers, got {self.lora_targets!r}")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the dense model is computed beside the hybrid."""
+        return bool(self.distillation or self.hidden_loss)
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: linear warm-up, then a cosine that would reach 0 one step on."""
+        peak = self.learning_rate or {"full": 1e-5, "lora": 2e-4}[self.method]
+        rising = math.ceil(self.warmup * self.num_steps)
+        if step < rising:
+            return peak * (step + 1) / rising
+        return peak * (1 + math.cos(math.pi * (step - rising) / (self.num_steps - rising))) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,3 +251,113 @@ class RunConfig:
         if self.start >= config.seq_len - 1:
             raise ConsaError(f"start must be below seq_len - 1 ({config.seq_len - 1}), got {self.start}")
         return self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What allocations are measured by.
+
+    Raises:
+        ConsaError: a value out of range; the message names it.
+    """
+
+    seq_len: int = _option(8192, "tokens per held-out sequence")
+    sparsity: float = _option(0.75, "of rules: share of units on sliding-window attention, in [0, 1]")
+    granularity: Granularity = _option("kv_head", "of rules: what is decided as one, 'layer' or 'kv_head'")
+    window: int = _option(128, "tokens a sliding-window query sees, itself included, where no file says it")
+    num_sink_tokens: int = _option(4, "first tokens that stay visible on top, where no file says it")
+    retrieval: str | None = _option(None, f"retrieval tasks, of {', '.join(TASKS)}; commas between several")
+    lengths: str = _option("1024,4096", "tokens of their texts")
+    examples: int = _option(20, "of each retrieval task at each length")
+    tasks: str | None = _option(None, "tasks of lm-eval; commas between several")
+    limit: int | None = _option(None, "documents of each of these tasks; all unless given")
+    batch_size: int = _option(1, "sequences, or texts of lm-eval's tasks, computed at once")
+    cache_tokens: int = _option(32768, "in the KV cache whose size is shown")
+    seed: int = _option(0, "of retrieval texts, confidence intervals and random allocations")
+
+    def __post_init__(self) -> None:
+        LearnConfig(sparsity=self.sparsity, granularity=self.granularity)  # the same limits as in learning
+        least = {"seq_len": 2, "window": 1, "num_sink_tokens": 0, "examples": 1, "limit": 1}
+        least |= {"batch_size": 1, "cache_tokens": 1, "seed": 0}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < minimum):
+                raise ConsaError(f"{name} must be an integer >= {minimum}, got {value!r}")
+        for task in self.retrieval_tasks:
+            if task not in TASKS:
+                raise ConsaError(f"retrieval task must be one of {', '.join(TASKS)}, got {task!r}")
+        if min(self.retrieval_lengths, default=0) < 1:
+            raise ConsaError(f"lengths must be integers >= 1 with commas between, got {self.lengths!r}")
+
+    @property
+    def retrieval_tasks(self) -> tuple[str, ...]:
+        """Names in `retrieval`."""
+        return words_of(self.retrieval)
+
+    @property
+    def retrieval_lengths(self) -> tuple[int, ...]:
+        """Numbers in `lengths`, in tokens."""
+        try:
+            return tuple(int(length) for length in words_of(self.lengths))
+        except ValueError:
+            raise ConsaError(
+                f"lengths must be integers >= 1 with commas between, got {self.lengths!r}"
+            ) from None
+
+    @property
+    def harness_tasks(self) -> tuple[str, ...]:
+        """Names in `tasks`."""
+        return words_of(self.tasks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """What is chosen, and how often.
+
+    Raises:
+        ConsaError: a value out of range; the message names it.
+    """
+
+    sparsity: str = _option("0.5,0.75,0.9", "shares of units on sliding-window attention; commas between")
+    granularity: str = _option("kv_head", "what is decided as one: layer, kv_head or both; commas between")
+    methods: str = _option("consa,rules", "how allocations are chosen: methods, rules by name, or all rules")
+    seeds: int = _option(1, "runs of each method, from seed 0 on; rules that draw nothing run once")
+    num_steps: int | None = _option(None, "optimiser steps of methods that train; their default unless given")
+    sequences_per_step: int | None = _option(None, "sequences of each of these steps")
+    evaluations: int | None = _option(None, "forward evaluations of methods that search")
+    evaluation_sequences: int | None = _option(None, "sequences of each of these evaluations")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seeds, int) or self.seeds < 1:
+            raise ConsaError(f"seeds must be an integer >= 1, got {self.seeds!r}")
+        for name in ("sparsity", "granularity", "methods"):
+            if not words_of(getattr(self, name)):
+                raise ConsaError(f"{name} is empty; name at least one")
+        for granularity in self.granularities:
+            LearnConfig(granularity=granularity)  # the same limits as in learning
+        for sparsity in self.sparsities:
+            LearnConfig(sparsity=sparsity)
+
+    @property
+    def sparsities(self) -> tuple[float, ...]:
+        """Numbers in `sparsity`."""
+        try:
+            return tuple(float(share) for share in words_of(self.sparsity))
+        except ValueError:
+            raise ConsaError(f"sparsity must be shares with commas between, got {self.sparsity!r}") from None
+
+    @property
+    def granularities(self) -> tuple[Granularity, ...]:
+        """Names in `granularity`."""
+        return cast(tuple[Granularity, ...], words_of(self.granularity))
+
+    @property
+    def budget(self) -> dict[str, int]:
+        """What was given of the methods' budgets."""
+        names = ("num_steps", "sequences_per_step", "evaluations", "evaluation_sequences")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+def words_of(text: str | None) -> tuple[str, ...]:
+    """The words of an option that takes several, with commas between; each once."""
+    return tuple(dict.fromkeys(word.strip() for word in (text or "").split(",") if word.strip()))

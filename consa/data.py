@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, get_args
@@ -47,7 +47,7 @@ class SequenceSet:
     Attributes:
         tokens: (num_sequences, seq_len), read-only, uint16 where the vocabulary fits and int32 otherwise;
             memory-mapped when it comes from the cache. Convert a batch to int64 before embedding it.
-        domains: (num_sequences,) the document's `domain` field, "" where it has none.
+        domains: (num_sequences,) the document's `domain` field, "" where it has none; a whole file's extension.
         documents: (num_sequences,) int64, position of the source document among all documents read, whatever
             their split: train and held-out sequences of the same data never share a number.
         num_documents: documents of the asked split that were read.
@@ -59,6 +59,18 @@ class SequenceSet:
     documents: np.ndarray
     num_documents: int
     num_skipped: int
+
+    def spread(self, count: int) -> SequenceSet:
+        """At most `count` of the sequences: the first of every document, then the second of every, and so on."""
+        _, first, place = np.unique(self.documents, return_index=True, return_inverse=True)
+        rank = np.arange(len(self.documents)) - first[place]  # sequences of a document stand together
+        rows = np.argsort(rank, kind="stable")[:count]
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            domains=tuple(self.domains[row] for row in rows),
+            documents=self.documents[rows],
+        )
 
 
 def cache_dir() -> Path:
@@ -280,11 +292,12 @@ def _walk(path: Path, left_out: tuple[str, ...] = ()) -> list[Path]:
 def _file_source(path: Path, text_field: str, *, is_named: bool) -> _Source:
     if not path.is_file():
         raise ConsaError(f"{path} is not a regular file; write the text to a file first")
-    is_jsonl = (path.with_suffix("") if path.suffix == ".zst" else path).suffix == ".jsonl"
+    kind = (path.with_suffix("") if path.suffix == ".zst" else path).suffix.removeprefix(".")
+    is_jsonl = kind == "jsonl"
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    read = partial(_read_jsonl, path, text_field) if is_jsonl else partial(_read_whole, path, is_named)
-    return _Source([digest, path.suffix == ".zst", is_jsonl, is_named], path.stat().st_size, read)
+    read = partial(_read_jsonl, path, text_field) if is_jsonl else partial(_read_whole, path, kind, is_named)
+    return _Source([digest, path.suffix == ".zst", kind, is_named], path.stat().st_size, read)
 
 
 def _read_jsonl(path: Path, text_field: str, advance: Callable[[int], None]) -> Iterator[_Document]:
@@ -310,7 +323,7 @@ def _read_jsonl(path: Path, text_field: str, advance: Callable[[int], None]) -> 
             position = file.tell()
 
 
-def _read_whole(path: Path, is_named: bool, advance: Callable[[int], None]) -> Iterator[_Document]:
+def _read_whole(path: Path, kind: str, is_named: bool, advance: Callable[[int], None]) -> Iterator[_Document]:
     content = bytearray()
     with open(path, "rb") as file:
         stream = io.BufferedReader(_ZstdStream(file, path)) if path.suffix == ".zst" else file
@@ -329,7 +342,7 @@ def _read_whole(path: Path, is_named: bool, advance: Callable[[int], None]) -> I
         if is_named:
             raise ConsaError(f"{path} is not UTF-8 text: {error}; convert it or leave it out") from error
         text = ""  # a document without tokens, which counts as skipped
-    yield _from_record({"text": text}, "text", str(path))
+    yield _from_record({"text": text, "domain": kind}, "text", str(path))
 
 
 def _hub_source(name: str, text_field: str) -> _Source:

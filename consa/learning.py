@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from consa import gates, loss
+from consa import distributed, gates, loop, loss
 from consa.allocation import (
     Allocation,
     Granularity,
@@ -29,6 +27,9 @@ from consa.config import LearnConfig
 from consa.errors import ConsaError
 from consa.gates import Units
 from consa.lagrangian import AugmentedLagrangian, ramp, target_at
+from consa.loop import batches as _batches
+from consa.loop import generator as _generator
+from consa.loop import order as _order
 from consa.model import AttentionLayout, attached, attention_layout
 from consa.provenance import versions
 from consa.refinement import Exchange, refine
@@ -81,36 +82,41 @@ def learn(
         raise ConsaError(
             f"no training text: got sequences of shape {sequences.shape}; give longer or more documents"
         )
-    state = _State.fresh(model, units, config)
-    run = Checkpoint(run_dir, _fingerprint(config, sequences, identity)) if run_dir else None
-    history = state.restore(run.load()) if run else []
-    start = _dense_start(layout, config)
-    if num_full in (0, units.count):  # nothing to choose
-        return LearnResult(_decide(state, units, num_full, layout, config, identity), history)
-    trained = [p for p in model.parameters() if p.requires_grad] if config.mode == "joint" else []
-    with _prepared(model, config), attached(model, start) as plan:
-        for step in range(state.step, config.num_steps):
-            began = time.perf_counter()
-            value = _accumulate_gradients(
-                model, plan, state, units, _batches(sequences, config, step), config
-            )
-            if not math.isfinite(value):
-                raise ConsaError(
-                    f"the loss became {value} at step {step + 1};"
-                    + (f" the last good checkpoint is kept in {run_dir};" if run_dir else "")
-                    + " lower gate_lr or weight_lr, or use float32"
+    distributed.check_divides(config.sequences_per_step, config.micro_batch)
+    with distributed.sharded(model) if config.parallel == "fsdp" else nullcontext(model) as trained:
+        state = _State.fresh(trained, units, config)
+        run = Checkpoint(run_dir, loop.fingerprint(config, sequences, identity)) if run_dir else None
+        history = state.restore(run.load()) if run else []
+        distributed.check_same(state.step, "the step to continue from")
+        start = _dense_start(layout, config)
+        if num_full in (0, units.count):  # nothing to choose
+            return LearnResult(_decide(state, units, num_full, layout, config, identity), history)
+        with (
+            _prepared(trained, config),
+            attached(trained, start) as plan,
+            state.weights or nullcontext(),
+        ):
+            for step in range(state.step, config.num_steps):
+                began = time.perf_counter()
+                value = _accumulate_gradients(
+                    trained, plan, state, units, _batches(sequences, config, step), config
                 )
-            record = _update(
-                state, trained, value, target_at(step + 1, config.num_steps, target, config.warmup), config
-            )
-            history.append(record)
-            if on_step:
-                seconds = time.perf_counter() - began
-                on_step(
-                    record | {"tokens_per_second": config.sequences_per_step * sequences.shape[1] / seconds}
+                if not math.isfinite(value):
+                    raise ConsaError(
+                        f"the loss became {value} at step {step + 1};"
+                        + (f" the last good checkpoint is kept in {run_dir};" if run_dir else "")
+                        + " lower gate_lr or weight_lr, or use float32"
+                    )
+                record = _update(
+                    state, value, target_at(step + 1, config.num_steps, target, config.warmup), config
                 )
-            if run and (state.step % config.checkpoint_every == 0 or state.step == config.num_steps):
-                run.save(state.tensors(), state.step, history)
+                history.append(record)
+                if on_step:
+                    seconds = time.perf_counter() - began
+                    speed = config.sequences_per_step * sequences.shape[1] / seconds
+                    on_step(record | {"tokens_per_second": speed})
+                if run and (state.step % config.checkpoint_every == 0 or state.step == config.num_steps):
+                    _save(run, state, history)
     allocation = _decide(state, units, num_full, layout, config, identity)
     if config.refine_evaluations and state.refined is None:
         first = config.num_steps * config.sequences_per_step
@@ -123,11 +129,12 @@ def learn(
             batch_size=config.micro_batch,
             on_exchange=on_exchange,
         )
-        state.refined = torch.from_numpy(refined.full_attention.copy())
+        state.refined = distributed.from_main(torch.from_numpy(refined.full_attention.copy()))
         if run:
-            run.save(state.tensors(), state.step, history)
+            _save(run, state, history)
     if state.refined is not None:
         allocation = replace(allocation, full_attention=state.refined.numpy())
+    distributed.check_same(allocation.to_json(), "the allocation")
     return LearnResult(allocation, history)
 
 
@@ -156,8 +163,7 @@ class _State:
     gate_optimizer: torch.optim.Optimizer
     constraint: AugmentedLagrangian
     score_sum: Tensor  # (units,) float64, sum of log_alpha over the averaged steps
-    weights: dict[str, torch.nn.Parameter]  # joint mode only
-    weight_optimizer: torch.optim.Optimizer | None
+    weights: loop.Weights | None  # joint mode only
     step: int = 0
     refined: Tensor | None = None  # (layers, kv_heads) bool, once the refinement is done
 
@@ -166,30 +172,28 @@ class _State:
         noise = torch.randn(units.count, generator=_generator(config.seed, "start"))  # breaks ties
         log_alpha = torch.nn.Parameter(config.initial_log_alpha + 0.01 * noise)
         lr = config.gate_lr or min(1.0, 60 / config.num_steps)
-        weights = dict(model.named_parameters()) if config.mode == "joint" else {}
+        joint = config.mode == "joint"
         return cls(
             log_alpha,
             torch.optim.Adam([log_alpha], lr=lr, betas=(0.9, 0.95)),
             AugmentedLagrangian(config.penalty, config.multiplier_step),
             torch.zeros(units.count, dtype=torch.float64),
-            weights,
-            torch.optim.AdamW(weights.values(), lr=config.weight_lr, weight_decay=0) if weights else None,
+            loop.Weights(dict(model.named_parameters()), learning_rate=config.weight_lr) if joint else None,
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of the state but `step`, by name."""
+        """All of the state but `step`, by name; of weights only in the main process, but every one must call it."""
         multiplier = torch.tensor(self.constraint.multiplier, dtype=torch.float64)
         found: dict[str, Tensor] = {
             "log_alpha": self.log_alpha,
             "score_sum": self.score_sum,
             "multiplier": multiplier,
         }
-        for prefix, optimizer in (("gate", self.gate_optimizer), ("weight", self.weight_optimizer)):
-            for index, slots in (optimizer.state_dict()["state"] if optimizer else {}).items():
-                found |= {f"{prefix}_optimizer.{index}.{slot}": value for slot, value in slots.items()}
+        for slot, value in self.gate_optimizer.state[self.log_alpha].items():
+            found[f"gate_optimizer.{slot}"] = value
         if self.refined is not None:
             found["refined"] = self.refined
-        return found | {f"weights.{name}": value for name, value in self.weights.items()}
+        return found | (self.weights.tensors() if self.weights else {})
 
     def restore(
         self, saved: tuple[dict[str, Tensor], int, list[dict[str, float]]] | None
@@ -202,18 +206,18 @@ class _State:
         with torch.no_grad():
             self.log_alpha.copy_(tensors["log_alpha"])
             self.score_sum.copy_(tensors["score_sum"])
-            for name, value in self.weights.items():
-                value.copy_(tensors[f"weights.{name}"])
         self.constraint.multiplier = float(tensors["multiplier"])
-        for prefix, optimizer in (("gate", self.gate_optimizer), ("weight", self.weight_optimizer)):
-            if optimizer is not None:
-                slots: dict[int, dict[str, Tensor]] = {}
-                for name, value in tensors.items():
-                    if name.startswith(f"{prefix}_optimizer."):
-                        _, index, slot = name.split(".")
-                        slots.setdefault(int(index), {})[slot] = value
-                optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
+        for slot in ("step", "exp_avg", "exp_avg_sq"):
+            self.gate_optimizer.state[self.log_alpha][slot] = tensors[f"gate_optimizer.{slot}"]
+        if self.weights:
+            self.weights.restore(tensors)
         return history
+
+
+def _save(run: Checkpoint, state: _State, history: list[dict[str, float]]) -> None:
+    tensors = state.tensors()
+    if distributed.is_main():
+        run.save(tensors, state.step, history)
 
 
 def _accumulate_gradients(
@@ -227,20 +231,23 @@ def _accumulate_gradients(
     """One step's gradients on log_alpha (and weights), from one draw of the gates per sequence; returns the loss."""
     generator = _generator(config.seed, f"noise {state.step}")
     draws = gates.stratified_uniform(config.sequences_per_step, units.count, generator)
+    draws = draws[distributed.share(len(draws))]
     total = 0.0
     for batch, uniform in zip(batches, draws.split(config.micro_batch), strict=True):
         tokens = torch.from_numpy(batch.astype(np.int64)).to(model.device)
         z = units.spread(gates.sample(state.log_alpha, uniform), elsewhere=1.0)  # (layers, batch, kv_heads)
         with plan.gated(z, model.device) as leaf:
-            total += float(loss.backward(model, tokens, scale=1 / len(batches)))
+            total += float(loss.backward(model, tokens, scale=len(batch) / config.sequences_per_step))
         if leaf.grad is not None and z.requires_grad:
             z.backward(leaf.grad.cpu())
+    if distributed.world_size() > 1:
+        gradient = torch.zeros(units.count) if state.log_alpha.grad is None else state.log_alpha.grad
+        summed = distributed.all_reduce(torch.cat([gradient, torch.tensor([total])]))
+        state.log_alpha.grad, total = summed[:-1], float(summed[-1])
     return total
 
 
-def _update(
-    state: _State, trained: list[torch.nn.Parameter], value: float, target: float, config: LearnConfig
-) -> dict[str, float]:
+def _update(state: _State, value: float, target: float, config: LearnConfig) -> dict[str, float]:
     """Constraint, optimiser step, multiplier; returns the step's record."""
     growth = config.penalty_growth ** ramp(state.step + 1, config.num_steps, config.warmup)
     sharpening = config.sharpening * ramp(state.step + 1, config.num_steps, config.sharpening_start)
@@ -249,10 +256,8 @@ def _update(
     (constraint + sharpening * (is_open * (1 - is_open)).mean()).backward()
     state.gate_optimizer.step()
     state.gate_optimizer.zero_grad()
-    if state.weight_optimizer is not None:
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        state.weight_optimizer.step()
-        state.weight_optimizer.zero_grad()
+    if state.weights:
+        state.weights.update(max_norm=1.0)
     with torch.no_grad():
         state.log_alpha.clamp_(config.log_alpha_min, config.log_alpha_max)
         expected = float(1 - gates.probability_open(state.log_alpha).mean())
@@ -288,7 +293,7 @@ def _decide(
     provenance = dict(identity or {}) | {
         "method": "consa",
         "target_sparsity": 1 - num_full / units.count,
-        "config": {key: value for key, value in asdict(config).items() if key != "checkpoint_every"},
+        "config": {key: value for key, value in asdict(config).items() if key not in loop.FREE},
         "versions": versions(),
     }
     return Allocation(
@@ -302,48 +307,11 @@ def _decide(
     )
 
 
-def _batches(sequences: np.ndarray, config: LearnConfig, step: int) -> list[np.ndarray]:
-    """This step's micro-batches."""
-    first = step * config.sequences_per_step
-    chosen = _order(sequences, config, range(first, first + config.sequences_per_step))
-    return [sequences[chosen[i : i + config.micro_batch]] for i in range(0, len(chosen), config.micro_batch)]
-
-
-def _order(sequences: np.ndarray, config: LearnConfig, places: range) -> list[int]:
-    """The sequences at some places of the run's stream: each once per epoch, every epoch in its own order."""
-    chosen = []
-    for epoch, place in (divmod(place, len(sequences)) for place in places):
-        chosen.append(int(np.random.default_rng([config.seed, epoch]).permutation(len(sequences))[place]))
-    return chosen
-
-
 @contextmanager
 def _prepared(model: PreTrainedModel, config: LearnConfig) -> Iterator[None]:
-    """Freeze or unfreeze, choose deterministic kernels, checkpoint activations; undo all of it on exit."""
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    training = model.training
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    model.eval()  # no dropout: the gates are to see the model as it will be used
-    model.requires_grad_(config.mode == "joint")
-    settings: Any = torch.utils.deterministic
-    fill = settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    settings.fill_uninitialized_memory = False  # it costs time and guards against nothing
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in model.modules():  # transformers recomputes only in modules in training mode
-            if hasattr(module, "gradient_checkpointing"):
-                module.training = True
-    try:
+    with loop.prepared(model, activation_checkpointing=config.activation_checkpointing):
+        model.requires_grad_(config.mode == "joint")
         yield
-    finally:
-        if config.activation_checkpointing:
-            model.gradient_checkpointing_disable()
-        model.train(training)
-        torch.use_deterministic_algorithms(deterministic)
-        settings.fill_uninitialized_memory = fill
-        for parameter, required in wanted:
-            parameter.requires_grad_(required)
 
 
 def _dense_start(layout: AttentionLayout, config: LearnConfig) -> Allocation:
@@ -356,18 +324,3 @@ def _dense_start(layout: AttentionLayout, config: LearnConfig) -> Allocation:
         num_sink_tokens=config.num_sink_tokens,
         native_windows=layout.native_windows,
     )
-
-
-def _generator(seed: int, purpose: str) -> torch.Generator:
-    """A generator that depends on nothing but its arguments, so that a resumed run draws what the first one would."""
-    digest = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(digest) % 2**63)
-
-
-def _fingerprint(
-    config: LearnConfig, sequences: np.ndarray, identity: dict[str, str] | None
-) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be continued."""
-    text = hashlib.sha256(np.ascontiguousarray(sequences).tobytes()).hexdigest()
-    settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "checkpoint_every"}
-    return {"config": settings, "model": identity, "sequences": text}

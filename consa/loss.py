@@ -25,12 +25,15 @@ def token_losses(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Cross-entropy of each next token without gradients, float32 `(batch, seq - 1)`, in nats."""
     with torch.no_grad(), output_layer(model) as head:
         hidden = hidden_states(model, tokens)
-        return torch.cat(
-            [_cross_entropy(head(hidden[:, c]), tokens[:, _next(c)]) for c in _chunks(tokens)], dim=1
-        )
+        return torch.cat([cross_entropy(head(hidden[:, c]), tokens, c) for c in _chunks(tokens)], dim=1)
 
 
-def backward(model: PreTrainedModel, tokens: Tensor, *, scale: float) -> Tensor:
+Objective = Callable[[Tensor, Tensor, slice], Tensor]
+
+
+def backward(
+    model: PreTrainedModel, tokens: Tensor, *, scale: float, objective: Objective | None = None
+) -> Tensor:
     """Forward and backward through the model; gradients accumulate as after `loss.backward()`.
 
     Each chunk of positions goes through the output layer and back at once, which leaves its gradient on the hidden
@@ -40,6 +43,8 @@ def backward(model: PreTrainedModel, tokens: Tensor, *, scale: float) -> Tensor:
         model: attached or plain.
         tokens: `(batch, seq)` int64.
         scale: factor on the loss, for accumulation.
+        objective: hidden states and logits of a chunk of positions, and which they are -> their summed loss; the
+            cross-entropy unless given.
 
     Returns:
         The mean loss per predicted token, times `scale`: a float32 scalar without gradient.
@@ -51,7 +56,11 @@ def backward(model: PreTrainedModel, tokens: Tensor, *, scale: float) -> Tensor:
     with output_layer(model) as head:
         for chunk in _chunks(tokens):
             piece = hidden[:, chunk].detach().requires_grad_(hidden.requires_grad)
-            loss = _cross_entropy(head(piece), tokens[:, _next(chunk)]).sum() * factor
+            logits = head(piece)
+            summed = (
+                objective(piece, logits, chunk) if objective else cross_entropy(logits, tokens, chunk).sum()
+            )
+            loss = summed * factor
             total += loss.detach()
             if loss.requires_grad:
                 loss.backward()
@@ -98,7 +107,9 @@ class _BackboneOutput:
         return None
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, tokens: Tensor, chunk: slice) -> Tensor:
+    """Of the tokens that a chunk of positions predicts: float32 `(batch, positions of the chunk)`, in nats."""
+    targets = tokens[:, chunk.start + 1 : chunk.stop + 1]
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
@@ -107,7 +118,3 @@ def _chunks(tokens: Tensor) -> list[slice]:
     positions = tokens.shape[1] - 1
     per_sequence = max(1, CHUNK_TOKENS // tokens.shape[0])
     return [slice(s, min(s + per_sequence, positions)) for s in range(0, positions, per_sequence)]
-
-
-def _next(chunk: slice) -> slice:
-    return slice(chunk.start + 1, chunk.stop + 1)

@@ -1,8 +1,8 @@
-"""Registers consa's attention, mask and cache with transformers; importing it changes nothing for other models.
+"""Registers consa's attention, mask, cache and config with transformers; importing it changes nothing for other models.
 
-`consa.load` and `consa.attached` import it. Import it by hand to have
-`AutoModelForCausalLM.from_pretrained` load a converted model: without it, transformers does not know the attention
-"consa" and refuses.
+`consa.load` and `consa.attached` import it. Import it by hand to have `AutoModelForCausalLM.from_pretrained` load a
+hybrid: without it, transformers does not know the model type "consa" and refuses. A class of a family, such as
+`LlamaForCausalLM`, refuses with and without it: its config knows no layers of the type "consa".
 
 Attention and mask are both needed: with an attention function alone, transformers makes no mask and padding would be
 ignored in silence.
@@ -13,7 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import AttentionInterface, AttentionMaskInterface, cache_utils
+from transformers import (
+    CONFIG_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    PreTrainedConfig,
+    cache_utils,
+)
 from transformers.cache_utils import CacheLayerMixin
 
 from consa.allocation import Allocation
@@ -21,7 +28,47 @@ from consa.attention import interface
 from consa.cache import dynamic_layer, static_layer
 from consa.errors import ConsaError
 
+TAKEN = (
+    "model_type",
+    "layer_types",
+)  # a hybrid's config.json keeps its family's own under names that begin with:
+PREFIX = "consa_"  # and not in an object, since transformers takes one with a model_type for a whole config
+
 _stock_layer_types = cache_utils.get_layer_types_and_kwargs
+_stock_save = PreTrainedConfig.save_pretrained
+
+
+class HybridConfig(PreTrainedConfig):
+    """What a hybrid's config.json says it is. Reading it gives a config of the family, with the allocation in it."""
+
+    model_type = interface.NAME
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The family's config, and unused `kwargs` where they are asked for.
+
+        Raises:
+            ConsaError: another attention is asked for.
+        """
+        asked = kwargs.pop("attn_implementation", None)
+        if asked not in (None, interface.NAME):
+            raise ConsaError(_another_attention(asked))
+        own = {name.removeprefix(PREFIX): x for name, x in config_dict.items() if name not in TAKEN}
+        own["attn_implementation"] = interface.NAME
+        return CONFIG_MAPPING[own["model_type"]].from_dict(own, **kwargs)
+
+
+def save_config(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+    """transformers' `save_pretrained`, which would write a hybrid as a model of its family: full attention in silence.
+
+    Raises:
+        ConsaError: the config holds an allocation.
+    """
+    if interface.allocation_of(config) is not None:
+        raise ConsaError(
+            "save_pretrained cannot write a hybrid; use consa.convert(model, allocation, folder)"
+        )
+    _stock_save(config, *args, **kwargs)
 
 
 def layer_types_and_kwargs(config: Any) -> tuple[list[str], Any]:
@@ -35,15 +82,19 @@ def layer_types_and_kwargs(config: Any) -> tuple[list[str], Any]:
     if allocation is None:
         return stock
     if config._attn_implementation != interface.NAME:
-        raise ConsaError(
-            f"this model is a hybrid, but attn_implementation={config._attn_implementation!r} would run it as full"
-            " attention; load it with consa.load, and pass no attn_implementation"
-        )
+        raise ConsaError(_another_attention(config._attn_implementation))
     layers = range(allocation.num_layers)
     kwargs: Any = [{"allocation": allocation, "layers": iter([layer])} for layer in layers]
     if isinstance(stock[1], dict):  # older versions make all layers with the same arguments, in order
         kwargs = {"allocation": allocation, "layers": iter(layers)}
     return [interface.NAME] * len(layers), kwargs
+
+
+def _another_attention(name: Any) -> str:
+    return (
+        f"this model is a hybrid, but attn_implementation={name!r} would run it as full attention; load it with"
+        " consa.load, and pass no attn_implementation"
+    )
 
 
 def _dynamic(allocation: Allocation, layers: Iterator[int]) -> CacheLayerMixin:
@@ -61,3 +112,5 @@ AttentionMaskInterface.register(interface.INSPECT_NAME, lambda *args, **kwargs: 
 cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[interface.NAME] = _dynamic
 cache_utils.STATIC_LAYER_TYPE_MAPPING[interface.NAME] = _static
 cache_utils.get_layer_types_and_kwargs = layer_types_and_kwargs
+AutoConfig.register(interface.NAME, HybridConfig)
+PreTrainedConfig.save_pretrained = save_config  # pyright: ignore[reportAttributeAccessIssue]

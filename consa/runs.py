@@ -1,4 +1,4 @@
-"""A run: load, learn, measure beside every rule, write the folder. What `consa learn` and `consa demo` share."""
+"""A run: load, learn or adapt, measure, write the folder. What `consa learn`, `consa demo` and `consa adapt` share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -18,24 +18,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
-from consa import rules
+from consa import distributed, loop, rules
+from consa.adaptation import adapt, check_lora
 from consa.allocation import Allocation
+from consa.checkpoint import convert
 from consa.checkpointing import first_difference
-from consa.config import LearnConfig, RunConfig
+from consa.config import AdaptConfig, LearnConfig, RunConfig
 from consa.data import SequenceSet, check_data, load_sequences
 from consa.errors import ConsaError
 from consa.evaluation.perplexity import Comparison, compare, heldout_losses, sampled_losses
 from consa.files import read_text, write_atomically
 from consa.learning import learn, target_units, units_of
-from consa.model import LoadedModel, load_model
+from consa.model import LoadedModel, check_fits, load_model
 from consa.progress import memory, note, progress
 from consa.provenance import hardware, versions
 from consa.refinement import Exchange
 from consa.report import figures
 
 # What may differ when a run is continued: none of these changes what is learned.
-FREE = {"num_heldout", "start", "checkpoint_every"}
+FREE = {"num_heldout", "start", *loop.FREE}
 
 
 def run(
@@ -53,41 +56,40 @@ def run(
         tensorboard: also write the metrics for TensorBoard.
 
     Returns:
-        What summary.json holds.
+        What summary.json holds; nothing in the other processes of a distributed run.
 
     Raises:
         ConsaError: something the caller can mend; what is wrong is found before long work where that is possible.
     """
     start = where.start_for(config)
-    _check_device(where.device)
-    if tensorboard and not find_spec("tensorboard"):
-        raise ConsaError("tensorboard is not installed; run: pip install 'consa[tensorboard]'")
-    for data in filter(None, (where.data, where.heldout_data)):
-        check_data(data)
-    with _claimed(folder):
-        settings = {"run": asdict(where), "learn": asdict(config)}
-        _check_same_run(folder, settings)
-        note(f"Loading {where.model}")
-        dtype = getattr(torch, where.dtype) if where.dtype else None
-        loaded = load_model(where.model, device=where.device, dtype=dtype)
+    _check_before_loading(where, tensorboard)
+    settings = {"run": asdict(where), "learn": asdict(config)}
+    with _joined(where, folder, settings):
+        loaded = _load(where)
         units = units_of(loaded.layout, config.granularity)
         sparsity = 1 - target_units(loaded.layout, config) / units.count  # finds a budget that is too small
-        note(f"Reading {where.data}")
         train, heldout = _load_text(where, config, loaded)
         record = settings | {"command": command, "hardware": hardware(), "versions": versions()}
-        _write_json(folder / "config.json", record)
+        if distributed.is_main():
+            _write_json(folder / "config.json", record)
 
         began = time.monotonic()
-        with _LearningProgress(config, folder / "tensorboard" if tensorboard else None) as shown:
+        with _Progress(
+            "Learning", config.num_steps, folder / "tensorboard" if tensorboard else None
+        ) as shown:
             result = learn(
                 loaded.model,
                 train.tokens,
                 config,
                 identity=loaded.identity,
                 run_dir=folder,
-                on_step=shown.on_step,
-                on_exchange=shown.on_exchange,
+                on_step=partial(shown.on_step, _learning_text) if distributed.is_main() else None,
+                on_exchange=partial(shown.on_exchange, config.refine_evaluations)
+                if distributed.is_main()
+                else None,
             )
+        if not distributed.is_main():
+            return {}
         learned = time.monotonic()
         result.allocation.save(folder / "allocation.json")
         figures.heatmap(result.allocation, folder / "heatmap.png")
@@ -95,7 +97,15 @@ def run(
             figures.curves(result.history, folder / "curves.png")
 
         allocations = _competitors(loaded, config, sparsity) | {"learned": result.allocation}
-        losses = _measure(loaded, heldout.tokens, allocations, config, folder, sampled=bool(result.history))
+        losses = _measure(
+            loaded,
+            heldout.tokens,
+            allocations,
+            folder,
+            batch_size=config.micro_batch,
+            weights=asdict(config) if config.mode == "joint" else None,
+            sampled=bool(result.history),
+        )
         sampled = losses.pop("sampled", None)
         comparison = compare(losses, start=start)
         summary = {
@@ -124,7 +134,156 @@ def run(
         }
         _write_json(folder / "summary.json", summary)
         write_atomically(folder / "summary.md", _as_markdown(summary).encode())
+        if config.mode == "joint":
+            _convert(loaded, result.allocation, folder / "model", kind="hybrid")
     return summary
+
+
+def run_adaptation(
+    where: RunConfig,
+    allocation: Allocation,
+    config: AdaptConfig,
+    folder: Path,
+    *,
+    command: str,
+    tensorboard: bool = False,
+) -> dict[str, Any]:
+    """Adapt a model to an allocation, measure it beside dense, all-SWA and the hybrid as it was, and write `folder`.
+
+    Killed at any moment and called again with the same arguments, it goes on where it was.
+
+    Args:
+        where: model, text and what else the run needs besides the training's settings. The model may be a converted
+            hybrid: its weights count, not its allocation.
+        allocation: made for the model.
+        config: the training's settings.
+        folder: for the results; the trained hybrid is in `model`.
+        command: that does the same again, for the record.
+        tensorboard: also write the metrics for TensorBoard.
+
+    Returns:
+        What summary.json holds; nothing in the other processes of a distributed run.
+
+    Raises:
+        ConsaError: something the caller can mend; what is wrong is found before long work where that is possible.
+    """
+    start = where.start_for(LearnConfig(window=allocation.window, seq_len=config.seq_len))
+    _check_before_loading(where, tensorboard)
+    decided = {key: x for key, x in json.loads(allocation.to_json()).items() if key != "provenance"}
+    settings = {"run": asdict(where), "adapt": asdict(config), "allocation": decided}
+    with _joined(where, folder, settings):
+        loaded = _load(where)
+        check_fits(allocation, loaded.layout, type(loaded.model).__name__)
+        check_lora(loaded.model, config)
+        train, heldout = _load_text(where, config, loaded)
+        record = settings | {"command": command, "hardware": hardware(), "versions": versions()}
+        losses, means = {}, {}
+        if distributed.is_main():
+            _write_json(folder / "config.json", record)
+            shape = loaded.layout.num_layers, loaded.layout.num_kv_heads
+            all_swa = rules.bottom(
+                *shape,
+                sparsity=1.0,
+                window=allocation.window,
+                num_sink_tokens=allocation.num_sink_tokens,
+                native_windows=loaded.layout.native_windows,
+            )
+            ends = {"dense": None, "all_swa": all_swa, "hybrid": allocation}
+            losses = _measure(loaded, heldout.tokens, ends, folder, batch_size=config.micro_batch)
+            means = {name: float(losses[name][1][:, start:].mean()) for name in ends}
+
+        def evaluate(hybrid: PreTrainedModel) -> dict[str, float]:
+            found = heldout_losses(hybrid, heldout.tokens, batch_size=config.micro_batch)
+            if (
+                not means
+            ):  # on another process than the main one, which computes along where layers are sharded
+                return {}
+            mean, dense, floor = float(found[:, start:].mean()), means["dense"], means["all_swa"]
+            recovered = {"recovered": (floor - mean) / (floor - dense)} if floor != dense else {}
+            return {"heldout_loss": mean} | recovered
+
+        began = time.monotonic()
+        with _Progress(
+            "Adapting", config.num_steps, folder / "tensorboard" if tensorboard else None
+        ) as shown:
+            history = adapt(
+                loaded.model,
+                train.tokens,
+                allocation,
+                config,
+                identity=loaded.identity,
+                run_dir=folder,
+                evaluate=evaluate,
+                on_step=partial(shown.on_step, _adaptation_text) if distributed.is_main() else None,
+            )
+        if not distributed.is_main():
+            return {}
+        adapted = time.monotonic()
+        figures.adaptation_curves(history, means, folder / "curves.png")
+        losses |= _measure(
+            loaded,
+            heldout.tokens,
+            {"adapted": allocation},
+            folder,
+            batch_size=config.micro_batch,
+            weights=asdict(config),
+        )
+        _convert(loaded, allocation, folder / "model")
+        comparison = compare(losses, start=start)
+        summary = {
+            "model": loaded.identity,
+            "granularity": allocation.granularity,
+            "sparsity": allocation.sparsity,
+            "window": allocation.window,
+            "num_sink_tokens": allocation.num_sink_tokens,
+            "seq_len": config.seq_len,
+            "seed": config.seed,
+            "heldout_sequences": len(heldout.tokens),
+            "heldout_documents": len(np.unique(heldout.documents)),
+            **_comparison_record(comparison),
+            "seconds": {
+                "adapting": round(adapted - began, 1),
+                "evaluation": round(time.monotonic() - adapted, 1),
+            },
+            **record,
+        }
+        _write_json(folder / "summary.json", summary)
+        write_atomically(folder / "summary.md", _adaptation_as_markdown(summary).encode())
+    return summary
+
+
+@contextmanager
+def _joined(where: RunConfig, folder: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Join the job's other processes; the main one holds the folder, after making sure that it is this run's."""
+    with distributed.group(where.device), _claimed(folder) if distributed.is_main() else nullcontext():
+        if distributed.is_main():
+            _check_same_run(folder, settings)
+        yield
+
+
+def _check_before_loading(where: RunConfig, tensorboard: bool) -> None:
+    _check_device(where.device)
+    if tensorboard and not find_spec("tensorboard"):
+        raise ConsaError("tensorboard is not installed; run: pip install 'consa[tensorboard]'")
+    for data in filter(None, (where.data, where.heldout_data)):
+        check_data(data)
+
+
+def _load(where: RunConfig) -> LoadedModel:
+    if distributed.is_main():
+        note(f"Loading {where.model}")
+    dtype = getattr(torch, where.dtype) if where.dtype else None
+    with distributed.main_first():
+        loaded = load_model(where.model, device=where.device, dtype=dtype)
+    if vars(loaded.model.config).pop("consa", None):  # a converted hybrid: the dense model of its weights
+        loaded.model.set_attn_implementation("sdpa")
+    return loaded
+
+
+def _convert(loaded: LoadedModel, allocation: Allocation, folder: Path, *, kind: Any = "auto") -> None:
+    """Write the converted model, unless this very run has done so before."""
+    if not folder.exists():
+        convert(loaded.model, allocation, folder, tokenizer=loaded.tokenizer, kind=kind)
 
 
 @contextmanager
@@ -192,8 +351,12 @@ def _without_free(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _load_text(where: RunConfig, config: LearnConfig, loaded: LoadedModel) -> tuple[SequenceSet, SequenceSet]:
+def _load_text(
+    where: RunConfig, config: LearnConfig | AdaptConfig, loaded: LoadedModel
+) -> tuple[SequenceSet, SequenceSet]:
     """Training text and the held-out sequences to measure on, from different documents."""
+    if distributed.is_main():
+        note(f"Reading {where.data}")
     load = partial(
         load_sequences,
         tokenizer=loaded.tokenizer,
@@ -202,8 +365,9 @@ def _load_text(where: RunConfig, config: LearnConfig, loaded: LoadedModel) -> tu
         text_field=where.text_field,
     )
     own = where.heldout_data is not None
-    train = load(where.data, split="all" if own else "train")
-    heldout = load(where.heldout_data or where.data, split="all" if own else "heldout")
+    with distributed.main_first():
+        train = load(where.data, split="all" if own else "train")
+        heldout = load(where.heldout_data or where.data, split="all" if own else "heldout")
     rows = _spread_over_documents(heldout.documents, where.num_heldout)
     chosen = SequenceSet(
         tokens=heldout.tokens[rows],
@@ -222,11 +386,12 @@ def _spread_over_documents(documents: np.ndarray, count: int) -> np.ndarray:
     return np.argsort(rank, kind="stable")[:count]
 
 
-class _LearningProgress:
-    """Shows steps and then exchanges as `learn` reports them, and writes the former for TensorBoard if asked to."""
+class _Progress:
+    """Shows steps, and then exchanges, as they are reported, and writes the former for TensorBoard if asked to."""
 
-    def __init__(self, config: LearnConfig, tensorboard: Path | None) -> None:
-        self.config = config
+    def __init__(self, name: str, num_steps: int, tensorboard: Path | None) -> None:
+        self.name = name
+        self.num_steps = num_steps
         self.tensorboard = tensorboard
         self.shown = ExitStack()
         self.title = ""
@@ -234,7 +399,7 @@ class _LearningProgress:
         self.update: Callable[[int, str], None] | None = None
         self.writer: Any = None
 
-    def __enter__(self) -> _LearningProgress:
+    def __enter__(self) -> _Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -242,15 +407,11 @@ class _LearningProgress:
         if self.writer:
             self.writer.close()
 
-    def on_step(self, record: dict[str, float]) -> None:
+    def on_step(self, describe: Callable[[dict[str, float]], str], record: dict[str, float]) -> None:
         """Show a step."""
         step = int(record["step"])
-        text = (
-            f"loss {record['loss']:.3f}, sparsity {record['expected_sparsity']:.3f}"
-            f" (target {record['target']:.3f}), multiplier {record['multiplier']:.2f},"
-            f" {record['tokens_per_second']:.0f} tokens/s, {memory()}"
-        )
-        self._show("Learning", self.config.num_steps, step, text)
+        text = f"loss {record['loss']:.3f}, {describe(record)}, {record['tokens_per_second']:.0f} tokens/s, {memory()}"
+        self._show(self.name, self.num_steps, step, text)
         if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -259,11 +420,11 @@ class _LearningProgress:
             for name in record.keys() - {"step"}:
                 self.writer.add_scalar(name, record[name], step)
 
-    def on_exchange(self, exchange: Exchange) -> None:
+    def on_exchange(self, budget: int, exchange: Exchange) -> None:
         """Show an evaluation of the refinement."""
         kind = "probe" if None in (exchange.closed, exchange.opened) else "exchange"
         text = f"loss {exchange.change:+.5f}: {kind} {'kept' if exchange.accepted else 'dropped'}"
-        self._show("Refining", self.config.refine_evaluations, exchange.evaluations, text)
+        self._show("Refining", budget, exchange.evaluations, text)
 
     def _show(self, title: str, total: int, done: int, text: str) -> None:
         if title != self.title:  # one bar at a time
@@ -273,6 +434,16 @@ class _LearningProgress:
         assert self.update
         self.update(done, text)
         self.since = time.monotonic()
+
+
+def _learning_text(record: dict[str, float]) -> str:
+    sparsity = f"sparsity {record['expected_sparsity']:.3f} (target {record['target']:.3f})"
+    return f"{sparsity}, multiplier {record['multiplier']:.2f}"
+
+
+def _adaptation_text(record: dict[str, float]) -> str:
+    heldout = f"held-out {record['heldout_loss']:.3f}, " if "heldout_loss" in record else ""
+    return f"{heldout}gradient {record['grad_norm']:.2f}, learning rate {record['learning_rate']:.1e}"
 
 
 def _competitors(loaded: LoadedModel, config: LearnConfig, sparsity: float) -> dict[str, Allocation | None]:
@@ -292,25 +463,29 @@ def _measure(
     loaded: LoadedModel,
     tokens: np.ndarray,
     allocations: dict[str, Allocation | None],
-    config: LearnConfig,
     folder: Path,
     *,
-    sampled: bool,
+    batch_size: int,
+    weights: dict[str, Any] | None = None,
+    sampled: bool = False,
 ) -> dict[str, tuple[float, np.ndarray]]:
-    """Sparsity and held-out losses of every allocation, and of sampled gates; what the folder holds is not redone."""
+    """Sparsity and held-out losses of every allocation, and of sampled gates; what the folder holds is not redone.
+
+    `weights` says how the model was trained, if it was.
+    """
     jobs = {
-        name: partial(heldout_losses, allocation=allocation, batch_size=config.micro_batch)
+        name: partial(heldout_losses, allocation=allocation, batch_size=batch_size)
         for name, allocation in allocations.items()
     }
     named = dict(allocations)
     if sampled and (learned := allocations["learned"]):
         named["sampled"] = learned
-        jobs["sampled"] = partial(sampled_losses, allocation=learned, batch_size=config.micro_batch)
+        jobs["sampled"] = partial(sampled_losses, allocation=learned, batch_size=batch_size)
     common = {
         "model": loaded.identity,
         "computed": [str(loaded.model.dtype), str(loaded.model.device.type), versions()],
         "tokens": hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest(),
-        "weights": asdict(config) if config.mode == "joint" else None,  # the run's own
+        "weights": weights,
     }
     paths, found = {}, {}
     for name, allocation in named.items():
@@ -364,20 +539,8 @@ def _comparison_record(comparison: Comparison) -> dict[str, Any]:
 
 
 def _as_markdown(summary: dict[str, Any]) -> str:
-    def table(columns: list[str], rows: list[list[str]]) -> str:
-        lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-    rows, losses, seconds = summary["rows"], summary["losses"], summary["seconds"]
-    overall = table(
-        ["allocation", "sparsity", "loss", "recovered"],
-        [[row["name"], f"{row['sparsity']:.4f}", f"{row['loss']:.4f}", recovered_text(row)] for row in rows],
-    )
-    by_position = table(
-        ["allocation", *(f"{first}-{end - 1}" for first, end in summary["buckets"])],
-        [[row["name"], *(f"{value:.3f}" for value in row["by_position"])] for row in rows],
-    )
-    three = table(
+    losses, seconds = summary["losses"], summary["seconds"]
+    three = _table(
         ["", "loss"],
         [
             [label, f"{losses[key]:.4f}"]
@@ -390,8 +553,45 @@ def _as_markdown(summary: dict[str, Any]) -> str:
         ],
     )
     fractional = "none learned" if summary["fractional"] is None else f"{summary['fractional']:.1%}"
-    used = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
-    return f"""# {Path(summary["model"]["model"]).name}: learned allocation at sparsity {summary["sparsity"]:.4g}
+    return f"""{_measured_as_markdown(summary, "learned allocation")}
+## From gates to a decision
+
+Losses on the same text and positions. Fractional gates at the end: {fractional}.
+
+{three}
+
+{_how_as_markdown(summary)} The process that finished the run learned for {seconds["learning"]:.0f} s and measured \
+for {seconds["evaluation"]:.0f} s.
+
+![which units keep full attention](heatmap.png)
+"""
+
+
+def _adaptation_as_markdown(summary: dict[str, Any]) -> str:
+    config, seconds = summary["adapt"], summary["seconds"]
+    return f"""{_measured_as_markdown(summary, "hybrid adapted")}
+`hybrid` is the allocation with the weights as they were, `adapted` with those trained: method {config["method"]}, \
+{config["num_steps"]} steps of {config["sequences_per_step"]} sequences; cross-entropy {config["cross_entropy"]:g}, \
+distillation {config["distillation"]:g}, hidden states {config["hidden_loss"]:g}. `model` loads and generates.
+
+{_how_as_markdown(summary)} The process that finished the run trained for {seconds["adapting"]:.0f} s and measured \
+for {seconds["evaluation"]:.0f} s.
+
+![losses and learning rate by step](curves.png)
+"""
+
+
+def _measured_as_markdown(summary: dict[str, Any], title: str) -> str:
+    rows = summary["rows"]
+    overall = _table(
+        ["allocation", "sparsity", "loss", "recovered"],
+        [[row["name"], f"{row['sparsity']:.4f}", f"{row['loss']:.4f}", recovered_text(row)] for row in rows],
+    )
+    by_position = _table(
+        ["allocation", *(f"{first}-{end - 1}" for first, end in summary["buckets"])],
+        [[row["name"], *(f"{value:.3f}" for value in row["by_position"])] for row in rows],
+    )
+    return f"""# {Path(summary["model"]["model"]).name}: {title} at sparsity {summary["sparsity"]:.4g}
 
 Granularity {summary["granularity"]}, window {summary["window"]}, {summary["num_sink_tokens"]} sink tokens, \
 seed {summary["seed"]}. Measured on {summary["heldout_sequences"]} held-out sequences of {summary["seq_len"]} tokens \
@@ -407,22 +607,21 @@ dense that is closed.
 ## By position
 
 {by_position}
+"""
 
-## From gates to a decision
 
-Losses on the same text and positions. Fractional gates at the end: {fractional}.
-
-{three}
-
-## How
+def _how_as_markdown(summary: dict[str, Any]) -> str:
+    used = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    return f"""## How
 
     {summary["command"]}
 
-{summary["hardware"]}; {used}. The process that finished the run learned for {seconds["learning"]:.0f} s and measured \
-for {seconds["evaluation"]:.0f} s.
+{summary["hardware"]}; {used}."""
 
-![which units keep full attention](heatmap.png)
-"""
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def recovered_text(row: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from consa import Allocation, ConsaError, HybridCache, attached
 from consa.attention.interface import consa_attention
 from consa.attention.plan import Plan
 from consa.attention.reference import reference_attention
-from consa.cache import GROWTH, allocated_bytes
+from consa.cache import GROWTH, STORAGE, HybridLayer, allocated_bytes
 from tests.models import FAMILIES, allocate, exact, left_padding, tiny, tokens
 
 HEAD_DIM = 8
@@ -343,6 +344,36 @@ def test_offloading_waits_for_the_attention_that_is_about_to_run():
         consa_attention(SimpleNamespace(consa_plan=plan, layer_idx=0), q, keys, values, None, scaling=1.0)
         layer.prefetch()
     assert moved == [("cpu", 20), ("cpu", 20), ("cpu", 40), ("cpu", 40)]
+
+
+def test_attention_reads_nothing_that_was_offloaded(model):
+    """Chunks and single tokens over a cache whose layers are away but while they are used."""
+    allocation = allocate(model)
+    away: dict[tuple[HybridLayer, str], torch.Tensor] = {}
+
+    def move_away(layer: HybridLayer, device: torch.device) -> None:
+        for name in STORAGE:
+            if getattr(layer, name) is not None:
+                away[layer, name] = getattr(layer, name)
+                setattr(layer, name, away[layer, name].to("meta"))  # whoever reads it gets no numbers
+
+    class Offloading(HybridCache):
+        def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+            layer = self.layers[layer_idx]
+            for name in STORAGE:
+                setattr(layer, name, away.pop((layer, name), None))
+            new = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            layer.offload()
+            return new
+
+    cache, ids = Offloading(allocation), tokens(2, 60)
+    for layer in cache.layers:
+        layer._move = partial(move_away, layer)
+    with torch.no_grad(), attached(model, allocation):
+        got = decode(model, cache, ids, [20, 15, 1, 1, 23])
+        wanted = model(ids, use_cache=False).logits
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+    assert {layer for layer, _ in away} == set(cache.layers)
 
 
 def test_layers_that_the_model_slides_keep_its_own_cache():

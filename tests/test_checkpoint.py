@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import consa
 from consa import Allocation, ConsaError, attached, convert, load
@@ -82,37 +82,60 @@ def test_a_fresh_process_computes_the_same_bits(model, folder, tmp_path, how):
     assert torch.equal(got["ids"], sequence)
 
 
-def test_without_consa_transformers_refuses(folder):
+def test_without_consa_transformers_refuses_whichever_class_and_attention_is_asked_for(folder):
     done = fresh(
-        f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+        "import sys, transformers\n"
+        "for name in ('AutoConfig', 'AutoModel', 'AutoModelForCausalLM', 'LlamaConfig', 'LlamaForCausalLM'):\n"
+        "    for options in ({}, {'attn_implementation': 'sdpa'}, {'attn_implementation': 'eager'}):\n"
+        "        try:\n"
+        f"            getattr(transformers, name).from_pretrained({str(folder)!r}, **options)\n"
+        "        except Exception as error:\n"
+        "            print(name, ' '.join(str(error).split()))\n"
+        "assert not any(module.startswith('consa') for module in sys.modules)\n"
     )
-    assert done.returncode != 0
-    assert 'attn_implementation="consa"` is not supported' in done.stderr
+    assert done.returncode == 0, done.stderr
+    refused = done.stdout.splitlines()
+    assert len(refused) == 15, done.stdout
+    for line in refused:
+        auto = line.startswith("Auto")
+        assert ("has model type `consa`" if auto else "validate_layer_type") in line, line
+
+
+def test_a_family_class_refuses_with_consa_too(folder):
+    with pytest.raises(Exception, match="layer_types` entries must be in"):
+        LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
 
 
 def test_importing_consa_alone_registers_nothing():
     done = fresh(
         "import consa, transformers\n"
         "assert 'consa' not in transformers.AttentionInterface().valid_keys()\n"
+        "assert 'consa' not in transformers.CONFIG_MAPPING\n"
         "assert 'consa' not in transformers.cache_utils.DYNAMIC_LAYER_TYPE_MAPPING\n"
         "before = transformers.cache_utils.get_layer_types_and_kwargs\n"
         "import consa.register\n"
         "assert 'consa' in transformers.AttentionInterface().valid_keys()\n"
         "config = transformers.Gemma3TextConfig()\n"
         "assert transformers.cache_utils.get_layer_types_and_kwargs(config) == before(config)\n"
+        "assert transformers.CONFIG_MAPPING['llama'] is transformers.LlamaConfig\n"
     )
     assert done.returncode == 0, done.stderr
 
 
 def test_another_attention_than_the_hybrid_is_refused(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
-    with pytest.raises(ConsaError, match="attn_implementation='sdpa' would run it as full attention"):
+    said = "attn_implementation='sdpa' would run it as full attention"
+    with pytest.raises(ConsaError, match=said):
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ConsaError, match=said):
         model.generate(tokens(1, 5), max_new_tokens=2)
-    with pytest.raises(ConsaError, match="attn_implementation='sdpa' would run it as full attention"):
+    with pytest.raises(ConsaError, match=said):
         model(tokens(1, 5))
 
 
-def test_a_loaded_hybrid_neither_attaches_nor_saves_itself(model, folder, tmp_path):
+@pytest.mark.parametrize("load", [load, AutoModelForCausalLM.from_pretrained])
+def test_a_loaded_hybrid_neither_attaches_nor_saves_itself(model, folder, tmp_path, load):
     hybrid = load(folder)
     with (
         pytest.raises(ConsaError, match="converted with an allocation of its own"),
@@ -120,10 +143,12 @@ def test_a_loaded_hybrid_neither_attaches_nor_saves_itself(model, folder, tmp_pa
     ):
         pass
     with pytest.raises(ConsaError, match=r"use consa\.convert"):
-        hybrid.save_pretrained(tmp_path / "again")
+        hybrid.save_pretrained(tmp_path / "refused")
     convert(hybrid, allocate(model), tmp_path / "again")
     ids = tokens(1, 40)
     assert torch.equal(logits(load(tmp_path / "again"), ids), logits(hybrid, ids))
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_converting_leaves_the_model_as_it_was(tmp_path):
@@ -167,7 +192,9 @@ def test_the_tokenizer_and_all_of_the_allocation_come_along(tiny_model_folder, t
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("fox").input_ids == tokenizer("fox").input_ids
     assert verify(tmp_path / "out") == ("hybrid", allocation)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["model_type"] == "llama" and config["architectures"] == ["ConSALlamaForCausalLM"]
+    assert config["model_type"] == "consa" and config["architectures"] == ["ConSALlamaForCausalLM"]
+    loaded = AutoConfig.from_pretrained(tmp_path / "out")  # to other code it is the family's
+    assert type(loaded) is type(model.config) and loaded.num_hidden_layers == 4
 
 
 # What a damaged folder looks like.

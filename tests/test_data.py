@@ -92,7 +92,7 @@ def test_a_document_gives_its_consecutive_tokens_and_no_rest(load, tokenizer, tm
     result = load(path)
     assert result.tokens.tolist() == [ids[start : start + 8] for start in range(0, len(ids) - 7, 8)]
     assert result.documents.tolist() == [0] * (len(ids) // 8)
-    assert result.domains == ("",) * (len(ids) // 8)
+    assert result.domains == ("txt",) * (len(ids) // 8)
     assert (result.num_documents, result.num_skipped) == (1, 0)
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from consa import Allocation, ConsaError, HybridCache, attached, convert, load
-from consa.cache import HybridLayer, StaticHybridLayer, allocated_bytes
+from consa import Allocation, ConsaError, HybridCache, attached, convert, load, rules
+from consa.cache import GROWTH, HybridLayer, StaticHybridLayer, allocated_bytes
 from consa.generation import Sampling, generate_text, needle
 from consa.model import load_model
 from tests.models import allocate, exact, left_padding, tiny, tokens
@@ -244,9 +244,12 @@ def test_the_real_model_decodes_the_exact_hybrid(real, real_allocation):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("length", [4096, 8192])
-def test_the_real_model_finds_what_it_finds_without_a_cache(real, real_allocation, length, tmp_path):
+@pytest.mark.parametrize("choice", ["middle at 0.5", "heads at 0.75"])
+def test_the_real_model_finds_what_it_finds_without_a_cache(real, real_allocation, choice, length, tmp_path):
     """Its answer is what one pass under dense masks predicts, token by token."""
-    convert(real.model, real_allocation, tmp_path / "hybrid")
+    middle = rules.middle(30, 3, sparsity=0.5, granularity="kv_head", window=128, num_sink_tokens=4)
+    allocation = middle if choice == "middle at 0.5" else real_allocation
+    convert(real.model, allocation, tmp_path / "hybrid", kind="hybrid")
     hybrid = load(tmp_path / "hybrid", device="cpu")
     hidden = needle(real.tokenizer, length - 10, depth=0.4, seed=length)
     ids = real.tokenizer(hidden.prompt, return_tensors="pt")["input_ids"]
@@ -259,10 +262,11 @@ def test_the_real_model_finds_what_it_finds_without_a_cache(real, real_allocatio
         return_dict_in_generate=True,
     )
     answer = out.sequences[:, ids.shape[1] :]
-    print(f"{length}: {real.tokenizer.decode(answer[0])!r}, hidden was {hidden.answer}")
-    with torch.no_grad(), exact(real.model, real_allocation):
+    print(f"{choice}, {length} tokens: {real.tokenizer.decode(answer[0])!r}, hidden was {hidden.answer}")
+    with torch.no_grad(), exact(real.model, allocation):
         logits = real.model(out.sequences[:, :-1], use_cache=False, logits_to_keep=9).logits
     assert torch.equal(answer, logits.argmax(-1))
-    dense = Allocation(full_attention=np.ones((30, 3), dtype=bool), window=1)
-    dense_bytes = dense.kv_cache_bytes(ids.shape[1], head_dim=64, bytes_per_element=4)
-    assert allocated_bytes(out.past_key_values) / dense_bytes <= (0.27 if length == 8192 else 0.3)
+    seen = out.past_key_values.get_seq_length()
+    wanted = allocation.kv_cache_bytes(seen, head_dim=64, bytes_per_element=4)
+    one_chunk = 2 * 90 * GROWTH * 64 * 4
+    assert seen == ids.shape[1] + 8 and wanted <= allocated_bytes(out.past_key_values) < wanted + one_chunk

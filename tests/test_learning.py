@@ -617,6 +617,7 @@ BAD: dict[str, list[Any]] = {
     "sparsity": [-0.1, 1.1, float("nan"), float("inf"), "half", None],
     "granularity": ["head", "", None],
     "mode": ["freeze", None],
+    "parallel": ["tensor", "fsdp", None],
     "window": [0, -1, 2.5, "8", None],
     "num_sink_tokens": [-1, 0.5],
     "seq_len": [1, 0, 16.0],

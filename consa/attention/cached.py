@@ -92,13 +92,13 @@ def cached_attention(
             new_kv = (pick(x, cache.sliding_heads)[rows, :, skipped:] for x in (k, v))
             old_kv = cache.read_sliding(rows, start)
             sliding.append([torch.cat(parts, dim=2) for parts in zip(old_kv, new_kv, strict=True)])
-    cache.write(k, v, first)
+    full = cache.write(k, v, first)
     out = torch.zeros_like(q)
     for index, (rows, start, skipped) in enumerate(groups):
         heads = q[rows, :, skipped:].unflatten(1, (k.shape[1], -1))
         parts: list[tuple[Heads, Tensor]] = []
         if cache.split.full:
-            keys, values = (x[rows, :, start : cache.length] for x in (cache.full_keys, cache.full_values))
+            keys, values = (x[rows, :, start:] for x in full)
             part = pick(heads, cache.full_heads).flatten(1, 2)
             part = full_attention(part, keys, values, scaling=scaling, softcap=softcap)
             parts.append((cache.full_heads, part))

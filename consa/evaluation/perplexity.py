@@ -127,6 +127,11 @@ class Comparison:
     rows: tuple[Row, ...]
 
 
+def buckets_of(positions: int) -> tuple[tuple[int, int], ...]:
+    """Position ranges `[from, to)` in powers of two from 64 on, up to `positions`."""
+    return tuple(pairwise([0, *(2**k for k in range(6, 40) if 2**k < positions), positions]))
+
+
 def compare(losses: dict[str, tuple[float, np.ndarray]], *, start: int) -> Comparison:
     """Compare held-out losses.
 
@@ -142,8 +147,7 @@ def compare(losses: dict[str, tuple[float, np.ndarray]], *, start: int) -> Compa
         raise ConsaError(
             f"sequences of {positions + 1} tokens hold no position from {start} on; use longer ones"
         )
-    edges = [0, *(2**k for k in range(6, 40) if 2**k < positions), positions]
-    buckets = tuple(pairwise(edges))
+    buckets = buckets_of(positions)
     dense, floor = (float(losses[name][1][:, start:].mean()) for name in ("dense", "all_swa"))
     rows = []
     for name in sorted(losses, key=lambda name: {"dense": 0, "all_swa": 1}.get(name, 2)):

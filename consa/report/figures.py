@@ -54,7 +54,7 @@ def _draw_heatmap(allocation: Allocation) -> Figure:
         xticks=range(columns),
         ylabel="layer",
     )
-    shades = _shades(allocation)
+    strengths = shades(allocation)
     for layer in range(num_layers):
         if layer in allocation.native_windows:
             box = Rectangle((-0.5, layer - 0.5), columns, 1, fc=NATIVE_COLOUR, ec="white", hatch="////")
@@ -62,7 +62,7 @@ def _draw_heatmap(allocation: Allocation) -> Figure:
             continue
         for column in range(columns):
             is_full = bool(allocation.full_attention[layer, column])
-            colour = _between(FA_RAMP if is_full else SWA_RAMP, shades[layer, column])
+            colour = _between(FA_RAMP if is_full else SWA_RAMP, strengths[layer, column])
             box = Rectangle((column - 0.5, layer - 0.5), 1, 1, fc=colour, ec=GRID_COLOUR, lw=0.5)
             axes.add_patch(box)
             if allocation.scores is not None:
@@ -164,7 +164,49 @@ def _draw_curves(history: list[dict[str, float]]) -> Figure:
     return figure
 
 
-def _shades(allocation: Allocation) -> np.ndarray:
+def adaptation_curves(history: list[dict[str, float]], ends: dict[str, float], path: Path) -> None:
+    """Draw how an adaptation went: training loss, held-out loss between its ends, learning rate, by step.
+
+    Args:
+        history: one record per step, as `adapt` returns them; some hold "heldout_loss".
+        ends: name -> held-out loss to compare with, as a line across.
+        path: of the PNG file.
+
+    Raises:
+        ConsaError: the file cannot be written.
+    """
+    figure = _new_figure(9, 3.2)
+    loss, heldout, rate = figure.subplots(1, 3)
+    figure.subplots_adjust(left=0.07, right=0.98, top=0.9, bottom=0.15, wspace=0.28)
+    steps = [record["step"] for record in history]
+    loss.plot(steps, [record["loss"] for record in history], color="#9dbbdb", lw=1)
+    loss.set_title("training loss (nats)", fontsize=10)
+    measured = [record for record in history if "heldout_loss" in record]
+    heldout.plot(
+        [record["step"] for record in measured],
+        [record["heldout_loss"] for record in measured],
+        color="#08264d",
+        marker="o",
+        ms=3,
+        label="adapted",
+    )
+    for (name, value), colour in zip(ends.items(), ("#4f9d69", "#d1750c", GRID_COLOUR), strict=False):
+        heldout.axhline(value, color=colour, ls="--", lw=1.2, label=name)
+    heldout.legend(frameon=False, fontsize=8)
+    heldout.set_title("held-out loss (nats)", fontsize=10)
+    rate.plot(steps, [record["learning_rate"] for record in history], color="#08264d", lw=1.6)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rate.set_title("learning rate", fontsize=10)
+    for axes in (loss, heldout, rate):
+        axes.set_xlabel("step", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(color="#e6e6e6", lw=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def shades(allocation: Allocation) -> np.ndarray:
     """How far each unit's score is from the decision, 0 to 1 within FA and within SWA; `(num_layers, num_kv_heads)`."""
     full, scores = allocation.full_attention, allocation.scores
     shades = np.full(full.shape, 0.5)

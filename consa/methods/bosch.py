@@ -1,0 +1,75 @@
+"""BOSCH: black-box search for the heads to close, as a large-neighbourhood search in three stages (arXiv 2604.05942).
+
+The stages are the paper's: layers are probed, layers share out the budget by that, and heads are searched within groups
+of layers. No code is published, and the abstract names no constants: those here, the exchanges as moves and the
+next-token loss as objective are this project's.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from consa.allocation import Allocation
+from consa.errors import ConsaError
+from consa.methods import ChoiceConfig
+from consa.methods.problem import Problem
+from consa.model import LoadedModel
+
+NUM_BUCKETS = 3  # groups of layers, by sensitivity
+MEAN_EXCHANGE = 2.0  # units that a move exchanges, on average
+
+
+def bosch(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) -> Allocation:
+    """Probe each layer, share the FA units out over buckets of layers, and search within each bucket by exchanges.
+
+    Raises:
+        ConsaError: the budget does not cover the probes.
+    """
+    problem = Problem(loaded, sequences, config)
+    units, texts = problem.units, problem.sample()
+    layer = np.arange(units.count) // units.per_layer  # of each unit
+    needed = len(units.layers) + 2  # dense, a probe of each layer, and the start of the search
+    if config.evaluations < needed:
+        raise ConsaError(
+            f"evaluations must be at least {needed} for bosch on this model, got {config.evaluations}"
+        )
+    everything = np.ones(units.count, dtype=bool)
+    dense = problem.loss(everything, texts)
+    rise = np.array([problem.loss(layer != one, texts) - dense for one in range(len(units.layers))])
+    buckets = _buckets(rise, units.per_layer)
+    full = np.zeros(units.count, dtype=bool)
+    weights = [float(np.maximum(rise[layer[bucket]], 0).sum()) for bucket in buckets]
+    for bucket, share in zip(
+        buckets, apportion(problem.num_full, weights, list(map(len, buckets))), strict=True
+    ):
+        full[bucket[:share]] = True
+    current, rng = problem.loss(full, texts), np.random.default_rng(config.seed)
+    # The last neighbourhood is all units, so that what the probes got wrong can still be put right.
+    neighbourhoods = [*(b for b in buckets if 0 < full[b].sum() < len(b)), np.arange(units.count)]
+    for spent in range(needed, config.evaluations):
+        units_here = neighbourhoods[spent % len(neighbourhoods)]
+        kept, closed = units_here[full[units_here]], units_here[~full[units_here]]
+        size = min(int(rng.geometric(1 / MEAN_EXCHANGE)), len(kept), len(closed))
+        trial = full.copy()
+        trial[rng.choice(kept, size, replace=False)] = False
+        trial[rng.choice(closed, size, replace=False)] = True
+        value = problem.loss(trial, texts)
+        if value < current:
+            full, current = trial, value
+    return problem.decide("bosch", rise[layer], full, num_buckets=NUM_BUCKETS, mean_exchange=MEAN_EXCHANGE)
+
+
+def _buckets(rise: np.ndarray, per_layer: int) -> list[np.ndarray]:
+    """The units of each third of the layers, the most sensitive first, within a bucket too."""
+    order = np.argsort(-rise, kind="stable")
+    groups = np.array_split(order, min(NUM_BUCKETS, len(order)))
+    return [(group[:, None] * per_layer + np.arange(per_layer)).T.flatten() for group in groups]
+
+
+def apportion(total: int, weights: list[float], room: list[int]) -> list[int]:
+    """Whole shares of `total` near proportion to `weights`, none above its `room` (D'Hondt's highest averages)."""
+    shares = [0] * len(weights)
+    for _ in range(total):
+        free = [index for index in range(len(room)) if shares[index] < room[index]]
+        shares[max(free, key=lambda index: (weights[index] / (shares[index] + 1), -index))] += 1
+    return shares

@@ -1,0 +1,179 @@
+"""What every method works on: the units of a model, text to judge them by, and a count of what that cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consa import loss, retrieval
+from consa.allocation import Allocation, num_full_units
+from consa.errors import ConsaError
+from consa.gates import Units
+from consa.learning import units_of
+from consa.methods import ChoiceConfig
+from consa.model import LoadedModel, attached
+from consa.provenance import versions
+
+QUESTIONS = "multi_query"
+"""The retrieval task of the methods that need answers: several numbers are hidden, and all are asked for."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A sequence and where in it prediction counts.
+
+    Attributes:
+        tokens: int `(seq_len,)`.
+        start: index of the first token that is to be predicted; the answer's first one in a question, else 1.
+    """
+
+    tokens: np.ndarray
+    start: int = 1
+
+
+@dataclass
+class Problem:
+    """One choice to make.
+
+    Attributes:
+        loaded: the model, which is left as it is.
+        sequences: int tokens `(num_sequences, seq_len)`.
+        config: what is asked for.
+        units: what there is to decide.
+        num_full: how many of them keep full attention.
+        forward_tokens: sent through the model so far.
+        backward_tokens: of them, those whose gradient was sent back.
+
+    Raises:
+        ConsaError: no text.
+    """
+
+    loaded: LoadedModel
+    sequences: np.ndarray
+    config: ChoiceConfig
+    units: Units = field(init=False)
+    num_full: int = field(init=False)
+    forward_tokens: int = 0
+    backward_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sequences.ndim != 2 or len(self.sequences) == 0 or self.sequences.shape[1] < 2:
+            raise ConsaError(
+                f"no text to choose by: got sequences of shape {self.sequences.shape}; give more or longer documents"
+            )
+        self.units = units_of(self.loaded.layout, self.config.granularity)
+        self.num_full = num_full_units(self.units.count, self.config.sparsity)
+
+    @property
+    def target_sparsity(self) -> float:
+        """The feasible sparsity nearest to the config's."""
+        return 1 - self.num_full / self.units.count
+
+    def stream(self) -> Iterator[Text]:
+        """The sequences without end: each once per epoch, every epoch in its own order."""
+        for epoch in count():
+            for place in np.random.default_rng([self.config.seed, epoch]).permutation(len(self.sequences)):
+                yield Text(self.sequences[place])
+
+    def sample(self) -> list[Text]:
+        """The sequences of an evaluation."""
+        return list(islice(self.stream(), min(self.config.evaluation_sequences, len(self.sequences))))
+
+    def questions(self, number: int, length: int | None = None) -> list[Text]:
+        """Questions about what lies in a text of `length` tokens (as long as the sequences unless given), answered."""
+        tokenizer: Any = self.loaded.tokenizer
+        found = []
+        for example in retrieval.examples(
+            QUESTIONS,
+            tokenizer,
+            length=length or self.sequences.shape[1],
+            count=number,
+            seed=self.config.seed,
+        ):
+            prompt = tokenizer(example.prompt)["input_ids"]
+            answer = tokenizer(" " + ", ".join(example.answers), add_special_tokens=False)["input_ids"]
+            found.append(Text(np.array(prompt + answer), len(prompt)))
+        return found
+
+    def tensor(self, text: Text) -> Tensor:
+        """The text's tokens, int64 `(1, seq_len)` on the model's device."""
+        return torch.from_numpy(text.tokens.astype(np.int64))[None].to(self.loaded.model.device)
+
+    def allocation(self, full: np.ndarray, **more: Any) -> Allocation:
+        """The allocation in which the units of `full`, bool `(units,)`, keep full attention."""
+        return Allocation(
+            full_attention=self.units.spread(torch.from_numpy(full).float(), elsewhere=0).bool().numpy(),
+            granularity=self.config.granularity,
+            window=self.config.window,
+            num_sink_tokens=self.config.num_sink_tokens,
+            native_windows=self.loaded.layout.native_windows,
+            **more,
+        )
+
+    @property
+    def dense(self) -> Allocation:
+        """Every unit on full attention."""
+        return self.allocation(np.ones(self.units.count, dtype=bool))
+
+    def loss(self, full: np.ndarray, texts: list[Text]) -> float:
+        """Mean loss per predicted token of `texts` with the units of `full` on full attention, nats."""
+        total = 0.0
+        with attached(self.loaded.model, self.allocation(full)):
+            for text in texts:
+                losses = loss.token_losses(self.loaded.model, self.tensor(text))
+                total += float(losses[0, text.start - 1 :].double().sum())
+                self.forward_tokens += len(text.tokens)
+        return total / sum(len(text.tokens) - text.start for text in texts)
+
+    def without_ties(self, scores: np.ndarray) -> np.ndarray:
+        """Scores with up to 1e-6 added at random, as DuoAttention's `sparsify_attention_heads` does.
+
+        For methods that give many units the same score; the order of the units would decide for the lower layers.
+        """
+        return scores + np.random.default_rng(self.config.seed).uniform(0, 1e-6, len(scores))
+
+    def top(self, scores: np.ndarray) -> np.ndarray:
+        """The `num_full` units of highest score, bool `(units,)`; ties go to the lower layer and head."""
+        full = np.zeros(self.units.count, dtype=bool)
+        full[np.argsort(-scores, kind="stable")[: self.num_full]] = True
+        return full
+
+    def gather(self, per_head: np.ndarray) -> np.ndarray:
+        """`(num_layers, num_kv_heads)` to `(units,)`."""
+        heads = self.units.num_kv_heads // self.units.per_layer
+        return per_head[list(self.units.layers), ::heads].flatten()
+
+    def decide(
+        self, method: str, scores: np.ndarray, full: np.ndarray | None = None, **settings: Any
+    ) -> Allocation:
+        """The allocation that a method ends with.
+
+        Args:
+            method: its name.
+            scores: `(units,)`, higher keeps full attention.
+            full: the decision, bool `(units,)`; the top scores unless given.
+            settings: the method's own constants, for the provenance.
+        """
+        full = self.top(scores) if full is None else full
+        assert full.sum() == self.num_full
+        provenance = self.loaded.identity | {
+            "method": method,
+            "target_sparsity": self.target_sparsity,
+            "config": asdict(self.config),
+            "settings": settings,
+            "cost": cost(self.forward_tokens, self.backward_tokens),
+            "versions": versions(),
+        }
+        per_head = self.units.spread(torch.from_numpy(scores).double(), elsewhere=0).numpy()
+        return self.allocation(full, scores=per_head, provenance=provenance)
+
+
+def cost(forward_tokens: int, backward_tokens: int) -> dict[str, int]:
+    """What a choice cost, for its provenance: the same on every machine, as seconds are not."""
+    return {"forward_tokens": forward_tokens, "backward_tokens": backward_tokens}

@@ -1,0 +1,563 @@
+"""The report's charts, as Vega-Lite: what the page shows in a browser is what `draw` writes as SVG and PNG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from consa.allocation import Allocation
+from consa.errors import ConsaError
+from consa.files import write_atomically
+from consa.relations import MEASURES, Behaviour
+from consa.report.figures import shades
+
+FA, SWA, OTHER = (
+    "#2868ad",
+    "#d9952b",
+    "#84878c",
+)  # told apart by colour-blind readers, and seen on light and dark
+KINDS = {"domain": ["learned", "dense", "all-SWA", "other"], "range": [FA, "#4f9d69", SWA, OTHER]}
+MAX_POINTS = 400  # of a curve
+DIGITS = 4  # significant, of numbers in a page
+
+Columns = Mapping[str, Sequence[Any]]
+Spec = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A figure.
+
+    Attributes:
+        name: of its files.
+        title: what it shows, as text.
+        description: what there is to see, for those who cannot.
+        spec: Vega-Lite without data.
+        data: key of the page's data sets; charts may share one.
+    """
+
+    name: str
+    title: str
+    description: str
+    spec: Spec
+    data: str
+
+
+def units(allocation: Allocation, behaviour: Behaviour | None) -> Columns:
+    """A row per unit: where it is, what was decided, its score and what was measured of it."""
+    by_layer = allocation.granularity == "layer"
+    heads = range(1 if by_layer else allocation.num_kv_heads)
+    places = [(layer, head) for layer in range(allocation.num_layers) for head in heads]
+
+    def column(values: np.ndarray) -> list[float | None]:
+        values = values.mean(1, keepdims=True) if by_layer else values
+        return [_rounded(float(values[place])) for place in places]
+
+    def decision(layer: int, head: int) -> str:
+        if layer in allocation.native_windows:
+            return "native window"
+        return "FA" if allocation.full_attention[layer, head] else "SWA"
+
+    columns: dict[str, list[Any]] = {
+        "unit": [f"layer {layer}" + ("" if by_layer else f", KV head {head}") for layer, head in places],
+        "layer": [layer for layer, _ in places],
+        "head": ["all" if by_layer else head for _, head in places],
+        "decision": [decision(*place) for place in places],
+        "shade": column(shades(allocation)),
+    }
+    if allocation.scores is not None:
+        columns["score"] = column(allocation.scores)
+    if behaviour is not None:
+        columns |= {name: column(values) for name, values in behaviour.measures.items()}
+    return columns
+
+
+def heatmap(name: str, data: str, allocation: Allocation, behaviour: Behaviour | None) -> Chart:
+    """Layers to the right, KV heads downwards; the further a score from the decision, the stronger the colour."""
+    fields = ["unit", "decision"] + ["score"] * (allocation.scores is not None)
+    tooltip = [{"field": field, "title": field} for field in fields]
+    if allocation.provenance.get("method") == "consa" and allocation.scores is not None:
+        tooltip[-1]["title"] = "log_alpha"
+    tooltip += _measure_tooltips(behaviour)
+    num_full = int(allocation.full_attention.sum())
+    num_units = len(allocation.layers) * allocation.num_kv_heads
+    rows = 1 if allocation.granularity == "layer" else allocation.num_kv_heads
+    every = 1 + allocation.num_layers // 24
+    spec: Spec = {
+        "mark": {"type": "rect", "cornerRadius": 2, "tooltip": True},
+        "height": rows * (26 if rows <= 8 else 14),
+        "encoding": {
+            "x": {
+                "field": "layer",
+                "type": "ordinal",
+                "title": "layer, from the bottom to the top of the model",
+                "scale": {"paddingInner": 0.08},
+                "axis": {
+                    "labelAngle": 0,
+                    "labelOverlap": "greedy",
+                    "values": list(range(0, allocation.num_layers, every)),
+                },
+            },
+            "y": {
+                "field": "head",
+                "type": "ordinal",
+                "title": "KV head",
+                "sort": None,
+                "scale": {"paddingInner": 0.1},
+                "axis": {"labelOverlap": "greedy"},
+            },
+            "color": {
+                "field": "decision",
+                "type": "nominal",
+                "title": None,
+                "scale": {"domain": ["FA", "SWA", "native window"], "range": [FA, SWA, OTHER]},
+                "legend": {"orient": "top", "values": _present(allocation)},
+            },
+            "opacity": {
+                "field": "shade",
+                "type": "quantitative",
+                "legend": None,
+                "scale": {"domain": [0, 1], "range": [0.55, 1]},
+            },
+            "tooltip": tooltip,
+        },
+    }
+    return Chart(
+        name=f"{name}-allocation",
+        title="Which units keep full attention",
+        description=f"Heatmap of {num_units} KV heads in {allocation.num_layers} layers, {num_full} of them on full"
+        " attention; the text below says at which depth.",
+        spec=spec,
+        data=data,
+    )
+
+
+def history(records: Sequence[Mapping[str, float]]) -> Columns:
+    """The steps of a run; of a long one, means of neighbouring steps."""
+    names = ["step", "loss", "expected_sparsity", "target", "multiplier", "fractional"]
+    parts = np.array_split(np.arange(len(records)), min(len(records), MAX_POINTS))
+    return {
+        name: [_rounded(float(np.mean([records[index][name] for index in part]))) for part in parts]
+        for name in names
+    }
+
+
+def curves(name: str, data: str) -> list[Chart]:
+    """Loss, sparsity with its target, multiplier and share of fractional gates, by step."""
+    step = {"field": "step", "type": "quantitative", "title": "step", "axis": {"grid": False}}
+
+    def line(field: str, title: str, domain: list[float] | None = None, **mark: Any) -> Spec:
+        scale: Spec = {"domain": domain} if domain else {"zero": False}
+        y = {"field": field, "type": "quantitative", "title": title, "scale": scale}
+        tooltip = [{"field": "step"}, {"field": field, "format": ".4~r"}]
+        return {
+            "mark": {"type": "line", "color": FA, "point": {"size": 14, "color": FA}, **mark},
+            "encoding": {"x": step, "y": y, "tooltip": tooltip},
+        }
+
+    target = line("target", "sparsity", [0, 1], color=SWA, strokeDash=[5, 3], point=False)
+    expected = line("expected_sparsity", "sparsity", [0, 1])
+    panels = {
+        "loss": ("Training loss", "loss of each step", line("loss", "nats")),
+        "sparsity": (
+            "Expected sparsity (blue) and its target (dashed)",
+            "expected sparsity following a rising target",
+            {"layer": [target, expected]},
+        ),
+        "multiplier": ("Lagrange multiplier", "multiplier of each step", line("multiplier", "nats")),
+        "fractional": (
+            "Share of fractional gates",
+            "share of gates not yet decided",
+            line("fractional", "share", [0, 1]),
+        ),
+    }
+    return [
+        Chart(
+            name=f"{name}-{panel}",
+            title=title,
+            description=f"Line chart over the steps: {description}.",
+            spec={"height": 170, **spec},
+            data=data,
+        )
+        for panel, (title, description, spec) in panels.items()
+    ]
+
+
+def by_position(name: str, data: str, *, intervals: bool) -> Chart:
+    """Loss beyond the dense model's, by position; rows hold allocation, kind, place, from and rise."""
+    x = {
+        "field": "from",
+        "type": "ordinal",
+        "sort": None,
+        "title": "from position",
+        "axis": {"labelAngle": 0, "labelOverlap": "greedy", "grid": False},
+    }
+    y = {"field": "rise", "type": "quantitative", "title": "nats beyond dense"}
+    legend = {"orient": "top", "symbolOpacity": 1}
+    colour = {"field": "kind", "type": "nominal", "title": None, "scale": KINDS, "legend": legend}
+    tooltip = [{"field": "allocation"}, {"field": "from"}, {"field": "rise", "format": ".4f"}]
+    detail = {"field": "allocation"}
+    opacity = {"condition": {"test": "datum.kind === 'other'", "value": 0.6}, "value": 1}
+    lines = {
+        "mark": {"type": "line", "point": {"size": 30}, "strokeWidth": 2},
+        "encoding": {
+            "x": x,
+            "y": y,
+            "color": colour,
+            "detail": detail,
+            "opacity": opacity,
+            "tooltip": tooltip,
+        },
+    }
+    band = {
+        "mark": {"type": "area", "opacity": 0.15},
+        "encoding": {
+            "x": x,
+            "y": {"field": "low", "type": "quantitative", "title": "nats beyond dense"},
+            "y2": {"field": "high"},
+            "color": colour,
+            "detail": detail,
+        },
+    }
+    return Chart(
+        name=f"{name}-by-position",
+        title="Loss beyond the dense model's, by position" + (" (95 % intervals)" if intervals else ""),
+        description="Line chart of the rise of the loss over the dense model's by position in the text, a line for"
+        " each allocation; the table holds the same numbers.",
+        spec={"height": 240, "layer": [band, lines] if intervals else [lines]},
+        data=data,
+    )
+
+
+def retrieval(name: str, data: str, task: str) -> Chart:
+    """Share of answers found by length of text, for one task; rows hold allocation, kind, task, length and share."""
+    return Chart(
+        name=f"{name}-retrieval-{task}",
+        title=f"Answers found: {task.replace('_', ' ')}",
+        description="Line chart of the share of hidden answers found by length of the text, a line for each"
+        " allocation; the table holds the same numbers.",
+        spec={
+            "height": 190,
+            "transform": [{"filter": {"field": "task", "equal": task}}],
+            "mark": {"type": "line", "point": {"size": 30}},
+            "encoding": {
+                "x": {
+                    "field": "length",
+                    "type": "ordinal",
+                    "title": "tokens of text",
+                    "axis": {"labelAngle": 0, "grid": False},
+                },
+                "y": {
+                    "field": "share",
+                    "type": "quantitative",
+                    "title": "share",
+                    "scale": {"domain": [0, 1]},
+                },
+                "color": {
+                    "field": "kind",
+                    "type": "nominal",
+                    "title": None,
+                    "scale": KINDS,
+                    "legend": {"orient": "top"},
+                },
+                "detail": {"field": "allocation"},
+                "tooltip": [
+                    {"field": "allocation"},
+                    {"field": "length"},
+                    {"field": "share", "format": ".2f"},
+                ],
+            },
+        },
+        data=data,
+    )
+
+
+def spectrum(name: str, data: str, behaviour: Behaviour, shown: str) -> Chart:
+    """Units sorted by a measure, which the reader chooses, coloured by what was decided."""
+    names = [measure for measure in MEASURES if measure in behaviour.measures]
+    tooltip: list[Spec] = [{"field": "unit"}, {"field": "decision"}]
+    return Chart(
+        name=f"{name}-spectrum",
+        title="Units sorted by what they do",
+        description="Bars of all units in rising order of the chosen measure, coloured by decision; the table of"
+        " relations says how well the measure tells FA from SWA.",
+        spec={
+            "height": 240,
+            "params": [
+                {
+                    "name": "measure",
+                    "value": shown,
+                    "bind": {
+                        "input": "select",
+                        "name": "Measure ",
+                        "options": names,
+                        "labels": [measure.replace("_", " ") for measure in names],
+                    },
+                }
+            ],
+            "transform": [
+                {"filter": "datum.decision !== 'native window'"},
+                {"calculate": "datum[measure]", "as": "value"},
+                {"window": [{"op": "row_number", "as": "rank"}], "sort": [{"field": "value"}]},
+            ],
+            "mark": {"type": "bar", "tooltip": True},
+            "encoding": {
+                "x": {
+                    "field": "rank",
+                    "type": "ordinal",
+                    "title": "units in order",
+                    "axis": {"labels": False, "ticks": False, "grid": False},
+                    "scale": {"paddingInner": 0.15},
+                },
+                "y": {"field": "value", "type": "quantitative", "title": None},
+                "color": {
+                    "field": "decision",
+                    "type": "nominal",
+                    "title": None,
+                    "scale": {"domain": ["FA", "SWA"], "range": [FA, SWA]},
+                    "legend": {"orient": "top"},
+                },
+                "tooltip": tooltip + _measure_tooltips(behaviour),
+            },
+        },
+        data=data,
+    )
+
+
+def distances(allocation: Allocation, behaviour: Behaviour) -> Columns:
+    """Mean attention by distance of the FA and of the SWA units."""
+    rows: dict[str, list[Any]] = {"decision": [], "bucket": [], "share": []}
+    decided = np.zeros_like(allocation.full_attention)
+    decided[allocation.layers] = True
+    for decision, chosen in (
+        ("FA", allocation.full_attention),
+        ("SWA", decided & ~allocation.full_attention),
+    ):
+        if chosen.any():
+            for bucket, share in enumerate(behaviour.by_distance[chosen].mean(0)):
+                first, last = (0, 0) if bucket == 0 else (2 ** (bucket - 1), 2**bucket - 1)
+                rows["decision"].append(decision)
+                rows["bucket"].append(str(first) if first == last else f"{first}\N{EN DASH}{last}")
+                rows["share"].append(_rounded(float(share)))
+    return rows
+
+
+def by_distance(name: str, data: str) -> Chart:
+    """Where attention goes, by distance in tokens, for FA and SWA units under full attention."""
+    return Chart(
+        name=f"{name}-by-distance",
+        title="Attention by distance, before any window was set",
+        description="Line chart of the mean share of attention by distance between query and key, one line for the"
+        " units that were put on full attention and one for those on a sliding window.",
+        spec={
+            "height": 220,
+            "mark": {"type": "line", "point": {"size": 30}, "strokeWidth": 2},
+            "encoding": {
+                "x": {
+                    "field": "bucket",
+                    "type": "ordinal",
+                    "sort": None,
+                    "title": "distance, tokens",
+                    "axis": {"labelOverlap": "greedy", "labelAngle": -40, "grid": False},
+                },
+                "y": {
+                    "field": "share",
+                    "type": "quantitative",
+                    "title": "share of attention",
+                    "axis": {"format": "%"},
+                },
+                "color": {
+                    "field": "decision",
+                    "type": "nominal",
+                    "title": None,
+                    "scale": {"domain": ["FA", "SWA"], "range": [FA, SWA]},
+                    "legend": {"orient": "top"},
+                },
+                "tooltip": [
+                    {"field": "decision"},
+                    {"field": "bucket"},
+                    {"field": "share", "format": ".3f"},
+                ],
+            },
+        },
+        data=data,
+    )
+
+
+def layer_shares(allocations: Mapping[str, Allocation]) -> Columns:
+    """The share of FA heads of every layer of several allocations."""
+    rows: dict[str, list[Any]] = {"run": [], "sparsity": [], "layer": [], "share": []}
+    for name, allocation in allocations.items():
+        for layer, share in enumerate(allocation.full_attention.mean(1)):
+            rows["run"].append(name)
+            rows["sparsity"].append(_rounded(allocation.sparsity))
+            rows["layer"].append(layer)
+            rows["share"].append(_rounded(float(share)))
+    return rows
+
+
+def side_by_side(data: str, allocations: Mapping[str, Allocation]) -> Chart:
+    """A row per allocation: which share of each layer's heads is FA."""
+    num_layers = max(allocation.num_layers for allocation in allocations.values())
+    return Chart(
+        name="side-by-side",
+        title="Share of each layer's KV heads on full attention",
+        description="Heatmap with a row per run and a column per layer; the stronger the colour, the more of the"
+        " layer's KV heads keep full attention.",
+        spec={
+            "height": 30 * len(allocations),
+            "mark": {"type": "rect", "cornerRadius": 2, "color": FA, "stroke": FA, "strokeOpacity": 0.35},
+            "encoding": {
+                "x": {
+                    "field": "layer",
+                    "type": "ordinal",
+                    "title": "layer, from the bottom to the top of the model",
+                    "scale": {"paddingInner": 0.08},
+                    "axis": {
+                        "labelAngle": 0,
+                        "labelOverlap": "greedy",
+                        "values": list(range(0, num_layers, 1 + num_layers // 24)),
+                    },
+                },
+                "y": {
+                    "field": "run",
+                    "type": "nominal",
+                    "title": None,
+                    "sort": None,
+                    "scale": {"paddingInner": 0.12},
+                    "axis": {"labelLimit": 90},
+                },
+                "fillOpacity": {
+                    "field": "share",
+                    "type": "quantitative",
+                    "title": "share",
+                    "scale": {"domain": [0, 1], "range": [0.02, 1]},
+                    "legend": None,
+                },
+                "tooltip": [{"field": field} for field in ("run", "sparsity", "layer", "share")],
+            },
+        },
+        data=data,
+    )
+
+
+def benchmark(name: str, data: str) -> list[Chart]:
+    """Decoding, prefill and cache by context, dense and hybrid; rows are `Measurement`s and the cache in MB."""
+    panels = {
+        "decode_tokens_per_second": ("Decoding", "tokens per second"),
+        "prefill_seconds": ("Prefill", "seconds"),
+        "cache_mb": ("KV cache", "MB"),
+    }
+    charts = []
+    for field, (title, unit) in panels.items():
+        encoding: Spec = {
+            "x": {
+                "field": "context",
+                "type": "ordinal",
+                "title": "context, tokens",
+                "axis": {"labelAngle": 0, "grid": False},
+            },
+            "y": {"field": field, "type": "quantitative", "title": unit},
+            "color": {
+                "field": "model",
+                "type": "nominal",
+                "title": None,
+                "scale": {"domain": ["dense", "hybrid"], "range": [OTHER, FA]},
+                "legend": {"orient": "top"},
+            },
+            "detail": {"field": "batch_size"},
+            "tooltip": [
+                {"field": "model"},
+                {"field": "context"},
+                {"field": "batch_size"},
+                {"field": field, "format": ".4~r"},
+            ],
+        }
+        charts.append(
+            Chart(
+                name=f"{name}-{title.lower().replace(' ', '-')}",
+                title=f"{title}, {unit}",
+                description=f"Line chart of {title.lower()} by context, dense and hybrid; the table holds the same.",
+                spec={
+                    "height": 190,
+                    "mark": {"type": "line", "point": {"size": 40}},
+                    "encoding": encoding,
+                },
+                data=data,
+            )
+        )
+    return charts
+
+
+def rows_of(columns: Columns) -> list[dict[str, Any]]:
+    """Columns as Vega wants them."""
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def draw(charts: Sequence[Chart], data: Mapping[str, Columns], folder: Path) -> list[Path]:
+    """Write every chart as SVG and PNG; returns the paths.
+
+    Raises:
+        ConsaError: the package that draws is not installed, or the folder does not take them.
+    """
+    renderer = vl_convert()
+    paths = []
+    for chart in charts:
+        spec = complete(chart) | {"data": {"values": rows_of(data[chart.data])}, "background": "white"}
+        spec |= {"width": 620, "title": {"text": chart.title, "anchor": "start"}}
+        drawn = {
+            ".svg": renderer.vegalite_to_svg(spec).encode(),
+            ".png": renderer.vegalite_to_png(spec, scale=3),
+        }
+        for suffix, content in drawn.items():
+            path = folder / f"{chart.name}{suffix}"
+            write_atomically(path, content)
+            paths.append(path)
+    return paths
+
+
+def complete(chart: Chart) -> Spec:
+    """The chart's specification but for data, size and colours of text, which the page's style sheet sets."""
+    config = {
+        "view": {"stroke": None},
+        "font": "system-ui, sans-serif",
+        "axis": {"domainOpacity": 0.5, "gridOpacity": 0.35, "labelFontSize": 11, "titleFontWeight": "normal"},
+        "legend": {"labelFontSize": 12},
+    }
+    size = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
+    return {"description": chart.description, "config": config, **size, **chart.spec}
+
+
+def vl_convert() -> ModuleType:
+    """The package that holds Vega-Lite and draws with it.
+
+    Raises:
+        ConsaError: it is not installed.
+    """
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise ConsaError("the report needs a package: pip install 'consa[report]'") from error
+    return vl_convert
+
+
+def _measure_tooltips(behaviour: Behaviour | None) -> list[Spec]:
+    return [
+        {"field": name, "title": name.replace("_", " "), "format": ".4~r"}
+        for name in MEASURES
+        if behaviour is not None and name in behaviour.measures
+    ]
+
+
+def _present(allocation: Allocation) -> list[str]:
+    return ["FA", "SWA"] + ["native window"] * bool(allocation.native_windows)
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None

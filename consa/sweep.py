@@ -1,0 +1,328 @@
+"""Every way of choosing at every sparsity, on one model and text: which gives the most quality for its KV cache."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from consa import rules
+from consa.allocation import Allocation
+from consa.checkpointing import first_difference
+from consa.config import EvalConfig, LearnConfig, RunConfig, SweepConfig, words_of
+from consa.data import check_data, load_sequences
+from consa.errors import ConsaError
+from consa.evaluation import suite
+from consa.evaluation.table import Line, Table, number, png
+from consa.files import read_text, write_atomically
+from consa.methods import METHODS, ChoiceConfig
+from consa.model import LoadedModel, read_layout
+from consa.progress import note
+from consa.provenance import hardware
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One allocation of the sweep.
+
+    Attributes:
+        method: of `consa.methods.METHODS`, or a rule.
+        config: what it is asked for.
+    """
+
+    method: str
+    config: ChoiceConfig
+
+    @property
+    def name(self) -> str:
+        """What its file and its line in the table are called."""
+        config = self.config
+        return f"{self.method}-{config.granularity}-{config.sparsity:g}-seed{config.seed}"
+
+    def make(self, loaded: LoadedModel, sequences: np.ndarray) -> Allocation:
+        """Choose. The provenance says how many seconds it took, and on what."""
+        began = time.monotonic()
+        if self.method in METHODS:
+            allocation = METHODS[self.method](loaded, sequences, self.config)
+        else:
+            layout, config = loaded.layout, self.config
+            allocation = rules.RULES[self.method](
+                layout.num_layers,
+                layout.num_kv_heads,
+                sparsity=config.sparsity,
+                granularity=config.granularity,
+                window=config.window,
+                num_sink_tokens=config.num_sink_tokens,
+                native_windows=layout.native_windows,
+                **({"seed": config.seed} if self.method == "random_units" else {}),
+            )
+        spent = {"seconds": round(time.monotonic() - began, 2), "hardware": hardware()}
+        return replace(allocation, provenance=loaded.identity | dict(allocation.provenance) | spent)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One method at one granularity and sparsity, over its seeds.
+
+    Attributes:
+        method: its name.
+        granularity: what was decided as one.
+        sparsity: as asked for.
+        lines: what was measured, one per seed.
+        seconds: what the choices took, on average.
+        cache: KV cache as a share of the dense model's.
+    """
+
+    method: str
+    granularity: str
+    sparsity: float
+    lines: tuple[Line, ...]
+    seconds: float
+    cache: float
+
+    @property
+    def recovered(self) -> float:
+        """Mean over the seeds; NaN where dense and all-SWA do not differ."""
+        values = [line.recovered for line in self.lines]
+        return (
+            math.nan if None in values else float(np.mean([value for value in values if value is not None]))
+        )
+
+    @property
+    def spread(self) -> float:
+        """Largest minus smallest `recovered` of the seeds."""
+        values = [line.recovered for line in self.lines if line.recovered is not None]
+        return max(values) - min(values) if values else math.nan
+
+    @property
+    def retrieved(self) -> float:
+        """Share of hidden answers found, mean over tasks, lengths and seeds; NaN if none was asked."""
+        return float(np.mean([line.retrieved for line in self.lines]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frontier:
+    """What a sweep found.
+
+    Attributes:
+        points: by granularity, sparsity and method.
+        table: all lines, dense and all-SWA included.
+    """
+
+    points: tuple[Point, ...]
+    table: Table
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One record per point."""
+        return [
+            {
+                "method": point.method,
+                "granularity": point.granularity,
+                "sparsity": point.sparsity,
+                "seeds": len(point.lines),
+                "cache": point.cache,
+                "recovered": point.recovered,
+                "spread": point.spread,
+                "retrieved": point.retrieved,
+                "seconds": point.seconds,
+            }
+            for point in self.points
+        ]
+
+    def for_terminal(self) -> tuple[list[str], list[list[str]]]:
+        """Columns and rows as text, without what a terminal has no room for."""
+        formats: dict[str, Callable[[Any], str]] = {
+            "method": str,
+            "granularity": str,
+            "sparsity": "{:g}".format,
+            "cache": "{:.1%}".format,
+            "recovered": number,
+        }
+        formats |= {"retrieved": number} if self.table.lines[0].retrieval else {}
+        formats |= {"seconds": "{:.0f}".format}
+        rows = [[text(row[name]) for name, text in formats.items()] for row in self.rows()]
+        return list(formats), rows
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write frontier.csv and frontier.png, and the table as eval.*; returns their paths.
+
+        Raises:
+            ConsaError: the folder does not take them.
+        """
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(self.rows()[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows())
+        content = {"frontier.csv": text.getvalue().encode(), "frontier.png": self.figure()}
+        for name, data in content.items():
+            write_atomically(folder / name, data)
+        return [*(folder / name for name in content), *self.table.write(folder)]
+
+    def figure(self) -> bytes:
+        """Quality over KV cache, a line per method and granularity, as PNG."""
+        from matplotlib.figure import Figure
+
+        panels = [("recovered", "share of the gap from all-SWA to dense recovered")]
+        if self.table.lines[0].retrieval:
+            panels.append(("retrieved", "share of hidden answers found"))
+        drawing = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
+        kinds = dict.fromkeys((point.method, point.granularity) for point in self.points)
+        for axes, (quality, label) in zip(
+            drawing.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            for method, granularity in kinds:
+                chosen = [p for p in self.points if (p.method, p.granularity) == (method, granularity)]
+                chosen.sort(key=lambda point: point.cache)
+                axes.plot(
+                    [point.cache for point in chosen],
+                    [getattr(point, quality) for point in chosen],
+                    "o-" if method not in rules.RULES else ".:",
+                    label=f"{method}, {granularity}",
+                )
+            axes.axhline(
+                1 if quality == "recovered" else self.table.lines[0].retrieved, color="#888888", ls="--"
+            )
+            axes.set(xlabel=f"KV cache at {self.table.cache_tokens} tokens, share of dense", ylabel=label)
+        drawing.axes[0].legend(frameon=False, fontsize="small")
+        return png(drawing)
+
+
+def sweep(
+    where: RunConfig, config: SweepConfig, measured: EvalConfig, folder: Path, *, command: str
+) -> tuple[Frontier, list[Path]]:
+    """Choose and measure what is missing in `folder`, then draw the frontier.
+
+    Args:
+        where: model and text.
+        config: what is chosen.
+        measured: what the allocations are measured by; its window and sinks are those of all choices.
+        folder: for allocations, cells and results. It may be asked for more sparsities, granularities, methods, seeds
+            and measurements later.
+        command: that does the same again, for the record.
+
+    Returns:
+        The frontier and the files it was written to.
+
+    Raises:
+        ConsaError: something the caller can mend; what is wrong is found before long work where that is possible.
+    """
+    wanted = list(choices(config, measured))
+    suite.check_device(where.device)
+    for data in filter(None, (where.data, where.heldout_data)):
+        check_data(data)
+    start = where.start_for(LearnConfig(window=measured.window, seq_len=measured.seq_len))
+    read_layout(where.model)
+    settings = {"run": asdict(where), "sweep": asdict(config), "eval": asdict(measured), "command": command}
+    _check_same_sweep(folder, settings)
+    write_atomically(folder / "config.json", (json.dumps(settings, indent=1) + "\n").encode())
+    loaded = suite.load(where, measured)
+    harness = suite.find_harness(measured, loaded)
+    heldout = suite.load_heldout(where, measured.seq_len, loaded)
+    allocations = _choose(wanted, loaded, where, measured.seq_len, folder)
+    table = suite.evaluate(
+        loaded, allocations, heldout, measured, folder, start=start, harness=harness, how=settings
+    )
+    frontier = Frontier(points=tuple(_points(wanted, allocations, table)), table=table)
+    return frontier, frontier.write(folder)
+
+
+def choices(config: SweepConfig, measured: EvalConfig) -> Iterator[Choice]:
+    """All that a sweep compares.
+
+    Raises:
+        ConsaError: there is no such method, or a value is out of range.
+    """
+    methods: dict[str, None] = {}
+    for name in words_of(config.methods):
+        if name != "rules" and name not in METHODS and name not in rules.RULES:
+            known = ", ".join(["rules", *METHODS, *rules.RULES])
+            raise ConsaError(f"method must be one of {known}, got {name!r}")
+        methods |= dict.fromkeys(rules.RULES if name == "rules" else [name])
+    for granularity in config.granularities:
+        for sparsity in config.sparsities:
+            for method in methods:
+                if method == "uniform_heads" and granularity == "layer":
+                    continue  # a layer cannot hold a share of heads
+                draws = method in METHODS or method == "random_units"
+                for seed in range(config.seeds if draws else 1):
+                    asked = ChoiceConfig(
+                        sparsity=sparsity,
+                        granularity=granularity,
+                        window=measured.window,
+                        num_sink_tokens=measured.num_sink_tokens,
+                        seed=seed,
+                        **config.budget,
+                    )
+                    yield Choice(method=method, config=asked)
+
+
+def _check_same_sweep(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder whose allocations were chosen for something else."""
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    try:
+        before = _decisive(json.loads(read_text(path, max_bytes=2**20)))
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConsaError(f"cannot continue from {path}: damaged; delete the folder to start over") from error
+    difference = first_difference(before, _decisive(settings))
+    if difference:
+        raise ConsaError(
+            f"{folder} holds a different sweep ({difference}); choose another folder with --out, or delete it"
+        )
+
+
+def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
+    """What all allocations of a folder have in common."""
+    free = {"run": ("num_heldout", "start"), "sweep": ("sparsity", "granularity", "methods", "seeds")}
+    fixed = {part: {k: v for k, v in settings[part].items() if k not in left} for part, left in free.items()}
+    return fixed | {
+        "eval": {name: settings["eval"][name] for name in ("seq_len", "window", "num_sink_tokens")}
+    }
+
+
+def _choose(
+    wanted: list[Choice], loaded: LoadedModel, where: RunConfig, seq_len: int, folder: Path
+) -> dict[str, Allocation | None]:
+    """All allocations; those that the folder does not hold are made."""
+    paths = {choice.name: folder / "allocations" / f"{choice.name}.json" for choice in wanted}
+    missing = [choice for choice in wanted if not paths[choice.name].exists()]
+    if missing:
+        train = load_sequences(
+            where.data,
+            loaded.tokenizer,
+            seq_len,
+            split="all" if where.heldout_data else "train",
+            max_tokens=where.max_tokens,
+            text_field=where.text_field,
+        )
+        for index, choice in enumerate(missing, 1):
+            note(f"Choosing {index}/{len(missing)}  {choice.name}")
+            choice.make(loaded, train.tokens).save(paths[choice.name])
+    return {name: Allocation.load(path) for name, path in paths.items()}
+
+
+def _points(wanted: list[Choice], allocations: dict[str, Allocation | None], table: Table) -> Iterator[Point]:
+    groups: dict[tuple[str, str, float], list[str]] = {}
+    for choice in wanted:
+        key = choice.method, choice.config.granularity, choice.config.sparsity
+        groups.setdefault(key, []).append(choice.name)
+    for (method, granularity, sparsity), names in groups.items():
+        lines = tuple(table.line(name) for name in names)
+        seconds = [chosen.provenance["seconds"] for name in names if (chosen := allocations[name])]
+        yield Point(
+            method=method,
+            granularity=granularity,
+            sparsity=sparsity,
+            lines=lines,
+            seconds=float(np.mean(seconds)),
+            cache=float(np.mean([line.cache_bytes for line in lines])) / table.lines[0].cache_bytes,
+        )

@@ -1,0 +1,391 @@
+"""Adaptation: its gradients, that it recovers, resumes and converts, and how it fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from consa import Allocation, adaptation, convert, load, loop, loss, rules
+from consa.adaptation import adapt
+from consa.checkpointing import METRICS
+from consa.config import AdaptConfig
+from consa.errors import ConsaError
+from consa.model import attached
+from tests.compare import Elements, assert_close
+from tests.models import allocate, exact, tiny, tokens
+
+ROOT = Path(__file__).parent.parent
+QUICK = AdaptConfig(
+    seq_len=24,
+    num_steps=5,
+    sequences_per_step=2,
+    learning_rate=3e-3,
+    lora_rank=2,
+    lora_alpha=4,
+    evaluate_every=2,
+    checkpoint_every=2,
+)
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "cross_entropy": {},
+    "distillation": {"cross_entropy": 0.0, "distillation": 1.0},
+    "all": {"cross_entropy": 0.3, "distillation": 0.5, "hidden_loss": 2.0},
+}
+METHODS = ("full", "lora")
+
+
+@cache
+def text() -> np.ndarray:
+    return tokens(7, 24).numpy().astype(np.uint16)
+
+
+def changed(**changes: Any) -> AdaptConfig:
+    return replace(QUICK, **changes)
+
+
+def allocation(window: int = 3, sinks: int = 1) -> Allocation:
+    return allocate(tiny(), window=window, num_sink_tokens=sinks)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_at(number: int) -> Any:
+    def on_step(record: dict[str, float]) -> None:
+        if record["step"] == number:
+            raise Interrupted
+
+    return on_step
+
+
+# What it computes.
+
+
+def plain_loss(model: PreTrainedModel, teacher: PreTrainedModel, config: AdaptConfig) -> torch.Tensor:
+    """The first step's objective, all at once, with attention by the reference."""
+    ids = torch.from_numpy(np.concatenate(loop.batches(text(), config, 0)).astype(np.int64))
+    with exact(model, allocation()):
+        out = model(input_ids=ids, labels=ids, use_cache=False, output_hidden_states=True)
+    with torch.no_grad():
+        wanted = teacher(input_ids=ids, use_cache=False, output_hidden_states=True)
+    q, p = (o.logits[:, :-1].log_softmax(-1) for o in (out, wanted))
+    divergence = (p.exp() * (p - q)).sum(-1).mean()
+    h, t = (o.hidden_states[-1][:, :-1] for o in (out, wanted))
+    distance = ((h - t).square().mean(-1) / t.square().mean(-1)).mean()
+    return config.cross_entropy * out.loss + config.distillation * divergence + config.hidden_loss * distance
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "change", [{}, {"micro_batch": 2}, {"activation_checkpointing": True}], ids=["", "batch", "checkpointing"]
+)
+def test_first_update_is_that_of_the_formula(objective: str, change: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 5)
+    config = changed(**OBJECTIVES[objective], num_steps=1, warmup=0.0, **change)
+    model = tiny()
+    (record,) = adapt(model, text(), allocation(), config)
+    other = tiny()
+    value = plain_loss(other, tiny(), config)
+    value.backward()
+    norm = torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+    assert record["loss"] == pytest.approx(value.item(), rel=1e-5)
+    assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    # AdamW's first step is the sign of the gradient; where that is near zero, rounding decides.
+    for (name, before), (_, gradient) in zip(
+        tiny().named_parameters(), ((n, p.grad) for n, p in other.named_parameters()), strict=True
+    ):
+        moved = (model.get_parameter(name) - before).detach()
+        sure = gradient.abs() > 1e-2 * gradient.abs().max()
+        assert_close(moved[sure], -3e-3 * gradient.sign()[sure], 5e-3, name)
+
+
+def test_lora_follows_the_dense_model_without_a_second_copy():
+    """At the start LoRA adds nothing, so both teachers and both hybrids are the same."""
+    config = changed(**OBJECTIVES["all"], num_steps=5)
+    models = {method: tiny() for method in METHODS}
+    firsts = {
+        method: adapt(model, text(), allocation(), replace(config, method=method))[0]
+        for method, model in models.items()
+    }
+    for part in ("loss", *adaptation.PARTS):
+        assert firsts["lora"][part] == pytest.approx(firsts["full"][part], rel=1e-5)
+    for method in METHODS:  # the teacher stays where it was: a hybrid that comes nearer is nearer to `tiny()`
+        assert distance_to_dense(models[method]) < distance_to_dense(tiny())
+    dense = adapt(tiny(), text(), all_full(), replace(config, method="lora"))
+    assert dense[0]["distillation"] == pytest.approx(0, abs=1e-5)
+    assert dense[0]["hidden_loss"] == pytest.approx(0, abs=1e-6)
+
+
+def distance_to_dense(model: PreTrainedModel) -> float:
+    ids = torch.from_numpy(text().astype(np.int64))
+    with attached(model, allocation()), torch.no_grad():
+        q = model(ids, use_cache=False).logits.log_softmax(-1)
+    p = tiny()(ids).logits.detach().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def all_full() -> Allocation:
+    return rules.bottom(4, 3, sparsity=0.0, window=3, num_sink_tokens=0)
+
+
+def test_bfloat16_trains_float32_masters():
+    """Steps far below bfloat16's resolution add up, and the model ends with the rounded masters."""
+    model, sequences = tiny().to(torch.bfloat16), text()[:2]
+    config = changed(learning_rate=1e-4, num_steps=20, warmup=0.0)
+    losses = [record["loss"] for record in adapt(model, sequences, allocation(), config)]
+    reference = [record["loss"] for record in adapt(tiny(), sequences, allocation(), config)]
+    assert losses[0] - losses[-1] == pytest.approx(reference[0] - reference[-1], rel=0.2)
+    assert all(p.dtype == torch.bfloat16 and p.grad is None for p in model.parameters())
+    assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_logits_of_neither_model_exist_at_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 16)
+    model = tiny(vocab_size=3001, num_hidden_layers=1)
+    one = Allocation(full_attention=np.zeros((1, 3), dtype=bool), window=9)
+    sequences = tokens(1, 257).numpy()
+    config = changed(**OBJECTIVES["all"], num_steps=1, sequences_per_step=1, method="lora")
+    with Elements() as seen:
+        adapt(model, sequences, one, config)
+    assert any(3001 in shape for shape in seen.shapes)
+    assert seen.largest <= max(16 * 3001, 3001 * 48)  # a chunk's logits, or the output layer itself
+
+
+def test_learning_rate_rises_and_falls():
+    config = changed(num_steps=20, warmup=0.25, learning_rate=2.0)
+    rates = [config.learning_rate_at(step) for step in range(20)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0]) and rates[5] == 2.0
+    assert all(a > b > 0 for a, b in pairwise(rates[5:]))
+    assert [changed(method=m, learning_rate=None, warmup=0.0).learning_rate_at(0) for m in METHODS] == [
+        1e-5,
+        2e-4,
+    ]
+
+
+# What comes of it.
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("objective", ["cross_entropy", "distillation"])
+def test_it_recovers(method: Any, objective: str):
+    """The text comes from the dense model, which the hybrid without sinks is far from at first."""
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight *= 2
+        torch.manual_seed(0)
+        sequences = model.generate(torch.full((32, 1), 1), do_sample=True, max_new_tokens=31, top_k=0).numpy()
+    sliding = rules.bottom(4, 3, sparsity=1.0, window=4, num_sink_tokens=0)
+    config = changed(
+        method=method, **OBJECTIVES[objective], num_steps=40, sequences_per_step=8, micro_batch=8, lora_rank=8
+    )
+    history = adapt(model, sequences, sliding, replace(config, learning_rate=1e-2))
+    assert history[-1][objective] < 0.7 * history[0][objective]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_leaves_nothing_but_weights(method: Any):
+    model = tiny().train()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    config = model.config.to_json_string()
+    adapt(
+        model, text(), allocation(), changed(method=method, activation_checkpointing=True, distillation=1.0)
+    )
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    trained = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    layers = {name for name in before if "_proj" in name}
+    assert trained == (layers if method == "lora" else before.keys())
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert model.config.to_json_string() == config and model.config._attn_implementation == "sdpa"
+    assert not torch.are_deterministic_algorithms_enabled() and not model.is_gradient_checkpointing
+    assert not model._hf_peft_config_loaded
+
+
+def test_a_failure_takes_the_additions_off():
+    model = tiny()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with pytest.raises(Interrupted):
+        adapt(model, text(), allocation(), changed(method="lora"), on_step=interrupt_at(2))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert before.keys() == model.state_dict().keys() and all(p.requires_grad for p in model.parameters())
+
+
+def test_evaluation_sees_the_hybrid_and_joins_the_records():
+    model, kept = tiny(), allocation()
+    ids = torch.from_numpy(text().astype(np.int64))
+    history = adapt(
+        model,
+        text(),
+        kept,
+        changed(method="lora"),
+        evaluate=lambda hybrid: {"heldout": float(loss.token_losses(hybrid, ids).mean())},
+    )
+    assert [record["step"] for record in history if "heldout" in record] == [2, 4, 5]
+    with attached(model, kept):  # merged
+        assert history[-1]["heldout"] == pytest.approx(float(loss.token_losses(model, ids).mean()), rel=1e-5)
+
+
+def test_lora_keeps_an_adapter_that_peft_reads(tmp_path: Path):
+    from peft import PeftModel
+
+    model = tiny()
+    adapt(model, text(), allocation(), changed(method="lora"), run_dir=tmp_path)
+    base: Any = PeftModel.from_pretrained(tiny(), str(tmp_path / "adapter"))
+    ids = tokens(2, 12)
+    assert_close(base.merge_and_unload()(ids).logits, model(ids).logits, 1e-5)
+
+
+@pytest.mark.parametrize("layer_wise", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_it_converts(method: Any, layer_wise: bool, tmp_path: Path):
+    kept = rules.interleaved(4, 3, sparsity=0.5, granularity="layer", window=5, num_sink_tokens=0)
+    kept = kept if layer_wise else allocation()
+    model = tiny()
+    adapt(model, text(), kept, changed(method=method))
+    written = convert(model, kept, tmp_path / "model")
+    assert written.kind == ("plain" if layer_wise else "hybrid")
+    ids = tokens(2, 20)
+    with exact(model, kept):
+        wanted = model(ids, use_cache=False).logits
+    loaded = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model") if layer_wise else load(tmp_path / "model")
+    )
+    assert_close(loaded(ids).logits, wanted, 1e-4)
+
+
+# Killed and started again.
+
+
+def end(folder: Path, config: AdaptConfig = QUICK, **options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    model = tiny()
+    history = adapt(model, text(), allocation(), config, run_dir=folder, **options)
+    return history, model.state_dict()
+
+
+@pytest.mark.parametrize("change", [{}, {"method": "lora", "distillation": 1.0}], ids=METHODS)
+def test_goes_on_bit_for_bit(change: Any, tmp_path: Path):
+    config = changed(**change, evaluate_every=1)
+    evaluate = {"evaluate": lambda hybrid: {"heldout": float(next(hybrid.parameters()).detach().sum())}}
+    wanted = end(tmp_path / "undisturbed", config, **evaluate)
+    steps: list[float] = []
+    for number in range(1, 6):
+        folder = tmp_path / str(number)
+        with pytest.raises(Interrupted):
+            end(folder, config, on_step=interrupt_at(number), **evaluate)
+        steps.clear()
+        got = end(folder, config, on_step=lambda record: steps.append(record["step"]), **evaluate)
+        assert steps[0] == (number - 1) // 2 * 2 + 1, "it must go on, not start over"
+        for done in (got, end(folder, config, **evaluate)):  # and once finished, again
+            assert done[0] == wanted[0]
+            assert all(torch.equal(value, wanted[1][name]) for name, value in done[1].items())
+        assert (folder / METRICS).read_bytes() == (tmp_path / "undisturbed" / METRICS).read_bytes()
+
+
+def test_goes_on_after_sigkill(tmp_path: Path):
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom tests.test_adaptation import end\n"
+        "kill = lambda record: record['step'] == 4 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "end(Path(sys.argv[1]), on_step=kill)\n"
+    )
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        env=os.environ | threads,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    steps: list[float] = []
+    got = end(tmp_path, on_step=lambda record: steps.append(record["step"]))
+    assert steps == [3, 4, 5]
+    wanted = end(tmp_path / "undisturbed")
+    assert got[0] == wanted[0]
+    assert all(torch.equal(value, wanted[1][name]) for name, value in got[1].items())
+
+
+@pytest.mark.parametrize(
+    ("config", "kept", "difference"),
+    [
+        (changed(learning_rate=1e-3), allocation(), r"config.learning_rate was 0\.003, now 0\.001"),
+        (changed(method="lora"), allocation(), "config.method was 'full', now 'lora'"),
+        (QUICK, allocation(window=4), "allocation.window was 3, now 4"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    config: AdaptConfig, kept: Allocation, difference: str, tmp_path: Path
+):
+    end(tmp_path, changed(checkpoint_every=1))
+    with pytest.raises(ConsaError, match=difference):
+        adapt(tiny(), text(), kept, config, run_dir=tmp_path)
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"method": "qlora"}, "method must be one of full, lora, got 'qlora'"),
+        ({"cross_entropy": 0.0}, "all 0; give one of them a weight"),
+        ({"distillation": -1.0}, r"distillation must be a number >= 0, got -1\.0"),
+        ({"learning_rate": 0.0}, r"learning_rate must be a positive number, got 0\.0"),
+        ({"warmup": 1.5}, r"warmup must be a share in \[0, 1\], got 1\.5"),
+        ({"num_steps": 0}, "num_steps must be an integer >= 1, got 0"),
+        ({"micro_batch": 3}, r"micro_batch must divide sequences_per_step \(2\), got 3"),
+        ({"method": "lora", "parallel": "fsdp"}, "parallel must be ddp with method lora"),
+        ({"lora_targets": " , "}, "lora_targets must name linear layers, got ' , '"),
+    ],
+)
+def test_settings_are_checked(changes: dict[str, Any], named: str):
+    with pytest.raises(ConsaError, match=named):
+        changed(**changes)
+
+
+@pytest.mark.parametrize("target", ["query_key_value", "lm_head"])
+def test_lora_on_a_model_without_such_layers(target: str):
+    model = tiny()
+    names = list(model.state_dict())
+    with pytest.raises(ConsaError, match=rf"LlamaForCausalLM \(all-linear, down_proj, .*\), got '{target}'"):
+        adapt(model, text(), allocation(), changed(method="lora", lora_targets=f"q_proj,{target}"))
+    assert list(model.state_dict()) == names
+
+
+def test_lora_on_named_layers_only():
+    model = tiny()
+    adapt(model, text(), allocation(), changed(method="lora", lora_targets="q_proj, v_proj"))
+    before = tiny().state_dict()
+    moved = {
+        name.split(".")[-2] for name, p in model.state_dict().items() if not torch.equal(p, before[name])
+    }
+    assert moved == {"q_proj", "v_proj"}
+
+
+def test_without_peft(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(adaptation, "find_spec", lambda name: None)
+    with pytest.raises(ConsaError, match=r"pip install 'consa\[lora\]'"):
+        adapt(tiny(), text(), allocation(), changed(method="lora"))
+
+
+def test_a_loss_that_is_not_finite_and_no_text():
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight[0] = float("nan")
+    with pytest.raises(ConsaError, match=r"the loss became nan at step 1; lower learning_rate"):
+        adapt(model, text(), allocation(), QUICK)
+    with pytest.raises(ConsaError, match="no training text"):
+        adapt(tiny(), text()[:0], allocation(), QUICK)

@@ -1,0 +1,125 @@
+"""Several processes do what one would, go on where another number of them was, and fail together."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from consa import distributed
+from consa.config import AdaptConfig
+from consa.errors import ConsaError
+from tests.compare import assert_close
+from tests.distributed_job import job
+
+ROOT = Path(__file__).parent.parent
+ADAPT = {"num_steps": 4, "sequences_per_step": 4, "learning_rate": 3e-3, "checkpoint_every": 2}
+LEARN = {"sparsity": 0.5, "window": 3, "num_sink_tokens": 1, "num_steps": 6, "sequences_per_step": 4}
+LEARN |= {"gate_lr": 0.5, "refine_evaluations": 4, "refine_sequences": 3, "checkpoint_every": 2}
+
+
+JOBS: dict[str, tuple[str, dict[str, Any]]] = {
+    "frozen": ("learn", LEARN),
+    "layers": ("learn", LEARN | {"granularity": "layer", "micro_batch": 2}),
+    "joint": ("learn", LEARN | {"mode": "joint", "weight_lr": 1e-3}),
+    "joint-fsdp": ("learn", LEARN | {"mode": "joint", "weight_lr": 1e-3, "parallel": "fsdp"}),
+    "adapt": ("adapt", ADAPT),
+    "lora": ("adapt", ADAPT | {"method": "lora", "distillation": 1.0}),
+    "fsdp": ("adapt", ADAPT | {"parallel": "fsdp", "distillation": 1.0, "activation_checkpointing": True}),
+}
+
+
+def launch(*jobs: dict[str, Any]) -> Any:
+    """Run the jobs in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*command, str(ROOT / "tests" / "distributed_job.py"), json.dumps(jobs)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+
+
+def results(out: Path | str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    return json.loads(Path(out).read_text()), torch.load(f"{out}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes made of every job."""
+    folder = tmp_path_factory.mktemp("two")
+    done = launch(*({"verb": v, "settings": s, "out": str(folder / name)} for name, (v, s) in JOBS.items()))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def assert_alike(one: Any, other: Any, verb: str) -> None:
+    assert one[0].get("allocation") == other[0].get("allocation")
+    for record, wanted in zip(one[0]["history"], other[0]["history"], strict=True):
+        assert record == pytest.approx(wanted, rel=1e-4 if verb == "adapt" else 1e-6, abs=1e-6)
+    for name, value in one[1].items():
+        assert_close(value, other[1][name], 1e-3, name)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_two_processes_do_what_one_does(name: str, two: Path, tmp_path: Path):
+    verb, settings = JOBS[name]
+    job(verb, settings, str(tmp_path / "one"))
+    assert_alike(results(two / name), results(tmp_path / "one"), verb)
+
+
+@pytest.mark.parametrize("name", ["joint-fsdp", "fsdp"])
+def test_goes_on_with_another_number_of_processes(name: str, two: Path, tmp_path: Path):
+    """Of two processes one is killed, and the other ends too, with a word; one goes on alone."""
+    verb, settings = JOBS[name]
+    common = {"verb": verb, "run_dir": str(tmp_path / "run")}
+    done = launch({**common, "settings": settings, "out": str(tmp_path / "killed"), "kill": 3})
+    assert done.returncode != 0 and "SIGKILL" in done.stderr
+    assert not (tmp_path / "killed").exists()
+    job(settings=settings | {"parallel": "ddp"}, out=str(tmp_path / "one"), **common)
+    assert_alike(results(tmp_path / "one"), results(two / name), verb)
+
+
+def test_more_processes_than_sequences(tmp_path: Path):
+    settings = ADAPT | {"sequences_per_step": 1}
+    done = launch({"verb": "adapt", "settings": settings, "out": str(tmp_path / "out")})
+    assert done.returncode != 0
+    assert "sequences_per_step must be a multiple of 2 processes x micro_batch 1, got 1" in done.stderr
+
+
+def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with distributed.group("cpu"), distributed.main_first():
+        assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+        assert not torch.distributed.is_initialized()
+        assert list(range(8))[distributed.share(8)] == list(range(8))
+        tensor = torch.ones(3)
+        assert distributed.all_reduce(tensor) is tensor and tensor.tolist() == [1, 1, 1]
+        distributed.check_same(object(), "anything")
+        distributed.check_divides(AdaptConfig().sequences_per_step, 1)
+
+
+def test_shares_cover_without_overlap(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    taken = []
+    for rank in range(4):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        taken += range(12)[distributed.share(12)]
+    assert taken == list(range(12))
+
+
+def test_one_gpu_for_all_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(ConsaError, match="name no single GPU for 2 processes, got 'cuda:1'"),
+        distributed.group("cuda:1"),
+    ):
+        pass

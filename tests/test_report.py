@@ -1,0 +1,413 @@
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from consa import Allocation, ConsaError, cli, rules
+from consa.relations import MEASURES, Behaviour
+from consa.report import charts, page
+
+pytest.importorskip("vl_convert", reason="needs consa[report]")
+
+HOSTILE = "<script>alert('é\N{WAVE DASH}\"')<img src=x onerror=alert(1)>&amp;{{datum.x}}"
+PIECES = (
+    "allocation.json",
+    "summary.json",
+    "metrics.jsonl",
+    "eval.json",
+    "bench.json",
+    "behaviour.safetensors",
+)
+
+
+def estimate(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - 0.02, "high": mean + 0.02}
+
+
+def make_run(
+    folder: Path,
+    *,
+    name: str = "model",
+    sparsity: float = 0.5,
+    layers: int = 6,
+    heads: int = 2,
+    steps: int = 5,
+) -> Path:
+    """A folder that holds every piece; whatever is text in it is `name`."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    by_rule = rules.middle(layers, heads, sparsity=sparsity, granularity="kv_head", window=8)
+    Allocation(
+        full_attention=by_rule.full_attention,
+        window=8,
+        scores=rng.normal(size=(layers, heads)),
+        provenance={"method": "consa", "model": name, "config": {"seed": 0}},
+    ).save(folder / "allocation.json")
+    rows = [
+        {"name": row, "sparsity": sparsity, "loss": loss, "recovered": recovered, "by_position": [2.0, loss]}
+        for row, loss, recovered in (
+            ("dense", 2.0, 1.0),
+            ("all_swa", 3.0, 0.0),
+            (name, 2.5, None),
+            ("learned", 2.2, 0.8),
+        )
+    ]
+    summary = {
+        "model": {"model": name, "revision": name},
+        "command": f"consa learn {name}",
+        "hardware": name,
+        "rows": rows,
+        "buckets": [[0, 64], [64, 127]],
+        "losses": {"dense": 2.0, "stochastic": 2.3, "final": 2.2},
+        "fractional": 0.1,
+        **{"heldout_sequences": 4, "heldout_documents": 2, "seq_len": 128, "start": 64},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    step = {"loss": 2.0, "expected_sparsity": 0.4, "target": 0.5, "multiplier": -1.0, "fractional": 0.9}
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": n + 1, **step}) + "\n" for n in range(steps))
+    )
+    lines = [
+        {
+            "name": line,
+            "sparsity": sparsity,
+            "loss": estimate(2 + rise),
+            "difference": estimate(rise),
+            "recovered": 1 - rise,
+            "differences_by_position": {"0": estimate(rise / 2), "64": estimate(rise)},
+            "retrieval": {"single": {"512": 1 - rise, "1024": 1 - rise}},
+            "tasks": {f"{name} acc": 1 - rise},
+        }
+        for line, rise in (("dense", 0.0), ("all-swa", 1.0), (f"{name}/allocation.json", 0.2))
+    ]
+    evaluation = {"start": 64, "lines": lines, "how": {"command": name, "model": {"model": name}}}
+    (folder / "eval.json").write_text(json.dumps(evaluation))
+    measured = [
+        {
+            "model": model,
+            "context": context,
+            "batch_size": 1,
+            "prefill_seconds": 1.0,
+            "decode_tokens_per_second": speed,
+        }
+        | {"cache_bytes": 10**6 * context, "peak_bytes": 10**9}
+        for context in (512, 1024)
+        for model, speed in (("dense", 10.0), ("hybrid", 15.0))
+    ]
+    benchmark = {"sparsity": 0.5, "measurements": measured, "where": {"hardware": name, "dtype": name}}
+    (folder / "bench.json").write_text(json.dumps(benchmark))
+    make_behaviour(layers, heads, name).save(folder / "behaviour.safetensors")
+    return folder
+
+
+def make_behaviour(layers: int, heads: int, name: str = "model") -> Behaviour:
+    rng = np.random.default_rng(1)
+    return Behaviour(
+        measures={measure: rng.random((layers, heads)).astype(np.float32) for measure in MEASURES},
+        by_distance=np.full((layers, heads, 8), 1 / 8, dtype=np.float32),
+        window=8,
+        num_sink_tokens=4,
+        provenance={"model": name},
+    )
+
+
+class Seen(HTMLParser):
+    """Tags with their attributes, text of headings, and what scripts hold."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.scripts: list[str] = []
+        self._inside = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts.append(data)
+        elif self._inside != "style":
+            self.text += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+
+def make_page(folders: list[Path], out: Path, **options: Any) -> tuple[str, Seen]:
+    assert page.write(folders, out, command="consa report", **options)[0] == out
+    html = out.read_text(encoding="utf-8")
+    return html, Seen(html)
+
+
+def test_a_page_shows_every_piece(tmp_path: Path):
+    _, seen = make_page([make_run(tmp_path / "run")], tmp_path / "report.html")
+    for heading in ("run", "Allocation", "What the heads do", "Loss on held-out text", "Evaluation"):
+        assert heading in seen.text
+    for heading in ("Memory and speed", "Learning", "Where it comes from", "consa learn model"):
+        assert heading in seen.text
+    record = json.loads(seen.scripts[0])
+    plots = [int(str(attributes["data-chart"])) for _, attributes in seen.tags if "data-chart" in attributes]
+    assert plots == list(range(len(record["charts"]))) and len(plots) == 13
+    assert {chart["rows"] for chart in record["charts"]} == record["data"].keys()
+    assert all(chart["spec"]["description"] for chart in record["charts"])
+    assert "slider" not in [attributes.get("id") for _, attributes in seen.tags]
+    units = record["data"]["units 0"]
+    assert len(units["unit"]) == 12 and {"score", *MEASURES} <= units.keys()
+    assert units["decision"].count("FA") == 6
+
+
+def test_texts_of_a_run_are_shown_and_never_executed(tmp_path: Path):
+    hostile = HOSTILE.replace("/", "")
+    folders = [
+        make_run(tmp_path / hostile, name=HOSTILE),
+        make_run(tmp_path / "run", name=HOSTILE, sparsity=0.75),
+    ]
+    html, seen = make_page(folders, tmp_path / "report.html")
+    assert [tag for tag, _ in seen.tags].count("script") == 3  # data, library, page
+    assert not {"img", "iframe", "link", "object"} & {tag for tag, _ in seen.tags}
+    assert not [name for _, attributes in seen.tags for name in attributes if name.startswith("on")]
+    assert hostile in seen.text and f"consa learn {HOSTILE}" in seen.text
+    assert HOSTILE in json.loads(seen.scripts[0])["data"]["positions 0"]["allocation"]
+    assert "<script>alert" not in html
+
+
+def test_nothing_is_fetched_and_only_our_scripts_run(tmp_path: Path):
+    _, seen = make_page([make_run(tmp_path / "run")], tmp_path / "report.html")
+    assert not [attributes for _, attributes in seen.tags if {"src", "href"} & attributes.keys()]
+    policy = next(str(a["content"]) for _, a in seen.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'") and "script-src 'unsafe-eval' 'sha256-" in policy
+    digests = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in seen.scripts[1:]]
+    assert re.findall(r"'sha256-([^']+)'", policy) == digests
+
+
+@pytest.mark.parametrize("missing", [*PIECES, "all but allocation", "all but bench", "all but eval"])
+def test_missing_pieces_are_left_out(tmp_path: Path, missing: str):
+    folder = make_run(tmp_path / "run")
+    for piece in PIECES:
+        if piece == missing or (missing.startswith("all but") and missing.split()[-1] not in piece):
+            (folder / piece).unlink()
+    if not (folder / "allocation.json").exists():
+        (folder / "behaviour.safetensors").unlink(missing_ok=True)
+    _, seen = make_page([folder], tmp_path / "report.html")
+    headings = {
+        "summary.json": "Loss on held-out text",
+        "metrics.jsonl": "Learning",
+        "eval.json": "Evaluation",
+        "bench.json": "Memory and speed",
+        "behaviour.safetensors": "What the heads do",
+    }
+    for piece, heading in headings.items():
+        assert (heading in seen.text) == (folder / piece).exists()
+
+
+def test_several_runs_are_sorted_by_sparsity_and_compared(tmp_path: Path):
+    folders = [make_run(tmp_path / f"run{n}", sparsity=share) for n, share in enumerate((0.75, 0.25, 0.5))]
+    _, seen = make_page(folders, tmp_path / "report.html")
+    slider = next(attributes for _, attributes in seen.tags if attributes.get("id") == "slider")
+    assert slider["max"] == "2"
+    assert [slider[f"data-run{n}"] for n in range(3)] == [
+        "run1 (sparsity 0.25)",
+        "run2 (sparsity 0.5)",
+        "run0 (sparsity 0.75)",
+    ]
+    assert "Side by side" in seen.text and "run1 and run0" in seen.text
+    shares = json.loads(seen.scripts[0])["data"]["layers 0"]
+    assert len(shares["share"]) == 18 and shares["share"][6:12] == [0, 0.5, 1, 1, 0.5, 0]
+
+
+def test_models_of_other_shapes_are_not_compared(tmp_path: Path):
+    folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", layers=4)]
+    _, seen = make_page(folders, tmp_path / "report.html")
+    assert "Side by side" not in seen.text
+
+
+def test_a_given_behaviour_serves_the_runs_it_fits(tmp_path: Path):
+    folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", layers=4)]
+    for folder in folders:
+        (folder / "behaviour.safetensors").unlink()
+    _, seen = make_page(folders, tmp_path / "report.html", behaviour=make_behaviour(6, 2))
+    assert seen.text.count("What the heads do") == 1
+    with pytest.raises(ConsaError, match="the behaviour is of 5 x 2 KV heads, which no run has"):
+        page.write(folders, tmp_path / "r.html", command="", behaviour=make_behaviour(5, 2))
+
+
+def test_large_runs_stay_small(tmp_path: Path):
+    first = make_run(tmp_path / "0", layers=126, heads=8, steps=100_000)
+    rng = np.random.default_rng(0)
+    folders = [first]
+    for number in range(1, 8):
+        folders.append(tmp_path / str(number))
+        shutil.copytree(first, folders[-1])
+        scores = rng.normal(size=(126, 8))
+        chosen = Allocation(full_attention=scores > 0, window=8, scores=scores)
+        chosen.save(folders[-1] / "allocation.json")
+    html, _ = make_page(folders, tmp_path / "report.html")
+    assert len(html) < 5e6
+
+
+def test_granularity_and_native_windows(tmp_path: Path):
+    full = np.array([[True, True], [False, False], [False, False]])
+    folder = tmp_path / "run"
+    folder.mkdir()
+    Allocation(full_attention=full, granularity="layer", window=8, native_windows={1: 4}).save(
+        folder / "allocation.json"
+    )
+    _, seen = make_page([folder], tmp_path / "report.html")
+    units = json.loads(seen.scripts[0])["data"]["units 0"]
+    assert units["decision"] == ["FA", "native window", "SWA"] and units["head"] == ["all"] * 3
+
+
+def test_the_same_runs_give_the_same_page(tmp_path: Path):
+    folder = make_run(tmp_path / "run")
+    assert make_page([folder], tmp_path / "a.html")[0] == make_page([folder], tmp_path / "b.html")[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("summary.json", "{", r"summary\.json is damaged: not JSON"),
+        ("eval.json", "[]", r"eval\.json is damaged: it should hold an object, not list"),
+        ("bench.json", "{}", r"run 'run' are not as consa writes them \(KeyError: 'measurements'\)"),
+        ("summary.json", '{"rows": 3}', "run 'run' are not as consa writes them"),
+        ("metrics.jsonl", "{}\n", "run 'run' are not as consa writes them"),
+        ("allocation.json", "{}", r"allocation\.json: schema"),
+    ],
+)
+def test_damaged_files_are_refused_by_name(tmp_path: Path, file: str, content: str, message: str):
+    folder = make_run(tmp_path / "run")
+    (folder / file).write_text(content)
+    with pytest.raises(ConsaError, match=message):
+        page.write([folder], tmp_path / "report.html", command="")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path):
+    with pytest.raises(ConsaError, match=r"holds none of allocation\.json, .*; name a folder of consa learn"):
+        page.write([tmp_path], tmp_path / "report.html", command="")
+
+
+def test_figures_are_written_as_svg_and_png(tmp_path: Path):
+    folder = make_run(tmp_path / "a run: é")
+    written = page.write([folder], tmp_path / "r.html", command="", figures=tmp_path / "figures")[1:]
+    assert {path.suffix for path in written} == {".svg", ".png"} and len(written) == 26
+    assert len({path.name for path in written}) == 26 and all(
+        path.parent.name == "figures" for path in written
+    )
+    heatmap = (tmp_path / "figures" / "a-run--é-allocation.svg").read_text(encoding="utf-8")
+    assert heatmap.count(f'fill="{charts.FA}"') >= 6 and "Which units keep full attention" in heatmap
+    assert (tmp_path / "figures" / "a-run--é-spectrum.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_says_what_it_wrote(tmp_path: Path):
+    folder = make_run(tmp_path / "a run")
+    command = [
+        "report",
+        folder,
+        "--out",
+        tmp_path / "r.html",
+        "--behaviour",
+        folder / "behaviour.safetensors",
+    ]
+    done = CliRunner().invoke(cli.app, [str(word) for word in command])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.split("\n")[0] == str(tmp_path / "r.html")
+    assert f"consa report &#x27;{folder}&#x27; --out" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+# In a browser.
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+CONTRASTS = """() => {
+  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+  const luminance = (rgb) => rgb.slice(0, 3).map((c) => c / 255)
+    .map((c) => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      const colour = parse(getComputedStyle(e).backgroundColor);
+      if (colour.length < 4 || colour[3] > 0) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const seen = [...document.querySelectorAll("h1, h2, h3, p, dt, dd, td, th, code, summary, label, output, svg text")];
+  return seen.filter((e) => e.textContent && e.getClientRects().length).map((e) => {
+    const style = getComputedStyle(e);
+    const [a, b] = [luminance(parse(e.closest("svg") ? style.fill : style.color)), luminance(ground(e))];
+    return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.textContent];
+  });
+}"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [380, 1200])
+def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str, width: int):
+    hostile = HOSTILE.replace("/", "")
+    folders = [
+        make_run(tmp_path / hostile, name=HOSTILE),
+        make_run(tmp_path / "run", layers=30, sparsity=0.75),
+    ]
+    html = tmp_path / "report.html"
+    make_page(folders, html)
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    opened = context.new_page()
+    said: list[str] = []
+    for event in ("console", "pageerror", "dialog"):
+        opened.on(event, lambda message: said.append(str(message)))
+    opened.on("request", lambda request: said.append(request.url) if request.url != html.as_uri() else None)
+    opened.goto(html.as_uri())
+
+    def all_drawn() -> None:
+        opened.wait_for_function(
+            "() => [...document.querySelectorAll('.plot')].every(p => !p.offsetParent || p.querySelector('svg'))"
+        )
+        assert opened.evaluate("document.documentElement.scrollWidth") <= width
+        low = [found for found in opened.evaluate(CONTRASTS) if found[0] < 4.5]
+        assert not low, low
+        plots = opened.locator(".plot:visible svg").count()
+        assert plots == opened.locator(".plot[role='graphics-document'][aria-label]:visible").count() > 10
+
+    all_drawn()
+    assert opened.locator("#chosen").inner_text().startswith(hostile)
+    opened.locator("section[data-run='0'] svg .mark-rect path").nth(1).hover()
+    tooltip = opened.locator("#vg-tooltip-element.visible")
+    tooltip.wait_for()
+    for text in ("layer 0, KV head 1", "log_alpha", "needle"):
+        assert text in tooltip.inner_text()
+    opened.mouse.move(0, 0)
+    opened.locator("section[data-run='0'] .vega-bindings select").select_option("copy")
+    opened.locator("#slider").press("ArrowRight")
+    assert opened.locator("#chosen").inner_text() == "run (sparsity 0.75)"
+    assert opened.locator("section[data-run='0']:visible").count() == 0
+    all_drawn()
+    assert (
+        opened.locator("section[data-run='1'] svg .mark-rect path").count() == 2 * 60
+    )  # heatmap and spectrum
+    assert not said
+    context.close()
