@@ -3,15 +3,16 @@
     python benchmarks/allocations.py --model smollm2-135m --train TRAIN --heldout HELDOUT --sparsity 0.733 \
         --granularity kv_head,layer --seeds 3 --out benchmarks/results/allocations.json
 
-TRAIN and HELDOUT are anything `consa learn --data` takes, or .npy files of tokens (num_sequences, seq_len).
-`--set name=value` overrides any field of LearnConfig.
+TRAIN and HELDOUT are anything `consa learn --data` takes, or files that benchmarks/tokens.py wrote. A learned
+allocation has a second row, `gates alone`: what its gates had decided before the refinement. `--set name=value`
+overrides any field of LearnConfig.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--granularity", default="kv_head,layer")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rules", action="store_true", help="also evaluate every rule")
-    parser.add_argument("--num-heldout", type=int, default=40)
+    parser.add_argument("--num-heldout", type=int, default=48)
     parser.add_argument("--start", type=int, default=1024, help="first position that counts")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--name", default="consa", help="prefix of the learned rows")
@@ -48,8 +49,8 @@ def main() -> None:
     loaded = load_model(options.model)
     settings = overrides(options.set)
     seq_len = settings.get("seq_len", LearnConfig.seq_len)
-    train = _sequences(options.train, loaded.tokenizer, seq_len, "train")
-    heldout = _sequences(options.heldout, loaded.tokenizer, seq_len, "heldout")[: options.num_heldout]
+    train = _sequences(options.train, loaded.tokenizer, seq_len)
+    heldout = _sequences(options.heldout, loaded.tokenizer, seq_len)[: options.num_heldout]
     batch = 4 if torch.cuda.is_available() else 1
     config = LearnConfig(**settings)
     layout = loaded.layout
@@ -73,8 +74,8 @@ def main() -> None:
                 "loss": round(row.loss, 4),
                 "recovered": round(row.recovered, 4),
                 "seconds": round(seconds, 1),
-                "expected_sparsity": round(last.get("expected_sparsity", float("nan")), 4),
-                "fractional": round(last.get("fractional", float("nan")), 3),
+                "expected_sparsity": round(last["expected_sparsity"], 4) if last else None,
+                "fractional": round(last["fractional"], 3) if last else None,
                 "allocation": ["".join("01"[int(full)] for full in row) for row in allocation.full_attention],
                 "scores": None if allocation.scores is None else allocation.scores.round(2).tolist(),
             }
@@ -84,6 +85,7 @@ def main() -> None:
         )
         record = {"settings": asdict(config), "dense": float(ends["dense"][1][:, options.start :].mean())}
         record["all_swa"] = float(ends["all_swa"][1][:, options.start :].mean())
+        record["start"] = options.start
         write_json(options.out, environment() | record | {"heldout_sequences": len(heldout), "rows": rows})
 
     for sparsity in map(float, options.sparsity.split(",")):
@@ -107,22 +109,31 @@ def main() -> None:
                 began = time.perf_counter()
                 result = learn(loaded.model, train, config)
                 seconds = time.perf_counter() - began
-                add(
-                    f"{options.name}/{granularity}/seed{config.seed}",
-                    result.allocation,
-                    seconds,
-                    result.history,
-                )
+                name = f"{options.name}/{granularity}/seed{config.seed}"
+                add(name, result.allocation, seconds, result.history)
+                if config.refine_evaluations:
+                    add(f"{name}, gates alone", _by_scores(result.allocation), seconds, result.history)
     columns = ["name", "sparsity", "loss", "recovered", "seconds", "expected_sparsity", "fractional"]
     print_table(columns, [[row[column] for column in columns] for row in rows])
 
 
-def _sequences(source: str, tokenizer, seq_len: int, split: str) -> np.ndarray:
+def _by_scores(allocation: Allocation) -> Allocation:
+    """As many units on FA, those of the highest scores."""
+    assert allocation.scores is not None
+    heads = allocation.num_kv_heads if allocation.granularity == "layer" else 1
+    scores = allocation.scores.reshape(-1, heads)[:, 0]
+    full = np.zeros(len(scores), dtype=bool)
+    full[np.argsort(-scores, kind="stable")[: allocation.full_attention.sum() // heads]] = True
+    return replace(allocation, full_attention=full.repeat(heads).reshape(allocation.full_attention.shape))
+
+
+def _sequences(source: str, tokenizer, seq_len: int) -> np.ndarray:
     if source.endswith(".npy"):
         return np.load(source, mmap_mode="r", allow_pickle=False)
     from consa.data import load_sequences
 
-    return load_sequences(source, tokenizer, seq_len, split="all").tokens
+    found = load_sequences(source, tokenizer, seq_len)
+    return found.spread(len(np.unique(found.documents))).tokens
 
 
 if __name__ == "__main__":

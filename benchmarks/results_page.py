@@ -90,6 +90,26 @@ def control(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def allocations(record: dict[str, Any]) -> list[str]:
+    settings = record["settings"]
+    columns = ["allocation", "sparsity", "loss", "recovered", "expected sparsity", "fractional", "seconds"]
+    names = ["name", "sparsity", "loss", "recovered", "expected_sparsity", "fractional", "seconds"]
+    rows = [["" if row[name] is None else row[name] for name in names] for row in record["rows"]]
+    unit = {"kv_head": "KV heads", "layer": "layers"}[settings["granularity"]]
+    return [
+        f"## {unit[0].upper()}{unit[1:]} learned on a GPU, against every rule",
+        "",
+        f"SmolLM2-135M-Instruct, weights frozen, window {settings['window']}, {settings['num_sink_tokens']} sinks;"
+        f" {settings['num_steps']} steps of {settings['sequences_per_step']} sequences of {settings['seq_len']:,}"
+        f" tokens; {record['heldout_sequences']} held-out sequences, positions from {record['start']:,} on: dense"
+        f" {record['dense']:.3f}, all-SWA {record['all_swa']:.3f} nats.",
+        "",
+        *_table(columns, rows),
+        "",
+        *_source(record),
+    ]
+
+
 def inference(record: dict[str, Any]) -> list[str]:
     settings = record["settings"]
     return [
@@ -107,7 +127,13 @@ def inference(record: dict[str, Any]) -> list[str]:
     ]
 
 
-SECTIONS = {"demo": demo, "control": control, "inference": inference}
+SECTIONS = {
+    "demo": demo,
+    "allocations-kv_head": allocations,
+    "allocations-layer": allocations,
+    "control": control,
+    "inference": inference,
+}
 
 
 def _table(columns: list[str], rows: list[list[Any]]) -> list[str]:

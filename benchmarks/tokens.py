@@ -1,0 +1,35 @@
+"""Text as a file of tokens, one sequence of each document: what the benchmarks on a GPU take with them.
+
+    python benchmarks/tokens.py TEXT --seq-len 8192 --out train.npy
+
+TEXT is anything `consa learn --data` takes. Documents shorter than a sequence are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from consa.data import load_sequences
+from consa.model import load_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("text")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--seq-len", type=int, default=8192)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    found = load_sequences(options.text, load_model(options.model).tokenizer, options.seq_len)
+    chosen = found.spread(len(np.unique(found.documents)))
+    np.save(options.out, chosen.tokens)
+    print(f"{len(chosen.tokens)} sequences of {options.seq_len} tokens in {options.out}")
+
+
+if __name__ == "__main__":
+    main()
