@@ -296,9 +296,13 @@ class HybridLayer(CacheLayerMixin):
     def _move(self, device: torch.device) -> None:
         for name in STORAGE:
             storage = getattr(self, name)
-            if storage is not None:
-                # What is on its way to the CPU must have arrived before another stream fetches it back.
-                setattr(self, name, storage.to(device, non_blocking=device.type != "cpu"))
+            if storage is None:
+                continue
+            # What is on its way to the CPU must have arrived before another stream fetches it back.
+            moved = storage.to(device, non_blocking=device.type != "cpu")
+            if moved.is_cuda:  # that stream must not give the memory away while attention reads it on this one
+                moved.record_stream(torch.cuda.default_stream(device))
+            setattr(self, name, moved)
 
     def activate_past_recording(self) -> None:
         """From now on remember what is overwritten, so that `crop` can take tokens back, until the next `crop`."""

@@ -127,6 +127,8 @@ DEMO_LEARN = LearnConfig(
     seq_len=1024,
     num_steps=60,
     sequences_per_step=1,
+    warmup=0.4,  # with so few steps, the gates need most of them at the target
+    sharpening_start=0.6,
     refine_evaluations=0,  # each would cost a forward pass per sequence
 )
 
