@@ -67,5 +67,5 @@ $(VENV)/.runtime: $(VENV)/.created pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
-	$(PIP) -e ".[dev,gguf]"
+	$(PIP) -e ".[dev,gguf,lm-eval,lora,report]"
 	@touch $@

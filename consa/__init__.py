@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from consa import rules as rules
+    from consa.adaptation import adapt as adapt
     from consa.allocation import Allocation as Allocation
     from consa.cache import HybridCache as HybridCache
     from consa.checkpoint import convert as convert
     from consa.checkpoint import load as load
+    from consa.config import AdaptConfig as AdaptConfig
     from consa.config import LearnConfig as LearnConfig
     from consa.errors import ConsaError as ConsaError
     from consa.learning import learn as learn
@@ -22,10 +24,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {  # public name -> the module it comes from, or is
+    "AdaptConfig": "consa.config",
     "Allocation": "consa.allocation",
     "ConsaError": "consa.errors",
     "HybridCache": "consa.cache",
     "LearnConfig": "consa.config",
+    "adapt": "consa.adaptation",
     "attached": "consa.model",
     "convert": "consa.checkpoint",
     "learn": "consa.learning",

@@ -24,7 +24,7 @@ from consa.checkpointing import Checkpoint
 from consa.config import AdaptConfig, words_of
 from consa.errors import ConsaError
 from consa.files import write_atomically
-from consa.model import attached
+from consa.model import attached, quiet
 
 ADAPTER = "adapter"  # folder, in the format of peft
 EVERY_LINEAR = "all-linear"  # peft's word for all linear layers but the output layer
@@ -158,7 +158,7 @@ def _additions(model: PreTrainedModel, config: AdaptConfig, run_dir: Path | None
         succeeded = True
     finally:
         if succeeded and run_dir and distributed.is_main():
-            with tempfile.TemporaryDirectory() as temporary:
+            with tempfile.TemporaryDirectory() as temporary, quiet():
                 model.save_pretrained(temporary)
                 for path in Path(temporary).iterdir():
                     write_atomically(run_dir / ADAPTER / path.name, path.read_bytes())

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from consa.allocation import Allocation
+from consa.attention.branches import fused_for
 from consa.attention.cached import Heads, HeadSplit, NewKeys, by_start, pick, selector
 from consa.errors import ConsaError
 
@@ -75,6 +76,8 @@ class HybridLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.full_heads: Heads = selector(self.split.full, self.device)
         self.sliding_heads: Heads = selector(self.split.sliding, self.device)
+        self._has_kernels = fused_for(key_states, key_states, value_states, None) is not None
+        self._sorted_heads = torch.tensor((*self.split.full, *self.split.sliding), device=self.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, None]:
@@ -85,6 +88,11 @@ class HybridLayer(CacheLayerMixin):
             raise ConsaError("no gradient flows through cached keys; use torch.no_grad(), or use_cache=False")
         self._waiting = True
         return NewKeys(self, key_states, value_states), None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the next tokens are the first."""
+        return self.length == 0
 
     def can_append(self, key: Tensor, first: Tensor | None) -> bool:
         """Whether `append` will do: one new token per sequence, none of them padding."""
@@ -132,6 +140,34 @@ class HybridLayer(CacheLayerMixin):
         self.length += 1
         self._done()
         return parts
+
+    def has_kernels(self, softcap: float | None) -> bool:
+        """Whether `decode` will do where `append` does."""
+        return self._has_kernels and softcap is None and self.first is None
+
+    def decode(self, q: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Write one token per sequence and attend to everything there then is, in kernels of their own.
+
+        Args:
+            q: `(batch, q_heads, 1, head_dim)`.
+            key: `(batch, kv_heads, 1, head_dim)`.
+            value: as `key`.
+            scaling: factor on the scores.
+
+        Returns:
+            As `q`.
+        """
+        self._reserve(key, self.length + 1)
+        out = self._decode(q, key, value, torch.full((), self.length, device=self.device), scaling)
+        self.length += 1
+        self._done()
+        return out
+
+    def _decode(self, q: Tensor, key: Tensor, value: Tensor, length: Tensor, scaling: float) -> Tensor:
+        return torch.ops.consa.decode(
+            q, key, value, self.full_keys, self.full_values, self.sliding_keys, self.sliding_values, self._sorted_heads,
+            length, self.split.num_sink_tokens, self.split.window, scaling,
+        )  # fmt: skip
 
     def read_sliding(self, rows: slice | Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Keys and values that SWA heads hold of sequences that start at column `start`, in order of position."""
@@ -405,15 +441,20 @@ class StaticHybridLayer(HybridLayer):
                 if tensor is not None:
                     torch._dynamo.mark_static_address(tensor)
 
+    @property
+    def is_empty(self) -> bool:
+        """As `HybridLayer.is_empty`; what is recorded decodes, after a prefill that was not."""
+        return not _recording() and super().is_empty
+
     def can_append(self, key: Tensor, first: Tensor | None) -> bool:
-        """Whether `append` will do; what is compiled decodes, after a prefill that was not."""
-        if torch.compiler.is_compiling():
+        """Whether `append` will do."""
+        if _recording():
             return key.shape[2] == 1
         return super().can_append(key, first)
 
     def append(self, key: Tensor, value: Tensor) -> list[tuple[Heads, Tensor, Tensor, Tensor | None]]:
         """As `HybridLayer.append`."""
-        if not torch.compiler.is_compiling():
+        if not _recording():
             self._reserve(key, self.length + 1)
         column, parts = self.cumulative_length, []
         if self.split.full:
@@ -442,6 +483,15 @@ class StaticHybridLayer(HybridLayer):
         self._waiting = False
         return parts
 
+    def decode(self, q: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """As `HybridLayer.decode`."""
+        if not _recording():
+            self._reserve(key, self.length + 1)
+        out = self._decode(q, key, value, self.cumulative_length, scaling)
+        self.cumulative_length.add_(1)
+        self._waiting = False
+        return out
+
     def _reserve(self, like: Tensor, tokens: int) -> None:
         if tokens > self.max_length:
             raise ConsaError(
@@ -459,6 +509,11 @@ class StaticHybridLayer(HybridLayer):
     def get_max_length(self) -> int:
         """Tokens there is room for."""
         return self.max_length
+
+
+def _recording() -> bool:
+    """Whether a graph is being made, by torch.compile or as a CUDA graph: no number on the device can be looked at."""
+    return torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
 
 
 def dynamic_layer(allocation: Allocation, layer: int) -> CacheLayerMixin:

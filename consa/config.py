@@ -43,7 +43,7 @@ class LearnConfig:
     )
     initial_log_alpha: float = _option(2.0, "where the gates start; 2 is a probability of 0.97 to be open")
     log_alpha_min: float = _option(-7.0, "lower bound of the gates; -7 is a probability of 0.005 to be open")
-    log_alpha_max: float = _option(4.0, "upper bound of the gates; beyond it the constraint's pull vanishes")
+    log_alpha_max: float = _option(3.0, "upper bound of the gates; beyond it the constraint's pull vanishes")
     warmup: float = _option(0.7, "share of the steps over which the target rises from 0")
     penalty: float = _option(300.0, "quadratic coefficient of the constraint (rho), nats")
     multiplier_step: float = _option(3.0, "step size of the constraint's multiplier (eta), nats")
@@ -59,7 +59,8 @@ class LearnConfig:
     refine_sequences: int = _option(8, "training sequences that each of these evaluations runs on")
     activation_checkpointing: bool = _option(False, "recompute layers in the backward pass to save memory")
     parallel: Literal["ddp", "fsdp"] = _option(
-        "ddp", "on several processes, of weights that are trained: 'ddp' has all on each, 'fsdp' shards the layers'"
+        "ddp",
+        "on several processes, in joint mode: 'ddp' has all weights on each, 'fsdp' shards those of the layers",
     )
     checkpoint_every: int = _option(10, "steps between checkpoints")
 
@@ -142,7 +143,7 @@ class AdaptConfig:
     activation_checkpointing: bool = _option(False, "recompute layers in the backward pass to save memory")
     parallel: Literal["ddp", "fsdp"] = _option(
         "ddp",
-        "on several processes: 'ddp' has the weights on each, 'fsdp' shards the layers' weights over them",
+        "on several processes: 'ddp' has all weights on each, 'fsdp' shards those of the layers",
     )
     checkpoint_every: int = _option(50, "steps between checkpoints")
 

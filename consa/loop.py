@@ -147,10 +147,10 @@ class Weights:
         for name, master in self.masters.items():
             master.copy_(distributed.like(tensors[f"weights.{name}"], master))
             for slot in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors[f"weight_optimizer.{slot}.{name}"]
-                self.optimizer.state[master][slot] = (
-                    value if slot == "step" else distributed.like(value, master)
-                )
+                value = tensors.get(f"weight_optimizer.{slot}.{name}")
+                if value is not None:  # no gradient ever: an output layer, if hidden states alone count
+                    whole = slot == "step"
+                    self.optimizer.state[master][slot] = value if whole else distributed.like(value, master)
         self._refresh()
 
     def _refresh(self) -> None:

@@ -20,7 +20,12 @@ from tests.models import allocate, tiny, tokens
 
 
 def job(
-    verb: str, settings: dict[str, Any], out: str, kill: int | None = None, run_dir: str | None = None
+    verb: str,
+    settings: dict[str, Any],
+    out: str,
+    kill: int | None = None,
+    run_dir: str | None = None,
+    dtype: str = "float32",
 ) -> None:
     """Learn or adapt a tiny model, and write what comes of it. The last process may die at a step."""
 
@@ -28,7 +33,7 @@ def job(
         if record["step"] == kill and distributed.rank() == distributed.world_size() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    model, text = tiny(), tokens(9, 24).numpy()
+    model, text = tiny().to(getattr(torch, dtype)), tokens(9, 24).numpy()
     folder = None if run_dir is None else Path(run_dir)
     if verb == "learn":
         result = learn(model, text, LearnConfig(**settings), run_dir=folder, on_step=on_step)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -15,14 +17,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from typer.testing import CliRunner
 
-from consa import Allocation, adaptation, convert, load, loop, loss, rules
+from consa import Allocation, adaptation, convert, load, loop, loss, rules, runs
 from consa.adaptation import adapt
+from consa.attention import interface
 from consa.checkpointing import METRICS
-from consa.config import AdaptConfig
+from consa.cli import app
+from consa.config import AdaptConfig, LearnConfig, RunConfig
+from consa.data import load_sequences
 from consa.errors import ConsaError
 from consa.model import attached
+from consa.runs import run_adaptation
 from tests.compare import Elements, assert_close
 from tests.models import allocate, exact, tiny, tokens
 
@@ -282,7 +289,7 @@ def test_goes_on_bit_for_bit(change: Any, tmp_path: Path):
     evaluate = {"evaluate": lambda hybrid: {"heldout": float(next(hybrid.parameters()).detach().sum())}}
     wanted = end(tmp_path / "undisturbed", config, **evaluate)
     steps: list[float] = []
-    for number in range(1, 6):
+    for number in (1, 3, 5):
         folder = tmp_path / str(number)
         with pytest.raises(Interrupted):
             end(folder, config, on_step=interrupt_at(number), **evaluate)
@@ -293,6 +300,16 @@ def test_goes_on_bit_for_bit(change: Any, tmp_path: Path):
             assert done[0] == wanted[0]
             assert all(torch.equal(value, wanted[1][name]) for name, value in done[1].items())
         assert (folder / METRICS).read_bytes() == (tmp_path / "undisturbed" / METRICS).read_bytes()
+
+
+def test_goes_on_though_a_weight_has_no_gradient(tmp_path: Path):
+    """Hidden states are compared before the output layer."""
+    config = changed(cross_entropy=0.0, hidden_loss=1.0, num_steps=4)
+    with pytest.raises(Interrupted):
+        end(tmp_path, config, on_step=interrupt_at(3))
+    history, weights = end(tmp_path, config)
+    assert history == adapt(tiny(), text(), allocation(), config)
+    assert torch.equal(weights["lm_head.weight"], tiny().lm_head.weight)
 
 
 def test_goes_on_after_sigkill(tmp_path: Path):
@@ -332,6 +349,90 @@ def test_a_checkpoint_of_another_run_is_refused(
     end(tmp_path, changed(checkpoint_every=1))
     with pytest.raises(ConsaError, match=difference):
         adapt(tiny(), text(), kept, config, run_dir=tmp_path)
+
+
+# Runs.
+
+
+@pytest.fixture(scope="module")
+def where(
+    tiny_model_folder: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunConfig]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONSA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield RunConfig(model=str(tiny_model_folder), data=str(text_folder), num_heldout=3, device="cpu")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_run_folder(method: Any, where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = changed(method=method, seq_len=96, num_steps=8)
+    kept, folder = allocation(window=8), tmp_path / "run"
+    summary = run_adaptation(where, kept, config, folder, command="consa adapt it")
+    names = {
+        ".lock",
+        "checkpoint.safetensors",
+        "config.json",
+        "curves.png",
+        "heldout",
+        "metrics.jsonl",
+        "model",
+    }
+    names |= {"summary.json", "summary.md"} | ({"adapter"} if method == "lora" else set())
+    assert {path.name for path in folder.iterdir()} == names
+    rows = {row["name"]: row for row in summary["rows"]}
+    assert list(rows) == ["dense", "all_swa", "hybrid", "adapted"]
+    assert rows["adapted"]["loss"] < rows["hybrid"]["loss"]
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["heldout_loss"] == pytest.approx(rows["adapted"]["loss"], rel=1e-5)
+    assert last["recovered"] == pytest.approx(rows["adapted"]["recovered"], rel=1e-4)
+    heldout = load_sequences(
+        where.data, AutoTokenizer.from_pretrained(where.model), 96, split="heldout"
+    ).spread(3)
+    losses = loss.token_losses(load(folder / "model"), torch.from_numpy(heldout.tokens.astype(np.int64)))
+    assert rows["adapted"]["loss"] == pytest.approx(float(losses[:, summary["start"] :].mean()), rel=1e-4)
+    for text in ("consa adapt it", f"{rows['adapted']['loss']:.4f}", f"method {method}"):
+        assert text in (folder / "summary.md").read_text()
+
+    before = {path: path.read_bytes() for path in (folder / "model").iterdir()}
+    monkeypatch.setattr(runs, "compare", None)  # killed before the end
+    (folder / "summary.json").unlink()
+    with pytest.raises(TypeError):
+        run_adaptation(where, kept, config, folder, command="consa adapt it")
+    monkeypatch.undo()
+    again = run_adaptation(where, kept, config, folder, command="consa adapt it")
+    assert again | {"seconds": None} == summary | {"seconds": None}
+    assert {path: path.read_bytes() for path in (folder / "model").iterdir()} == before
+    with pytest.raises(ConsaError, match=r"a different run .allocation\.window was 8, now 9"):
+        run_adaptation(where, allocation(window=9), config, folder, command="c")
+
+
+def test_from_joint_learning_to_adaptation(where: RunConfig, tmp_path: Path):
+    """The weights that joint learning ends with are in `model`, and adaptation starts from them."""
+    learned = LearnConfig(mode="joint", weight_lr=1e-3, sparsity=0.5, window=8, seq_len=96, num_steps=2)
+    summary = runs.run(where, replace(learned, refine_evaluations=0), tmp_path / "learn", command="c")
+    kept = Allocation.load(tmp_path / "learn" / "allocation.json")
+    hybrid = tmp_path / "learn" / "model"
+    assert interface.allocation_of(load(hybrid).config) == replace(kept, scores=None, provenance={})
+    config = changed(seq_len=96, num_steps=1, learning_rate=1e-6)
+    adapted = run_adaptation(replace(where, model=str(hybrid)), kept, config, tmp_path / "adapt", command="c")
+    rows, wanted = ({row["name"]: row["loss"] for row in s["rows"]} for s in (adapted, summary))
+    assert rows["dense"] == pytest.approx(wanted["dense"], rel=1e-5)
+    assert rows["hybrid"] == pytest.approx(wanted["learned"], rel=1e-5)
+
+
+def test_the_command(where: RunConfig, tmp_path: Path):
+    kept = allocation(window=8)
+    kept.save(tmp_path / "allocation.json")
+    common = ["adapt", where.model, "--data", where.data, "--device", "cpu", "--num-heldout", "2"]
+    common += ["--allocation", str(tmp_path / "allocation.json"), "--out", str(tmp_path / "run")]
+    common += ["--seq-len", "96", "--num-steps", "1", "--sequences-per-step", "1"]
+    runner = CliRunner()
+    done = runner.invoke(app, common)
+    assert done.exit_code == 0, done.output
+    assert "adapted" in done.stdout and str(tmp_path / "run" / "model") in done.stdout
+    for extra, message in ((["--method", "qlora"], "method must be one of"), (["--allocation", "x"], "x")):
+        done = runner.invoke(app, [*common, *extra])
+        assert done.exit_code == 2 and message in done.stderr
 
 
 # Bad input.

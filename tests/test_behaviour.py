@@ -403,6 +403,7 @@ def test_thirds_and_agreement():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_it_is_fast_enough_for_8192_tokens():
     import resource
     import time

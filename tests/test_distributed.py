@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from consa import distributed
+from consa.checkpointing import METRICS
 from consa.config import AdaptConfig
 from consa.errors import ConsaError
 from tests.compare import assert_close
@@ -32,6 +33,13 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "adapt": ("adapt", ADAPT),
     "lora": ("adapt", ADAPT | {"method": "lora", "distillation": 1.0}),
     "fsdp": ("adapt", ADAPT | {"parallel": "fsdp", "distillation": 1.0, "activation_checkpointing": True}),
+}
+
+
+BFLOAT16: dict[str, Any] = {
+    "verb": "adapt",
+    "settings": ADAPT | {"parallel": "fsdp", "learning_rate": 1e-4, "num_steps": 8},
+    "dtype": "bfloat16",
 }
 
 
@@ -56,7 +64,8 @@ def results(out: Path | str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes made of every job."""
     folder = tmp_path_factory.mktemp("two")
-    done = launch(*({"verb": v, "settings": s, "out": str(folder / name)} for name, (v, s) in JOBS.items()))
+    jobs = [{"verb": v, "settings": s, "out": str(folder / name)} for name, (v, s) in JOBS.items()]
+    done = launch(*jobs, {**BFLOAT16, "out": str(folder / "bfloat16")})
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -76,6 +85,19 @@ def test_two_processes_do_what_one_does(name: str, two: Path, tmp_path: Path):
     assert_alike(results(two / name), results(tmp_path / "one"), verb)
 
 
+def test_sharded_bfloat16_trains_float32_masters(two: Path, tmp_path: Path):
+    """Both compute in bfloat16, and round in other places."""
+    job(**BFLOAT16, out=str(tmp_path / "one"))
+    (one, weights), (found, others) = results(tmp_path / "one"), results(two / "bfloat16")
+    losses, wanted = (
+        [record["loss"] for record in history] for history in (found["history"], one["history"])
+    )
+    assert losses == pytest.approx(wanted, rel=5e-3)
+    for name, value in others.items():
+        assert value.dtype == torch.bfloat16
+        assert_close(value.float(), weights[name].float(), 1e-2, name)
+
+
 @pytest.mark.parametrize("name", ["joint-fsdp", "fsdp"])
 def test_goes_on_with_another_number_of_processes(name: str, two: Path, tmp_path: Path):
     """Of two processes one is killed, and the other ends too, with a word; one goes on alone."""
@@ -84,15 +106,16 @@ def test_goes_on_with_another_number_of_processes(name: str, two: Path, tmp_path
     done = launch({**common, "settings": settings, "out": str(tmp_path / "killed"), "kill": 3})
     assert done.returncode != 0 and "SIGKILL" in done.stderr
     assert not (tmp_path / "killed").exists()
+    assert len((tmp_path / "run" / METRICS).read_text().splitlines()) == 2, "what there is to go on from"
     job(settings=settings | {"parallel": "ddp"}, out=str(tmp_path / "one"), **common)
     assert_alike(results(tmp_path / "one"), results(two / name), verb)
 
 
-def test_more_processes_than_sequences(tmp_path: Path):
-    settings = ADAPT | {"sequences_per_step": 1}
-    done = launch({"verb": "adapt", "settings": settings, "out": str(tmp_path / "out")})
-    assert done.returncode != 0
-    assert "sequences_per_step must be a multiple of 2 processes x micro_batch 1, got 1" in done.stderr
+def test_more_processes_than_sequences(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for verb, settings in (("adapt", ADAPT), ("learn", LEARN)):
+        with pytest.raises(ConsaError, match="multiple of 2 processes x micro_batch 1, got 1; start fewer"):
+            job(verb, settings | {"sequences_per_step": 1}, str(tmp_path / "out"))
 
 
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch):

@@ -402,6 +402,11 @@ def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str, width: int):
         assert text in tooltip.inner_text()
     opened.mouse.move(0, 0)
     opened.locator("section[data-run='0'] .vega-bindings select").select_option("copy")
+    heights = opened.locator(".plot:has(select):visible svg .mark-rect path").evaluate_all(
+        "bars => bars.map(b => b.getBoundingClientRect()).sort((a, b) => a.x - b.x).map(b => b.height)"
+    )
+    measured = np.sort(make_behaviour(6, 2).measures["copy"].ravel())
+    assert np.divide(heights, heights[-1]) == pytest.approx(measured / measured[-1], abs=0.02)
     opened.locator("#slider").press("ArrowRight")
     assert opened.locator("#chosen").inner_text() == "run (sparsity 0.75)"
     assert opened.locator("section[data-run='0']:visible").count() == 0

@@ -22,7 +22,8 @@ FA, SWA, OTHER = (
     "#d9952b",
     "#84878c",
 )  # told apart by colour-blind readers, and seen on light and dark
-KINDS = {"domain": ["learned", "dense", "all-SWA", "other"], "range": [FA, "#4f9d69", SWA, OTHER]}
+DECISIONS = {"FA": FA, "SWA": SWA}
+KINDS = {"learned": FA, "dense": "#4f9d69", "all-SWA": SWA, "other": OTHER}
 MAX_POINTS = 400  # of a curve
 DIGITS = 4  # significant, of numbers in a page
 
@@ -88,37 +89,14 @@ def heatmap(name: str, data: str, allocation: Allocation, behaviour: Behaviour |
     num_full = int(allocation.full_attention.sum())
     num_units = len(allocation.layers) * allocation.num_kv_heads
     rows = 1 if allocation.granularity == "layer" else allocation.num_kv_heads
-    every = 1 + allocation.num_layers // 24
+    decisions = DECISIONS | ({"native window": OTHER} if allocation.native_windows else {})
     spec: Spec = {
         "mark": {"type": "rect", "cornerRadius": 2, "tooltip": True},
         "height": rows * (26 if rows <= 8 else 14),
         "encoding": {
-            "x": {
-                "field": "layer",
-                "type": "ordinal",
-                "title": "layer, from the bottom to the top of the model",
-                "scale": {"paddingInner": 0.08},
-                "axis": {
-                    "labelAngle": 0,
-                    "labelOverlap": "greedy",
-                    "values": list(range(0, allocation.num_layers, every)),
-                },
-            },
-            "y": {
-                "field": "head",
-                "type": "ordinal",
-                "title": "KV head",
-                "sort": None,
-                "scale": {"paddingInner": 0.1},
-                "axis": {"labelOverlap": "greedy"},
-            },
-            "color": {
-                "field": "decision",
-                "type": "nominal",
-                "title": None,
-                "scale": {"domain": ["FA", "SWA", "native window"], "range": [FA, SWA, OTHER]},
-                "legend": {"orient": "top", "values": _present(allocation)},
-            },
+            "x": _layers(allocation.num_layers),
+            "y": _places("head", "KV head") | {"scale": {"paddingInner": 0.1}},
+            "color": _colour("decision", decisions),
             "opacity": {
                 "field": "shade",
                 "type": "quantitative",
@@ -153,12 +131,13 @@ def curves(name: str, data: str) -> list[Chart]:
     step = {"field": "step", "type": "quantitative", "title": "step", "axis": {"grid": False}}
 
     def line(field: str, title: str, domain: list[float] | None = None, **mark: Any) -> Spec:
-        scale: Spec = {"domain": domain} if domain else {"zero": False}
-        y = {"field": field, "type": "quantitative", "title": title, "scale": scale}
-        tooltip = [{"field": "step"}, {"field": field, "format": ".4~r"}]
         return {
             "mark": {"type": "line", "color": FA, "point": {"size": 14, "color": FA}, **mark},
-            "encoding": {"x": step, "y": y, "tooltip": tooltip},
+            "encoding": {
+                "x": step,
+                "y": _amount(field, title) | {"scale": {"domain": domain} if domain else {"zero": False}},
+                "tooltip": [{"field": "step"}, {"field": field, "format": ".4~r"}],
+            },
         }
 
     target = line("target", "sparsity", [0, 1], color=SWA, strokeDash=[5, 3], point=False)
@@ -191,39 +170,23 @@ def curves(name: str, data: str) -> list[Chart]:
 
 def by_position(name: str, data: str, *, intervals: bool) -> Chart:
     """Loss beyond the dense model's, by position; rows hold allocation, kind, place, from and rise."""
-    x = {
-        "field": "from",
-        "type": "ordinal",
-        "sort": None,
-        "title": "from position",
-        "axis": {"labelAngle": 0, "labelOverlap": "greedy", "grid": False},
+    shared = {
+        "x": _places("from", "from position"),
+        "color": _colour("kind", KINDS),
+        "detail": {"field": "allocation"},
     }
-    y = {"field": "rise", "type": "quantitative", "title": "nats beyond dense"}
-    legend = {"orient": "top", "symbolOpacity": 1}
-    colour = {"field": "kind", "type": "nominal", "title": None, "scale": KINDS, "legend": legend}
-    tooltip = [{"field": "allocation"}, {"field": "from"}, {"field": "rise", "format": ".4f"}]
-    detail = {"field": "allocation"}
-    opacity = {"condition": {"test": "datum.kind === 'other'", "value": 0.6}, "value": 1}
     lines = {
         "mark": {"type": "line", "point": {"size": 30}, "strokeWidth": 2},
-        "encoding": {
-            "x": x,
-            "y": y,
-            "color": colour,
-            "detail": detail,
-            "opacity": opacity,
-            "tooltip": tooltip,
+        "encoding": shared
+        | {
+            "y": _amount("rise", "nats beyond dense"),
+            "opacity": {"condition": {"test": "datum.kind === 'other'", "value": 0.6}, "value": 1},
+            "tooltip": [{"field": "allocation"}, {"field": "from"}, {"field": "rise", "format": ".4f"}],
         },
     }
     band = {
         "mark": {"type": "area", "opacity": 0.15},
-        "encoding": {
-            "x": x,
-            "y": {"field": "low", "type": "quantitative", "title": "nats beyond dense"},
-            "y2": {"field": "high"},
-            "color": colour,
-            "detail": detail,
-        },
+        "encoding": shared | {"y": _amount("low", "nats beyond dense"), "y2": {"field": "high"}},
     }
     return Chart(
         name=f"{name}-by-position",
@@ -247,25 +210,9 @@ def retrieval(name: str, data: str, task: str) -> Chart:
             "transform": [{"filter": {"field": "task", "equal": task}}],
             "mark": {"type": "line", "point": {"size": 30}},
             "encoding": {
-                "x": {
-                    "field": "length",
-                    "type": "ordinal",
-                    "title": "tokens of text",
-                    "axis": {"labelAngle": 0, "grid": False},
-                },
-                "y": {
-                    "field": "share",
-                    "type": "quantitative",
-                    "title": "share",
-                    "scale": {"domain": [0, 1]},
-                },
-                "color": {
-                    "field": "kind",
-                    "type": "nominal",
-                    "title": None,
-                    "scale": KINDS,
-                    "legend": {"orient": "top"},
-                },
+                "x": _places("length", "tokens of text"),
+                "y": _amount("share", "share") | {"scale": {"domain": [0, 1]}},
+                "color": _colour("kind", KINDS),
                 "detail": {"field": "allocation"},
                 "tooltip": [
                     {"field": "allocation"},
@@ -308,21 +255,10 @@ def spectrum(name: str, data: str, behaviour: Behaviour, shown: str) -> Chart:
             ],
             "mark": {"type": "bar", "tooltip": True},
             "encoding": {
-                "x": {
-                    "field": "rank",
-                    "type": "ordinal",
-                    "title": "units in order",
-                    "axis": {"labels": False, "ticks": False, "grid": False},
-                    "scale": {"paddingInner": 0.15},
-                },
-                "y": {"field": "value", "type": "quantitative", "title": None},
-                "color": {
-                    "field": "decision",
-                    "type": "nominal",
-                    "title": None,
-                    "scale": {"domain": ["FA", "SWA"], "range": [FA, SWA]},
-                    "legend": {"orient": "top"},
-                },
+                "x": _places("rank", "units in order", labels=False, ticks=False)
+                | {"scale": {"paddingInner": 0.15}, "sort": "ascending"},
+                "y": _amount("value", None),
+                "color": _colour("decision", DECISIONS),
                 "tooltip": tooltip + _measure_tooltips(behaviour),
             },
         },
@@ -359,26 +295,9 @@ def by_distance(name: str, data: str) -> Chart:
             "height": 220,
             "mark": {"type": "line", "point": {"size": 30}, "strokeWidth": 2},
             "encoding": {
-                "x": {
-                    "field": "bucket",
-                    "type": "ordinal",
-                    "sort": None,
-                    "title": "distance, tokens",
-                    "axis": {"labelOverlap": "greedy", "labelAngle": -40, "grid": False},
-                },
-                "y": {
-                    "field": "share",
-                    "type": "quantitative",
-                    "title": "share of attention",
-                    "axis": {"format": "%"},
-                },
-                "color": {
-                    "field": "decision",
-                    "type": "nominal",
-                    "title": None,
-                    "scale": {"domain": ["FA", "SWA"], "range": [FA, SWA]},
-                    "legend": {"orient": "top"},
-                },
+                "x": _places("bucket", "distance, tokens", labelAngle=-40),
+                "y": _amount("share", "share of attention") | {"axis": {"format": "%"}},
+                "color": _colour("decision", DECISIONS),
                 "tooltip": [
                     {"field": "decision"},
                     {"field": "bucket"},
@@ -404,7 +323,7 @@ def layer_shares(allocations: Mapping[str, Allocation]) -> Columns:
 
 def side_by_side(data: str, allocations: Mapping[str, Allocation]) -> Chart:
     """A row per allocation: which share of each layer's heads is FA."""
-    num_layers = max(allocation.num_layers for allocation in allocations.values())
+    num_layers = next(iter(allocations.values())).num_layers
     return Chart(
         name="side-by-side",
         title="Share of each layer's KV heads on full attention",
@@ -414,25 +333,8 @@ def side_by_side(data: str, allocations: Mapping[str, Allocation]) -> Chart:
             "height": 30 * len(allocations),
             "mark": {"type": "rect", "cornerRadius": 2, "color": FA, "stroke": FA, "strokeOpacity": 0.35},
             "encoding": {
-                "x": {
-                    "field": "layer",
-                    "type": "ordinal",
-                    "title": "layer, from the bottom to the top of the model",
-                    "scale": {"paddingInner": 0.08},
-                    "axis": {
-                        "labelAngle": 0,
-                        "labelOverlap": "greedy",
-                        "values": list(range(0, num_layers, 1 + num_layers // 24)),
-                    },
-                },
-                "y": {
-                    "field": "run",
-                    "type": "nominal",
-                    "title": None,
-                    "sort": None,
-                    "scale": {"paddingInner": 0.12},
-                    "axis": {"labelLimit": 90},
-                },
+                "x": _layers(num_layers),
+                "y": _places("run", None, labelLimit=90) | {"scale": {"paddingInner": 0.12}},
                 "fillOpacity": {
                     "field": "share",
                     "type": "quantitative",
@@ -457,20 +359,9 @@ def benchmark(name: str, data: str) -> list[Chart]:
     charts = []
     for field, (title, unit) in panels.items():
         encoding: Spec = {
-            "x": {
-                "field": "context",
-                "type": "ordinal",
-                "title": "context, tokens",
-                "axis": {"labelAngle": 0, "grid": False},
-            },
-            "y": {"field": field, "type": "quantitative", "title": unit},
-            "color": {
-                "field": "model",
-                "type": "nominal",
-                "title": None,
-                "scale": {"domain": ["dense", "hybrid"], "range": [OTHER, FA]},
-                "legend": {"orient": "top"},
-            },
+            "x": _places("context", "context, tokens"),
+            "y": _amount(field, unit),
+            "color": _colour("model", {"dense": OTHER, "hybrid": FA}),
             "detail": {"field": "batch_size"},
             "tooltip": [
                 {"field": "model"},
@@ -510,7 +401,8 @@ def draw(charts: Sequence[Chart], data: Mapping[str, Columns], folder: Path) -> 
     paths = []
     for chart in charts:
         spec = complete(chart) | {"data": {"values": rows_of(data[chart.data])}, "background": "white"}
-        spec |= {"width": 620, "title": {"text": chart.title, "anchor": "start"}}
+        chosen = "".join(f": {param['value'].replace('_', ' ')}" for param in spec.get("params", ()))
+        spec |= {"width": 620, "title": {"text": chart.title + chosen, "anchor": "start"}}
         drawn = {
             ".svg": renderer.vegalite_to_svg(spec).encode(),
             ".png": renderer.vegalite_to_png(spec, scale=3),
@@ -555,8 +447,26 @@ def _measure_tooltips(behaviour: Behaviour | None) -> list[Spec]:
     ]
 
 
-def _present(allocation: Allocation) -> list[str]:
-    return ["FA", "SWA"] + ["native window"] * bool(allocation.native_windows)
+def _places(field: str, title: str | None, **axis: Any) -> Spec:
+    """A scale of steps, in the order of the data."""
+    axis = {"labelAngle": 0, "labelOverlap": "greedy", "grid": False, **axis}
+    return {"field": field, "type": "ordinal", "sort": None, "title": title, "axis": axis}
+
+
+def _layers(num_layers: int) -> Spec:
+    labelled = list(range(0, num_layers, 1 + num_layers // 24))
+    x = _places("layer", "layer, from the bottom to the top of the model", values=labelled)
+    return x | {"scale": {"paddingInner": 0.08}}
+
+
+def _amount(field: str, title: str | None) -> Spec:
+    return {"field": field, "type": "quantitative", "title": title}
+
+
+def _colour(field: str, colours: Mapping[str, str]) -> Spec:
+    scale = {"domain": list(colours), "range": list(colours.values())}
+    legend = {"orient": "top", "symbolOpacity": 1}
+    return {"field": field, "type": "nominal", "title": None, "scale": scale, "legend": legend}
 
 
 def _rounded(value: float) -> float | None:
