@@ -129,6 +129,7 @@ DEMO_LEARN = LearnConfig(
     sequences_per_step=1,
     warmup=0.4,  # with so few steps, the gates need most of them at the target
     sharpening_start=0.6,
+    log_alpha_max=4.0,
     refine_evaluations=0,  # each would cost a forward pass per sequence
 )
 
