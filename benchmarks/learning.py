@@ -1,0 +1,181 @@
+"""What learning an allocation costs on a GPU: tokens per second, beside loops without gates, and without care.
+
+    python benchmarks/learning.py --random --out benchmarks/results/learning.json
+
+One sequence per step, forward and backward, bf16, weights frozen. "consa" is `learn` over a whole short run, from gates
+almost all open to the target sparsity: all of a step, the gates' own update too. "dense" is the same loss and backward
+pass through plain causal attention of the library, "two attentions" both branches for all heads at every step: causal,
+and under a dense mask of the window, mixed by the gates. Those two have no optimiser. Times are medians over steps for
+them, the mean over the run for consa; the peak is of memory allocated, weights included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import environment, print_table, write_json
+from torch import Tensor
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
+
+from consa import loss
+from consa.config import LearnConfig
+from consa.learning import learn
+from consa.model import load_model
+
+DEVICE = torch.device("cuda")
+WINDOW, NUM_SINK_TOKENS = 128, 4
+WARM_UP = 3  # steps that are not timed
+WARM_UP_RUN = 12  # steps
+STEPS = 12  # of the loops that do not change as they go
+COLUMNS = ["model", "tokens", "loop", "tokens/s", "to dense", "peak GB"]
+SMOLLM2_135M: dict[str, Any] = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+QWEN3_06B: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": True,
+}
+
+
+def random_model(config: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    with DEVICE:
+        return AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
+
+
+def learned(model: PreTrainedModel, tokens: np.ndarray, num_steps: int, **settings: Any) -> float:
+    """Tokens per second of a whole run of `learn`, after a short one that compiles whatever a run comes to need."""
+    speeds: list[float] = []
+    for steps in (min(WARM_UP_RUN, num_steps), num_steps):
+        config = LearnConfig(
+            window=WINDOW,
+            num_sink_tokens=NUM_SINK_TOKENS,
+            seq_len=tokens.shape[1],
+            num_steps=steps,
+            sequences_per_step=1,
+            refine_evaluations=0,
+            **settings,
+        )
+        speeds.clear()
+        learn(model, tokens, config, on_step=lambda step: speeds.append(step["tokens_per_second"]))
+    return statistics.harmonic_mean(speeds)
+
+
+def stepped(model: PreTrainedModel, tokens: np.ndarray) -> float:
+    """Tokens per second of loss and backward pass, through frozen weights to the embeddings."""
+    model.requires_grad_(False)
+    embedded = model.get_input_embeddings().register_forward_hook(lambda *call: call[2].requires_grad_())
+    seconds = []
+    for row in tokens[: WARM_UP + STEPS]:
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        float(loss.backward(model, torch.from_numpy(row[None]).to(DEVICE), scale=1.0))
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    embedded.remove()
+    return tokens.shape[1] / statistics.median(seconds[WARM_UP:])
+
+
+@contextmanager
+def two_attentions(model: PreTrainedModel, seq_len: int) -> Iterator[None]:
+    """`z * FA + (1 - z) * SWA` of all heads, by the library."""
+    heads = model.config.num_key_value_heads
+    gates = torch.rand(model.config.num_hidden_layers, heads, device=DEVICE).requires_grad_()
+    position = torch.arange(seq_len, device=DEVICE)
+    distance = position[:, None] - position
+    visible = (distance >= 0) & ((distance < WINDOW) | (position < NUM_SINK_TOKENS))
+
+    def attend(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any
+    ) -> tuple[Tensor, None]:
+        group = q.shape[1] // heads
+        full = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        near = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        z = gates[module.layer_idx].repeat_interleave(group)[:, None, None]
+        return (z * full + (1 - z) * near).to(q.dtype).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("two_attentions", attend)
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "two_attentions"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def peak_of(run: Callable[[], float]) -> tuple[float, float]:
+    """What `run` returns, and GB allocated at most."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return run(), torch.cuda.max_memory_allocated() / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--random", action="store_true", help="random weights, nothing to load")
+    parser.add_argument("--steps", type=int, default=60, help="of consa's run")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    generator = np.random.default_rng(0)
+
+    if options.random:
+        model = random_model(LlamaConfig(**SMOLLM2_135M))
+    else:
+        model = load_model("smollm2-135m", device="cuda", dtype=torch.bfloat16).model
+    tokens = generator.integers(0, SMOLLM2_135M["vocab_size"], (options.steps, 8192))
+    found = {"dense": peak_of(lambda: stepped(model, tokens))}
+    with two_attentions(model, tokens.shape[1]):
+        found["two attentions"] = peak_of(lambda: stepped(model, tokens))
+    found["consa"] = peak_of(lambda: learned(model, tokens, options.steps))
+    dense = found["dense"][0]
+    rows: list[list[Any]] = [
+        ["SmolLM2-135M", 8192, name, round(speed), round(speed / dense, 3), round(peak, 2)]
+        for name, (speed, peak) in found.items()
+    ]
+    del model
+    print_table(COLUMNS, rows)
+
+    model = random_model(Qwen3Config(**QWEN3_06B))
+    tokens = generator.integers(0, QWEN3_06B["vocab_size"], (4, 32768))
+    for name, settings in (("consa", {}), ("consa, checkpointing", {"activation_checkpointing": True})):
+        speed, peak = peak_of(partial(learned, model, tokens, len(tokens), **settings))
+        rows.append(["Qwen3-0.6B", 32768, name, round(speed), "", round(peak, 2)])
+    if options.out:
+        settings: dict[str, Any] = {
+            "window": WINDOW,
+            "num_sink_tokens": NUM_SINK_TOKENS,
+            "steps": options.steps,
+        }
+        write_json(options.out, environment() | settings | {"columns": COLUMNS, "rows": rows})
+    print_table(COLUMNS, rows)
+
+
+if __name__ == "__main__":
+    main()
