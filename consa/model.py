@@ -238,6 +238,15 @@ class LoadedModel:
     identity: dict[str, str]
 
 
+def check_device(device: str | None) -> None:
+    """Raise a ConsaError unless torch can compute there; None leaves the choice to `load_model`."""
+    try:
+        if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ConsaError(f"device {device!r} is not there: torch sees no GPU; use cpu, or leave it out")
+    except RuntimeError as error:
+        raise ConsaError(f"device must be such as cpu or cuda:1, got {device!r}") from error
+
+
 def load_model(source: str, *, device: str | None = None, dtype: torch.dtype | None = None) -> LoadedModel:
     """Load a causal language model and its tokenizer, after making sure that its attention can be taken over.
 

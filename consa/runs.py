@@ -31,7 +31,7 @@ from consa.errors import ConsaError
 from consa.evaluation.perplexity import Comparison, compare, heldout_losses, sampled_losses
 from consa.files import read_text, write_atomically
 from consa.learning import learn, target_units, units_of
-from consa.model import LoadedModel, check_fits, load_model
+from consa.model import LoadedModel, check_device, check_fits, load_model
 from consa.progress import memory, note, progress
 from consa.provenance import hardware, versions
 from consa.refinement import Exchange
@@ -262,7 +262,7 @@ def _joined(where: RunConfig, folder: Path, settings: dict[str, Any]) -> Iterato
 
 
 def _check_before_loading(where: RunConfig, tensorboard: bool) -> None:
-    _check_device(where.device)
+    check_device(where.device)
     if tensorboard and not find_spec("tensorboard"):
         raise ConsaError("tensorboard is not installed; run: pip install 'consa[tensorboard]'")
     for data in filter(None, (where.data, where.heldout_data)):
@@ -318,14 +318,6 @@ def _claimed(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_device(device: str | None) -> None:
-    try:
-        if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ConsaError(f"device {device!r} is not there: torch sees no GPU; use cpu, or leave it out")
-    except RuntimeError as error:
-        raise ConsaError(f"device must be such as cpu or cuda:1, got {device!r}") from error
-
-
 def _check_same_run(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse a folder that another run's results are in."""
     path = folder / "config.json"
@@ -368,22 +360,7 @@ def _load_text(
     with distributed.main_first():
         train = load(where.data, split="all" if own else "train")
         heldout = load(where.heldout_data or where.data, split="all" if own else "heldout")
-    rows = _spread_over_documents(heldout.documents, where.num_heldout)
-    chosen = SequenceSet(
-        tokens=heldout.tokens[rows],
-        domains=tuple(heldout.domains[row] for row in rows),
-        documents=heldout.documents[rows],
-        num_documents=heldout.num_documents,
-        num_skipped=heldout.num_skipped,
-    )
-    return train, chosen
-
-
-def _spread_over_documents(documents: np.ndarray, count: int) -> np.ndarray:
-    """Indices of `count` sequences: the first of every document, then the second of every, and so on."""
-    _, first, place = np.unique(documents, return_index=True, return_inverse=True)
-    rank = np.arange(len(documents)) - first[place]  # sequences of a document stand together
-    return np.argsort(rank, kind="stable")[:count]
+    return train, heldout.spread(where.num_heldout)
 
 
 class _Progress:

@@ -24,7 +24,7 @@ from consa.evaluation import suite
 from consa.evaluation.table import Line, Table, number, png
 from consa.files import read_text, write_atomically
 from consa.methods import METHODS, ChoiceConfig
-from consa.model import LoadedModel, read_layout
+from consa.model import LoadedModel, check_device, read_layout
 from consa.progress import note
 from consa.provenance import hardware
 
@@ -215,7 +215,7 @@ def sweep(
         ConsaError: something the caller can mend; what is wrong is found before long work where that is possible.
     """
     wanted = list(choices(config, measured))
-    suite.check_device(where.device)
+    check_device(where.device)
     for data in filter(None, (where.data, where.heldout_data)):
         check_data(data)
     start = where.start_for(LearnConfig(window=measured.window, seq_len=measured.seq_len))

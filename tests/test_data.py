@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from consa import data
-from consa.data import load_sequences
+from consa.data import SequenceSet, load_sequences
 from consa.errors import ConsaError
 
 TEXT = (
@@ -616,3 +616,19 @@ def test_import_is_cheap():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
     )
+
+
+def test_sequences_spread_over_documents():
+    documents = np.array([0, 0, 0, 4, 5, 5, 9])
+    found = SequenceSet(
+        tokens=np.arange(7)[:, None],
+        domains=tuple("aaabccd"),
+        documents=documents,
+        num_documents=9,
+        num_skipped=5,
+    )
+    whole = found.spread(99)
+    assert whole.documents.tolist() == [0, 4, 5, 9, 0, 5, 0]
+    assert sorted(whole.tokens[:, 0]) == list(range(7))
+    assert found.spread(2).tokens[:, 0].tolist() == [0, 3]
+    assert whole.domains == tuple("abcdaca")

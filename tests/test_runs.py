@@ -278,14 +278,6 @@ def test_gates_that_are_certain_draw_the_decision(where: RunConfig):
         sampled_losses(loaded.model, tokens, decided)
 
 
-def test_heldout_sequences_come_from_many_documents():
-    documents = np.array([0, 0, 0, 4, 5, 5, 9])
-    order = runs._spread_over_documents(documents, 99)
-    assert documents[order].tolist() == [0, 4, 5, 9, 0, 5, 0]
-    assert sorted(order) == list(range(7))
-    assert runs._spread_over_documents(documents, 2).tolist() == [0, 3]
-
-
 @pytest.mark.parametrize(
     ("window", "seq_len", "given", "expected"),
     [

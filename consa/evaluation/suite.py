@@ -27,7 +27,7 @@ from consa.evaluation.table import Line, Table
 from consa.evaluation.tasks import find_tasks, run_task
 from consa.files import write_atomically
 from consa.methods.tsv import read_tsv
-from consa.model import AttentionLayout, LoadedModel, check_fits, load_model, read_layout
+from consa.model import AttentionLayout, LoadedModel, check_device, check_fits, load_model, read_layout
 from consa.progress import note
 from consa.provenance import hardware, versions
 
@@ -104,15 +104,6 @@ def named(name: str, model: str, layout: AttentionLayout, config: EvalConfig) ->
     except ConsaError as error:
         raise ConsaError(f"{name}: {error}") from error
     return allocation
-
-
-def check_device(device: str | None) -> None:
-    """Raise ConsaError unless torch can compute there."""
-    try:
-        if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ConsaError(f"device {device!r} is not there: torch sees no GPU; use cpu, or leave it out")
-    except RuntimeError as error:
-        raise ConsaError(f"device must be such as cpu or cuda:1, got {device!r}") from error
 
 
 def start_of(where: RunConfig, config: EvalConfig, allocations: Mapping[str, Allocation | None]) -> int:
