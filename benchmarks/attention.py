@@ -73,7 +73,7 @@ def gates(shape: Shape, closed: float, rest: str) -> Tensor:
     return torch.where(is_closed, 0.0, z if rest == "open" else torch.ones(count)).reshape(shape[0], -1)
 
 
-def hybrid(shape: Shape, z: Tensor, one_pass: bool = True) -> Attention:
+def hybrid(shape: Shape, z: Tensor, *, one_pass: bool) -> Attention:
     """Ours."""
     leaf = z.to(DEVICE).requires_grad_()
     options = {"window": shape[5], "num_sink_tokens": NUM_SINK_TOKENS, "scaling": shape[4] ** -0.5}
@@ -149,15 +149,15 @@ def main() -> None:
     rows, errors = [], {}
     for shape, training in cases:
         name = "x".join(map(str, shape[:5]))
-        mostly_closed, decided = gates(shape, 0.75, "open"), gates(shape, 0.75, "full")
-        hybrids = {"75 % z = 0, 25 % z = 1": (decided, hybrid(shape, decided))}
+        settings = {"75 % z = 0, rest 1": gates(shape, 0.75, "full")}
         if training:
-            for setting, z in (
-                ("all open", gates(shape, 0, "open")),
-                ("75 % z = 0, rest open", mostly_closed),
-            ):
-                hybrids[f"{setting}, one pass"] = z, hybrid(shape, z)
-                hybrids[f"{setting}, library's FA and SWA"] = z, hybrid(shape, z, one_pass=False)
+            settings["all open"] = gates(shape, 0, "open")
+            settings["75 % z = 0, rest open"] = gates(shape, 0.75, "open")
+        hybrids = {
+            f"{setting}, {kind}": (z, hybrid(shape, z, one_pass=kind == "one pass"))
+            for setting, z in settings.items()
+            for kind in ("one pass", "library's FA and SWA")
+        }
         attentions: dict[str, Attention] = {"causal, cuDNN": library_cudnn, "causal, default": library}
         for label, (z, attention) in hybrids.items():
             attentions[label] = attention

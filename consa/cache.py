@@ -513,7 +513,9 @@ class StaticHybridLayer(HybridLayer):
 
 def _recording() -> bool:
     """Whether a graph is being made, by torch.compile or as a CUDA graph: no number on the device can be looked at."""
-    return torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def dynamic_layer(allocation: Allocation, layer: int) -> CacheLayerMixin:

@@ -9,9 +9,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from consa import cache
 from consa.attention import branches, hybrid
+from consa.attention.cached import HeadSplit, NewKeys, cached_attention
 from consa.attention.hybrid import Rows, hybrid_attention
 from consa.attention.reference import reference_attention
+from consa.cache import STORAGE, HybridLayer, StaticHybridLayer
 from tests.compare import assert_close
 
 
@@ -87,7 +90,7 @@ def run(case: Case, device: torch.device, dtype: torch.dtype, one_pass: bool) ->
         "scaling": 0.7 * case.head_dim**-0.5,
     }
     with (
-        mock.patch.object(fused, "MIX_IN_ONE_PASS", one_pass),
+        mock.patch.object(fused, "ONE_PASS_WINDOWS", {256: 1000 if one_pass else 0}),
         mock.patch("torch.empty_like", poisoned(torch.empty_like)),
         mock.patch.object(Tensor, "new_empty", poisoned(Tensor.new_empty)),
     ):
@@ -145,6 +148,89 @@ def check_full(case: Case, device: torch.device, dtype: torch.dtype, tolerance: 
         assert_close(mine, right, 2 * tolerance, f"full attention's {name}", floor=0.1)
 
 
+class Decoding(NamedTuple):
+    """What a layer's cache holds, and the size of its heads."""
+
+    batch: int
+    group: int
+    head_dim: int
+    full: tuple[int, ...]
+    num_heads: int
+    window: int
+    num_sink_tokens: int
+    prompt: int
+    room: int | None  # tokens, of a static cache
+
+    def split(self) -> HeadSplit:
+        sliding = tuple(head for head in range(self.num_heads) if head not in self.full)
+        return HeadSplit(self.full, sliding, self.window, self.num_sink_tokens)
+
+
+SMALL_DECODING = [
+    Decoding(2, 2, 16, (0, 2), 4, 5, 2, 3, None),  # a ring that fills and turns
+    Decoding(1, 3, 24, (), 2, 1, 0, 1, None),  # the new token alone
+    Decoding(2, 1, 16, (0, 1), 2, 4, 1, 30, 64),
+    Decoding(3, 2, 16, (1,), 3, 20, 4, 26, 40),
+]
+LARGE_DECODING = [
+    Decoding(4, 2, 128, (1, 5), 8, 512, 4, 5000, 8192),
+    Decoding(1, 3, 64, (0,), 3, 128, 4, 1023, None),
+    Decoding(2, 8, 256, (), 2, 700, 0, 900, 1024),
+    Decoding(1, 5, 96, (0, 1, 2), 3, 64, 4, 20000, 30000),
+]
+
+
+def decoded(
+    case: Decoding, device: torch.device, dtype: torch.dtype, *, kernels: bool, as_graph: bool = False
+) -> list[Tensor]:
+    """Outputs of some steps after a prompt, and what the cache then holds."""
+    generator = torch.Generator().manual_seed(case.prompt)
+
+    def one(heads: int, tokens: int) -> Tensor:
+        x = torch.randn(case.batch, tokens, heads + 1, case.head_dim, generator=generator)
+        return x.to(device, dtype)[:, :, 1:].transpose(1, 2)
+
+    layer: Any = HybridLayer(case.split())
+    if case.room is not None:
+        layer = StaticHybridLayer(case.split(), case.room)
+    prompt = one(case.num_heads, case.prompt), one(case.num_heads, case.prompt)
+    layer.update(*prompt)
+    layer.write(*prompt, None)
+    if not kernels:
+        layer.has_kernels = lambda softcap: False
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        layer.update(k, v)
+        return cached_attention(q, NewKeys(layer, k, v), None, scaling=0.3, softcap=None)
+
+    heads = (case.num_heads * case.group, case.num_heads, case.num_heads)
+    inputs = [one(count, 1) for count in heads]
+    found = [step(*inputs)]
+    graph = torch.cuda.CUDAGraph() if as_graph else None
+    if graph:
+        with torch.cuda.graph(graph):
+            out = step(*inputs)
+    for _ in range(8):
+        if graph:
+            for there, new in zip(inputs, [one(count, 1) for count in heads], strict=True):
+                there.copy_(new)
+            graph.replay()
+            found.append(out.clone())
+        else:
+            found.append(step(*[one(count, 1) for count in heads]))
+    stored = [getattr(layer, name) for name in STORAGE]
+    return found + [x[:, :, : layer.length] for x in stored if x is not None]
+
+
+def check_decoding(case: Decoding, device: torch.device, dtype: torch.dtype, tolerance: float) -> None:
+    """The decoding kernels against the portable path in float64."""
+    mine = decoded(case, device, dtype, kernels=True)
+    for place, (x, wanted) in enumerate(
+        zip(mine, decoded(case, device, torch.float64, kernels=False), strict=True)
+    ):
+        assert_close(x, wanted, tolerance, f"result {place} of {case}", floor=0.1)
+
+
 def interpret() -> None:
     """The small cases without a GPU; ends with an error at the first that fails."""
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
@@ -157,11 +243,12 @@ def interpret() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched
-    from consa.attention import fused, kernels
+    from consa.attention import fused, kernels, kernels_decode
 
-    for module in (branches, hybrid):
+    for module in (branches, hybrid, cache):
         module.fused_for = lambda *tensors: fused
-    kernels.BLOCKS_FLOAT32, kernels.SINK_CHUNK = kernels.Blocks(32, 16, 4, 1), 64
+    kernels_decode.CHUNKS = (16, 32)
+    kernels.BLOCKS_FLOAT32 = {128: kernels.Blocks(32, 16, 4, 1)}
     for case in SMALL:
         for one_pass in (True, False):
             if one_pass or any(0 < z < 1 for z in case.z):
@@ -170,6 +257,9 @@ def interpret() -> None:
     for case in SMALL[:2]:
         check_full(case, torch.device("cpu"), torch.float32, 2e-5)
     check(SMALL[0], torch.device("cpu"), torch.float16, True, 5e-3)
+    for case in SMALL_DECODING:
+        print(case, flush=True)
+        check_decoding(case, torch.device("cpu"), torch.float32, 2e-5)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def _fused_on(device: torch.device) -> ModuleType | None:
     return fused
 
 
-def _must_repeat(*inputs: Tensor) -> bool:
+def must_repeat(*inputs: Tensor) -> bool:
     """Whether gradients are wanted that repeat bit for bit, which the library's kernels on CUDA do not promise."""
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     return wanted and torch.are_deterministic_algorithms_enabled()
@@ -67,8 +67,8 @@ def full_attention(
         As `q`.
     """
     queries, keys = q.shape[2], k.shape[2]
-    if _must_repeat(q, k, v) and (fused := fused_for(q, k, v, softcap)):
-        return fused.repeatable_full_attention(q, k, v, scaling=scaling)
+    if must_repeat(q, k, v) and (fused := fused_for(q, k, v, softcap)):
+        return fused.sliding_attention(q, k, v, window=keys, num_sink_tokens=0, scaling=scaling)
     if softcap is None and (queries == keys or queries == 1):
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=queries > 1, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]

@@ -120,6 +120,8 @@ def _decode(
     q: Tensor, cache: HybridLayer, k: Tensor, v: Tensor, scaling: float, softcap: float | None
 ) -> Tensor:
     """One token per sequence: whatever the cache then holds is visible to it, so order and window do not matter."""
+    if cache.has_kernels(softcap):
+        return cache.decode(q, k.detach(), v.detach(), scaling)
     heads = q.unflatten(1, (k.shape[1], -1))  # (batch, kv_heads, group, 1, head_dim)
     parts = []
     for selected, keys, values, visible in cache.append(k, v):

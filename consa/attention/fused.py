@@ -1,4 +1,4 @@
-"""Hybrid and sliding-window attention through the Triton kernels, with their gradients.
+"""Attention through the Triton kernels: hybrid and sliding-window, with their gradients, and decoding.
 
 Imported only where the kernels run: `branches.fused_for` says where that is.
 """
@@ -6,27 +6,24 @@ Imported only where the kernels run: `branches.fused_for` says where that is.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from consa.attention import kernels
-from consa.attention.branches import full_attention
+from consa.attention.branches import FUSED_HEAD_DIM, full_attention, must_repeat
 from consa.attention.kernels import Problem
+from consa.attention.kernels_decode import decode
 
 if TYPE_CHECKING:
     from consa.attention.hybrid import Rows
 
-# Rows that need both: FA and SWA in one pass over the keys, or FA from the library and SWA beside it.
-MIX_IN_ONE_PASS = True
+__all__ = ["decode", "hybrid_attention", "sliding_attention"]
 
-
-def repeatable_full_attention(q: Tensor, k: Tensor, v: Tensor, *, scaling: float) -> Tensor:
-    """As `branches.full_attention`, but gradients repeat bit for bit. Every gate is open, so any window serves."""
-    order = torch.arange(k.shape[0] * k.shape[1], device=q.device)
-    gates = torch.ones(len(order), device=q.device)
-    return _Hybrid.apply(q, k, v, gates, None, order, 0, _problem(q, k, 1, 0, scaling))
+# Up to this many windows of keys, by the largest head_dim: FA and SWA in one pass of ours are faster than FA from the
+# library and SWA beside it, whose cost per query does not grow with the keys.
+ONE_PASS_WINDOWS = {64: 24, FUSED_HEAD_DIM: 8}
 
 
 def sliding_attention(
@@ -35,22 +32,31 @@ def sliding_attention(
     """As `branches.sliding_attention`."""
     order = torch.arange(k.shape[0] * k.shape[1], device=q.device)
     problem = _problem(q, k, window, num_sink_tokens, scaling)
-    return _Hybrid.apply(q, k, v, q.new_empty(0), None, order, 0, problem)
+    return _Hybrid.apply(q, k, v, None, None, order, 0, 0, problem)
 
 
 def hybrid_attention(
     q: Tensor, k: Tensor, v: Tensor, rows: Rows, *, window: int, num_sink_tokens: int, scaling: float
 ) -> Tensor:
-    """As `hybrid.hybrid_attention`, if some row needs SWA."""
+    """As `hybrid.hybrid_attention`, if some row needs SWA.
+
+    In one pass, rows on FA alone are mixed ones whose gate is 1.
+    """
     problem = _problem(q, k, window, num_sink_tokens, scaling)
-    num_given = rows.num_full if MIX_IN_ONE_PASS else rows.num_full + rows.num_mixed
-    given = None
-    if num_given and rows.num_mixed == len(rows.order):  # all rows, which are in order already
+    num_open = rows.num_full + rows.num_mixed
+    if must_repeat(q, k, v) or _one_pass_is_faster(problem):
+        return _Hybrid.apply(q, k, v, rows.gates, None, rows.order, 0, num_open, problem)
+    if rows.num_mixed == len(rows.order):  # all rows, which are in order already
         given = full_attention(q, k, v, scaling=scaling)
-    elif num_given:
-        *taken, q, k, v = _Take.apply(q, k, v, rows.order[:num_given], rows.num_full)
+    else:
+        *taken, q, k, v = _Take.apply(q, k, v, rows.order[:num_open], rows.num_full)
         given = full_attention(*taken, scaling=scaling)
-    return _Hybrid.apply(q, k, v, rows.gates, given, rows.order, rows.num_full, problem)
+    return _Hybrid.apply(q, k, v, rows.gates, given, rows.order, rows.num_full, num_open, problem)
+
+
+def _one_pass_is_faster(problem: Problem) -> bool:
+    windows = next(n for head_dim, n in ONE_PASS_WINDOWS.items() if problem.head_dim <= head_dim)
+    return problem.keys <= windows * problem.window
 
 
 def _problem(q: Tensor, k: Tensor, window: int, num_sink_tokens: int, scaling: float) -> Problem:
@@ -63,9 +69,9 @@ def _problem(q: Tensor, k: Tensor, window: int, num_sink_tokens: int, scaling: f
 class _Hybrid(torch.autograd.Function):
     """The rows that need SWA, beside those whose FA is given.
 
-    `given` holds FA of the first rows of `order`, `(n, heads * group, queries, head_dim)`: the first `num_full` go into
-    the result as they are, any others are mixed with SWA. Gates are of the rows after the first `num_full`. The
-    gradients of q, k and v at rows on FA alone are left to `_Take`.
+    Of the sorted rows, FA of the first `num_full` goes into the result as it is; those up to `num_open` are mixed. If
+    FA was not computed elsewhere, as `given`, `(num_open, heads * group, queries, head_dim)`, they are so in one pass.
+    Gates are of all rows. The gradients of q, k and v at rows on FA alone are left to `_Take`.
     """
 
     @staticmethod
@@ -74,23 +80,24 @@ class _Hybrid(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        gates: Tensor,
+        gates: Tensor | None,
         given: Tensor | None,
         order: Tensor,
         num_full: int,
+        num_open: int,
         problem: Problem,
     ) -> Tensor:
         q, k, v = (_dense(x) for x in (q, k, v))
         out = torch.empty_like(q)
         if given is not None and num_full:
-            _put(out, order[:num_full], problem.kv_heads, given[:num_full])
+            _Places.of(order[:num_full], problem.kv_heads).put(out, given[:num_full])
         saved: list[Tensor | None] = [q, k, v, gates, order, out]
-        for mode, rows, z, full in _parts(order, gates, given, num_full):
+        for mode, rows, z, full in _parts(order, gates, given, num_full, num_open):
             saved += kernels.forward(
                 q, k, v, out, rows, z, full, problem, mode, training=any(ctx.needs_input_grad)
             )
         ctx.save_for_backward(*saved)
-        ctx.num_full, ctx.problem = num_full, problem
+        ctx.places, ctx.problem = (num_full, num_open), problem
         ctx.given = None if given is None else torch.empty_like(given, device="meta")
         return out
 
@@ -102,29 +109,29 @@ class _Hybrid(torch.autograd.Function):
         dgates = dgiven = None
         if ctx.given is not None:
             dgiven = torch.empty_like(ctx.given, device=q.device)
-            if ctx.num_full:
-                dgiven[: ctx.num_full] = _take(dout, order[: ctx.num_full], ctx.problem.kv_heads)
-        for mode, rows, z, dfull in _parts(order, gates, dgiven, ctx.num_full):
+            num_full = ctx.places[0]
+            if num_full:
+                dgiven[:num_full] = _Places.of(order[:num_full], ctx.problem.kv_heads).take(dout)
+        for mode, rows, z, dfull in _parts(order, gates, dgiven, *ctx.places):
             lse, difference, *states = states
             dz = kernels.backward(
                 q, k, v, out, dout, dq, dk, dv, rows, z, dfull, lse, difference, ctx.problem, mode
             )
             dgates = dgates if dz is None else dz
-        return dq, dk, dv, dgates, dgiven, None, None, None
+        return dq, dk, dv, dgates, dgiven, None, None, None, None
 
 
 def _parts(
-    order: Tensor, gates: Tensor, given: Tensor | None, num_full: int
+    order: Tensor, gates: Tensor | None, given: Tensor | None, num_full: int, num_open: int
 ) -> Iterator[tuple[int, Tensor, Tensor | None, Tensor | None]]:
-    """What one launch each does: kernel mode, rows, their gates and their FA."""
-    mixed, sliding = order[num_full:].tensor_split((len(gates),))
-    if len(mixed):
-        if given is None or len(given) == num_full:
-            yield kernels.ONE_PASS.value, mixed, gates, None
+    """What one launch each does: kernel mode, rows, the gates and their FA."""
+    if num_full < num_open:
+        if given is None:
+            yield kernels.ONE_PASS.value, order[:num_open], gates, None
         else:
-            yield kernels.GIVEN_FULL.value, mixed, gates, given[num_full:]
-    if len(sliding):
-        yield kernels.SLIDING.value, sliding, None, None
+            yield kernels.GIVEN_FULL.value, order[num_full:num_open], gates, given[num_full:]
+    if num_open < len(order):
+        yield kernels.SLIDING.value, order[num_open:], None, None
 
 
 class _Take(torch.autograd.Function):
@@ -136,28 +143,45 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, num_alone: int):
-        ctx.save_for_backward(rows)
-        ctx.kv_heads, ctx.num_alone = k.shape[1], num_alone
-        return *(_take(x, rows, k.shape[1]) for x in (q, k, v)), *(x.view_as(x) for x in (q, k, v))
+        ctx.rows, ctx.num_alone = _Places.of(rows, k.shape[1]), num_alone
+        return *(ctx.rows.take(x) for x in (q, k, v)), *(x.view_as(x) for x in (q, k, v))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor):
-        (rows,) = ctx.saved_tensors
-        alone, shared = rows.tensor_split((ctx.num_alone,))
+        alone, shared = ctx.rows.split(ctx.num_alone)
         for taken, whole in zip(gradients[:3], gradients[3:], strict=True):
-            _put(whole, alone, ctx.kv_heads, taken[: len(alone)])
-            if len(shared):
-                _put(whole, shared, ctx.kv_heads, _take(whole, shared, ctx.kv_heads) + taken[len(alone) :])
+            alone.put(whole, taken[: ctx.num_alone])
+            if len(taken) > ctx.num_alone:
+                shared.put(whole, shared.take(whole) + taken[ctx.num_alone :])
         return *gradients[3:], None, None
 
 
-def _take(x: Tensor, rows: Tensor, kv_heads: int) -> Tensor:
-    """Rows of `(batch, heads, tokens, head_dim)` as `(rows, heads per row, tokens, head_dim)`."""
-    return x.unflatten(1, (kv_heads, -1))[rows // kv_heads, rows % kv_heads]
+class _Places(NamedTuple):
+    """Where some rows are in tensors `(batch, heads, tokens, head_dim)`."""
 
+    sequences: Tensor
+    heads: Tensor
+    kv_heads: int
 
-def _put(x: Tensor, rows: Tensor, kv_heads: int, values: Tensor) -> None:
-    x.unflatten(1, (kv_heads, -1))[rows // kv_heads, rows % kv_heads] = values
+    @classmethod
+    def of(cls, rows: Tensor, kv_heads: int) -> _Places:
+        return cls(rows // kv_heads, rows % kv_heads, kv_heads)
+
+    def split(self, count: int) -> tuple[_Places, _Places]:
+        """The first `count` and the others."""
+        first, rest = slice(count), slice(count, None)
+        return self._some(first), self._some(rest)
+
+    def _some(self, rows: slice) -> _Places:
+        return _Places(self.sequences[rows], self.heads[rows], self.kv_heads)
+
+    def take(self, x: Tensor) -> Tensor:
+        """The rows as `(rows, heads per row, tokens, head_dim)`."""
+        return x.unflatten(1, (self.kv_heads, -1))[self.sequences, self.heads]
+
+    def put(self, x: Tensor, values: Tensor) -> None:
+        """Replace the rows in x."""
+        x.unflatten(1, (self.kv_heads, -1))[self.sequences, self.heads] = values
 
 
 def _dense(x: Tensor) -> Tensor:

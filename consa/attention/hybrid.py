@@ -20,10 +20,9 @@ class Rows:
     """The rows of one layer, sorted: first those on FA alone, then the mixed ones, then those on SWA alone."""
 
     order: Tensor  # (rows,) int64 on the model's device: sorted place -> row
-    inverse: Tensor  # (rows,) int64: row -> sorted place
     num_full: int
     num_mixed: int
-    gates: Tensor  # (num_mixed,) float32, differentiable
+    gates: Tensor  # (rows,) float32 of all of them, unsorted, differentiable
 
     @classmethod
     def sort(cls, values: Tensor, gates: Tensor) -> Rows:
@@ -33,13 +32,8 @@ class Rows:
         """
         values = values.flatten()
         kind = (values < 1).int() + (values <= 0).int()  # 0 full, 1 mixed, 2 sliding
-        order = torch.argsort(kind, stable=True)
-        num_full, num_mixed = int((kind == 0).sum()), int((kind == 1).sum())
-        order_there = order.to(gates.device, non_blocking=True)
-        mixed = gates.flatten()[order_there[num_full : num_full + num_mixed]]
-        return cls(
-            order_there, torch.argsort(order).to(gates.device, non_blocking=True), num_full, num_mixed, mixed
-        )
+        order = torch.argsort(kind, stable=True).to(gates.device, non_blocking=True)
+        return cls(order, int((kind == 0).sum()), int((kind == 1).sum()), gates.flatten())
 
 
 def hybrid_attention(
@@ -84,11 +78,10 @@ def hybrid_attention(
             q, k, v, rows, window=window, num_sink_tokens=num_sink_tokens, scaling=scaling
         )
 
-    def by_row(
-        x: Tensor,
-    ) -> Tensor:  # (batch, heads, tokens, head_dim) -> (rows, heads per row, tokens, head_dim)
-        x = x.reshape(total, -1, *x.shape[2:])
-        return _Permute.apply(x, rows.order, rows.inverse)
+    inverse = torch.argsort(rows.order)
+
+    def by_row(x: Tensor) -> Tensor:  # (batch, heads, ...) -> (rows, heads per row, ...)
+        return _Permute.apply(x.reshape(total, -1, *x.shape[2:]), rows.order, inverse)
 
     shape = q.shape
     q, k, v = by_row(q), by_row(k), by_row(v)
@@ -102,10 +95,10 @@ def hybrid_attention(
         sliding = sliding_attention(q[first_swa:], k[first_swa:], v[first_swa:], **sliding_options)
         if full is not None and rows.num_mixed:
             near = sliding[: rows.num_mixed].float()  # float32: the gate's gradient is a sum over a whole row
-            z = rows.gates[:, None, None, None]
+            z = rows.gates[rows.order[first_swa:num_fa], None, None, None]
             parts.append((near + z * (full[first_swa:].float() - near)).to(sliding.dtype))
         parts.append(sliding[rows.num_mixed :])
-    return _Permute.apply(torch.cat(parts), rows.inverse, rows.order).reshape(shape)
+    return _Permute.apply(torch.cat(parts), inverse, rows.order).reshape(shape)
 
 
 class _Permute(torch.autograd.Function):

@@ -112,7 +112,7 @@ class Plan:
             raise ConsaError("a hybrid's cache does not keep what full attention needs; pass use_cache=False")
         if new.cache.split != self._splits[layer]:
             raise ConsaError("the cache was made for another allocation than the model's; make a new one")
-        if not torch.compiler.is_compiling() and new.cache.length == 0:
+        if new.cache.is_empty:
             out = self.attend(layer, q, new.key, new.value, first, scaling, softcap)
             new.cache.write(new.key, new.value, first)
             return out

@@ -8,7 +8,21 @@ import pytest
 import torch
 
 from consa.attention.branches import fused_for
-from tests.kernel_cases import LARGE, SMALL, Case, check, check_full, draw, run, run_full
+from tests.kernel_cases import (
+    LARGE,
+    LARGE_DECODING,
+    SMALL,
+    SMALL_DECODING,
+    Case,
+    Decoding,
+    check,
+    check_decoding,
+    check_full,
+    decoded,
+    draw,
+    run,
+    run_full,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,8 +49,20 @@ def test_kernels_equal_the_reference(case: Case, dtype: torch.dtype, tolerance: 
 def test_kernels_repeat_bit_for_bit(case: Case):
     check_full(case, DEVICE, torch.bfloat16, 1e-2)
     first, again = (run_full(case, DEVICE, torch.bfloat16) for _ in range(2))
-    no_library = case._replace(z=tuple(0.5 if z == 1 else z for z in case.z))  # whose backward pass may not
-    first += run(no_library, DEVICE, torch.bfloat16, one_pass=True)
-    again += run(no_library, DEVICE, torch.bfloat16, one_pass=True)
+    first += run(case, DEVICE, torch.bfloat16, one_pass=True)
+    again += run(case, DEVICE, torch.bfloat16, one_pass=True)
     for one, two in zip(first, again, strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("case", SMALL_DECODING + LARGE_DECODING, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3), (torch.float32, 1e-4)], ids=str
+)
+def test_decoding_equals_the_portable_path(case: Decoding, dtype: torch.dtype, tolerance: float):
+    check_decoding(case, DEVICE, dtype, tolerance)
+    repeats = [decoded(case, DEVICE, dtype, kernels=True) for _ in range(2)]
+    if case.room is not None:
+        repeats.append(decoded(case, DEVICE, dtype, kernels=True, as_graph=True))
+    for first, *others in zip(*repeats, strict=True):
+        assert all(torch.equal(first, other) for other in others)
