@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from consa.allocation import Granularity, check_sparsity
+from consa.constraints import ANY, Constraint, FullHeadsPerLayer
 from consa.errors import ConsaError
 from consa.retrieval import TASKS
 
@@ -29,6 +30,14 @@ class LearnConfig:
     )
     context: int | None = _option(None, "tokens in that cache")
     granularity: Granularity = _option("kv_head", "what is decided as one: 'layer' or 'kv_head'")
+    full_heads_per_layer: FullHeadsPerLayer = _option(
+        "any",
+        "of kv_head, for serving: 'any' number of FA heads in a layer, an 'even' one, or 'uniform': the same in all",
+    )
+    tensor_parallel: int = _option(
+        1,
+        "of kv_head, for serving: ranks that KV heads are split over, each with as many FA heads of a layer",
+    )
     window: int = _option(128, "tokens a sliding-window query sees, itself included")
     num_sink_tokens: int = _option(4, "first tokens that stay visible on top of the window")
     seq_len: int = _option(8192, "tokens per training sequence")
@@ -103,6 +112,23 @@ class LearnConfig:
                 f"initial_log_alpha must lie between log_alpha_min ({self.log_alpha_min}) and log_alpha_max"
                 f" ({self.log_alpha_max}), got {self.initial_log_alpha!r}; gates that start clamped start tied"
             )
+        Constraint(full_heads_per_layer=self.full_heads_per_layer, tensor_parallel=self.tensor_parallel)
+        if (self.granularity, self.full_heads_per_layer) == ("layer", "uniform") and (
+            self.kv_budget is not None or self.sparsity not in (0, 1)
+        ):
+            raise ConsaError(
+                "full_heads_per_layer must be any or even with granularity layer, got 'uniform';"
+                " layers decided as one are alike only at sparsity 0 or 1"
+            )
+
+    @property
+    def constraint(self) -> Constraint:
+        """What the decision must meet. A layer decided as one meets everything, so only KV heads are constrained."""
+        if self.granularity == "layer":
+            return ANY
+        return Constraint(
+            full_heads_per_layer=self.full_heads_per_layer, tensor_parallel=self.tensor_parallel
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from consa.allocation import (
 from consa.attention.plan import Plan
 from consa.checkpointing import Checkpoint
 from consa.config import LearnConfig
+from consa.constraints import choose
 from consa.errors import ConsaError
 from consa.gates import Units
 from consa.lagrangian import AugmentedLagrangian, ramp, target_at
@@ -127,6 +128,7 @@ def learn(
             sequences[chosen],
             max_evaluations=config.refine_evaluations,
             batch_size=config.micro_batch,
+            constraint=config.constraint,
             on_exchange=on_exchange,
         )
         state.refined = distributed.from_main(torch.from_numpy(refined.full_attention.copy()))
@@ -147,12 +149,21 @@ def units_of(layout: AttentionLayout, granularity: Granularity) -> Units:
 
 
 def target_units(layout: AttentionLayout, config: LearnConfig) -> int:
-    """How many units keep full attention: nearest to the sparsity, or the most that the KV budget affords."""
+    """How many units keep full attention: nearest to the sparsity, or the most that the KV budget affords.
+
+    Only counts that the configuration's constraint allows.
+
+    Raises:
+        ConsaError: the KV heads of a layer do not split as the constraint asks, or the budget is too small.
+    """
+    units = units_of(layout, config.granularity)
+    step = config.constraint.step(len(units.layers), units.per_layer)
     if config.kv_budget is None or config.context is None:
-        return num_full_units(units_of(layout, config.granularity).count, config.sparsity)
-    return num_full_units_within(
+        return step * num_full_units(units.count // step, config.sparsity)
+    affordable = num_full_units_within(
         config.kv_budget, config.context, example=_dense_start(layout, config), head_dim=layout.head_dim
     )
+    return affordable // step * step
 
 
 @dataclass
@@ -283,12 +294,14 @@ def _decide(
     config: LearnConfig,
     identity: dict[str, str] | None,
 ) -> Allocation:
-    """The `num_full` units of highest averaged log_alpha keep full attention; ties go to the lower layer and head."""
+    """The `num_full` units of highest averaged log_alpha, under the constraint, keep full attention.
+
+    Ties go to the lower layer and head.
+    """
     steps = config.num_steps - math.floor(config.num_steps * (1 - config.averaged))
     scores = state.score_sum / max(1, steps)
-    full = torch.zeros(units.count, dtype=torch.float64)
-    full[torch.argsort(scores, descending=True, stable=True)[:num_full]] = 1
-    mask = units.spread(full, elsewhere=0.0).bool().numpy()
+    full = choose(scores.reshape(len(units.layers), -1).numpy(), num_full, config.constraint)
+    mask = units.spread(torch.from_numpy(full.flatten()).double(), elsewhere=0.0).bool().numpy()
     assert mask.sum() == num_full * units.num_kv_heads // units.per_layer
     provenance = dict(identity or {}) | {
         "method": "consa",

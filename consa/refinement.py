@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from consa import loss
 from consa.allocation import Allocation
+from consa.constraints import ANY, Constraint
 from consa.errors import InvalidAllocationError
 from consa.model import attached
 
@@ -37,6 +38,7 @@ def refine(
     max_evaluations: int,
     num_candidates: int = 8,
     batch_size: int = 1,
+    constraint: Constraint = ANY,
     on_exchange: Callable[[Exchange], None] | None = None,
 ) -> Allocation:
     """Exchange FA for SWA units, at equal sparsity, while that lowers the mean loss on `sequences`.
@@ -45,6 +47,10 @@ def refine(
     the SWA units of highest score gains, one unit at a time; then tries exchanges, the most promising sum first, and
     keeps every one that lowers the loss. Rounds follow until one keeps none.
 
+    Under a constraint, KV heads are exchanged only within their layer and rank, which leaves every count as it is. The
+    candidates are then the FA head of lowest and the SWA head of highest score of the `num_candidates` layers (of a
+    rank) where the two scores are closest. Exchanges between layers are not tried.
+
     Args:
         model: a causal language model; weights do not change.
         allocation: where to start; its scores order the candidates.
@@ -52,6 +58,7 @@ def refine(
         max_evaluations: budget, in evaluations of all sequences.
         num_candidates: units on each side of the boundary that a round considers.
         batch_size: sequences computed at once.
+        constraint: on the FA heads of a layer; the allocation meets it. Only for granularity "kv_head".
         on_exchange: called after each evaluation but the first, of the start itself.
 
     Raises:
@@ -64,6 +71,8 @@ def refine(
     per_layer = allocation.num_kv_heads // heads
     native = {unit for unit in range(len(scores)) if unit // per_layer in allocation.native_windows}
     full = allocation.full_attention.reshape(-1, heads)[:, 0].copy()
+    # Units are exchanged within groups of this many: a layer's heads on one rank, or all there are.
+    group = len(full) if constraint == ANY else per_layer // constraint.tensor_parallel
     spent = 0
 
     def mean_loss(full: np.ndarray) -> float:
@@ -88,15 +97,25 @@ def refine(
     while improved and spent < max_evaluations:
         improved = False
         order = [int(unit) for unit in np.argsort(-scores, kind="stable") if unit not in native]
-        closing = [unit for unit in reversed(order) if full[unit]][:num_candidates]
-        opening = [unit for unit in order if not full[unit]][:num_candidates]
+        closing = [unit for unit in reversed(order) if full[unit]]
+        opening = [unit for unit in order if not full[unit]]
+        if group < len(full):
+            lowest = {unit // group: unit for unit in reversed(closing)}  # the last of a group stays
+            highest = {unit // group: unit for unit in reversed(opening)}
+            both = lowest.keys() & highest.keys()
+            closest = sorted(both, key=lambda place: (scores[lowest[place]] - scores[highest[place]], place))
+            closing, opening = [lowest[place] for place in closest], [highest[place] for place in closest]
+        closing, opening = closing[:num_candidates], opening[:num_candidates]
         change = {}
         for unit in closing + opening:
             if spent >= max_evaluations:
                 break
             change[unit] = attempt(unit, None) if full[unit] else attempt(None, unit)
         pairs = [
-            (change[c] + change[o], c, o) for c in closing for o in opening if c in change and o in change
+            (change[c] + change[o], c, o)
+            for c in closing
+            for o in opening
+            if c in change and o in change and c // group == o // group
         ]
         used: set[int] = set()
         failures = 0

@@ -25,8 +25,18 @@ def module_name(path: Path) -> str:
 
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
-LEAVES = ["allocation", "config", "errors", "files", "gates", "lagrangian", "rules", "attention.masks"]
-NUMPY_ONLY = ["allocation", "config", "errors", "files", "rules"]
+LEAVES = [
+    "allocation",
+    "config",
+    "constraints",
+    "errors",
+    "files",
+    "gates",
+    "lagrangian",
+    "rules",
+    "attention.masks",
+]
+NUMPY_ONLY = ["allocation", "config", "constraints", "errors", "files", "rules"]
 VERBS = ["adaptation", "behaviour", "evaluation", "learning", "report", "serving"]
 
 

@@ -617,6 +617,8 @@ BAD: dict[str, list[Any]] = {
     "sparsity": [-0.1, 1.1, float("nan"), float("inf"), "half", None],
     "granularity": ["head", "", None],
     "mode": ["freeze", None],
+    "full_heads_per_layer": ["odd"],
+    "tensor_parallel": [0, 1.5],
     "parallel": ["tensor", "fsdp", None],
     "window": [0, -1, 2.5, "8", None],
     "num_sink_tokens": [-1, 0.5],

@@ -1,0 +1,1 @@
+"""Serving hybrids with an engine of its own KV cache."""
