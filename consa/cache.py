@@ -336,9 +336,8 @@ class HybridLayer(CacheLayerMixin):
                 continue
             # What is on its way to the CPU must have arrived before another stream fetches it back.
             moved = storage.to(device, non_blocking=device.type != "cpu")
-            if (
-                moved.is_cuda
-            ):  # that stream must not give the memory away while attention reads it on this one
+            if moved.is_cuda:
+                # That stream must not give the memory away while attention reads it on this one.
                 moved.record_stream(torch.cuda.default_stream(device))
             setattr(self, name, moved)
 
