@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from consa.attention.hybrid import Rows, hybrid_attention
 from consa.attention.reference import reference_attention
 
 DEVICE = torch.device("cuda")
-NUM_SINK_TOKENS = 4
+SINKS = (4, 0)
 CACHE_BYTES = 256 * 2**20  # inputs in rotation are larger than any L2 cache
 TRAINING = [  # batch, query heads, KV heads, tokens, head_dim, window
     (8, 9, 3, 4096, 64, 256),
@@ -36,7 +36,7 @@ TRAINING = [  # batch, query heads, KV heads, tokens, head_dim, window
     (1, 16, 8, 32768, 128, 512),
 ]
 PREFILL = [(1, 16, 8, 32768, 128, 512), (1, 16, 8, 131072, 128, 512)]
-COLUMNS = ["shape", "window", "attention", "forward ms", "ratio", "forward + backward ms", "ratio"]
+COLUMNS = ["shape", "window", "sinks", "attention", "forward ms", "ratio", "forward + backward ms", "ratio"]
 
 Shape = tuple[int, int, int, int, int, int]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -73,26 +73,26 @@ def gates(shape: Shape, closed: float, rest: str) -> Tensor:
     return torch.where(is_closed, 0.0, z if rest == "open" else torch.ones(count)).reshape(shape[0], -1)
 
 
-def hybrid(shape: Shape, z: Tensor, *, one_pass: bool) -> Attention:
-    """Ours."""
-    leaf = z.to(DEVICE).requires_grad_()
-    options = {"window": shape[5], "num_sink_tokens": NUM_SINK_TOKENS, "scaling": shape[4] ** -0.5}
+def hybrid(shape: Shape, sinks: int, z: Tensor, *, one_pass: bool) -> Attention:
+    """Ours. As in learning, rows are sorted before."""
+    rows = Rows.sort(z, z.to(DEVICE).requires_grad_())
+    options = {"window": shape[5], "num_sink_tokens": sinks, "scaling": shape[4] ** -0.5}
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         fused.ONE_PASS_WINDOWS = {branches.FUSED_HEAD_DIM: 10**6 if one_pass else 0}
-        return hybrid_attention(q, k, v, Rows.sort(z, leaf), **options)
+        return hybrid_attention(q, k, v, rows, **options)
 
     return attention
 
 
-def error(shape: Shape, z: Tensor, attention: Attention) -> float:
+def error(shape: Shape, sinks: int, z: Tensor, attention: Attention) -> float:
     """The largest difference to the reference on 1,000 tokens, relative to the largest number."""
     batch, q_heads, kv_heads, _, head_dim, window = shape
     *leaves, upstream = inputs((batch, q_heads, kv_heads, 1000, head_dim, window), 0)
     q, k, v = leaves
     mine = [attention(q, k, v)]
     mine += torch.autograd.grad(mine[0], leaves, upstream)
-    options = {"window": window, "num_sink_tokens": NUM_SINK_TOKENS, "scaling": head_dim**-0.5}
+    options = {"window": window, "num_sink_tokens": sinks, "scaling": head_dim**-0.5}
     truth = [reference_attention(q, k, v, z.to(DEVICE), **options)]
     truth += torch.autograd.grad(truth[0], leaves, upstream.float())
     return max(
@@ -153,30 +153,30 @@ def main() -> None:
         if training:
             settings["all open"] = gates(shape, 0, "open")
             settings["75 % z = 0, rest open"] = gates(shape, 0.75, "open")
-        hybrids = {
-            f"{setting}, {kind}": (z, hybrid(shape, z, one_pass=kind == "one pass"))
-            for setting, z in settings.items()
-            for kind in ("one pass", "library's FA and SWA")
+        attentions: dict[tuple[Any, str], Attention] = {
+            ("", "causal, cuDNN"): library_cudnn,
+            ("", "causal, default"): library,
         }
-        attentions: dict[str, Attention] = {"causal, cuDNN": library_cudnn, "causal, default": library}
-        for label, (z, attention) in hybrids.items():
-            attentions[label] = attention
-            errors[f"{name}, {label}"] = found = error(shape, z, attention)
+        for (setting, z), sinks, kind in product(
+            settings.items(), SINKS, ("one pass", "library's FA and SWA")
+        ):
+            label, attention = f"{setting}, {kind}", hybrid(shape, sinks, z, one_pass=kind == "one pass")
+            attentions[sinks, label] = attention
+            errors[f"{name}, {sinks} sinks, {label}"] = found = error(shape, sinks, z, attention)
             assert found < 0.02, f"{label} at {name}: error {found:.3g}"
         batches, calls = (3 if options.quick else 7), (10 if shape[3] <= 8192 else 3)
         times = {}
         for label, attention in attentions.items():
             times[label] = measure(attention, shape, batches, calls, training)
-            print(name, label, *times[label], flush=True)
+            print(name, *label, *times[label], flush=True)
         dense = [min(causal, default) for causal, default, *_ in zip(*times.values(), strict=True)]
         for label, measured in times.items():
-            row: list[Any] = [name, shape[5], label]
+            row: list[Any] = [name, shape[5], *label]
             for ms, dense_ms in zip(measured, dense, strict=True):
                 row += [round(ms, 3), round(ms / dense_ms, 3)]
             rows.append(row + [""] * (len(COLUMNS) - len(row)))
         if options.out:
-            record = {"columns": COLUMNS, "rows": rows, "errors": errors, "num_sink_tokens": NUM_SINK_TOKENS}
-            write_json(options.out, environment() | record)
+            write_json(options.out, environment() | {"columns": COLUMNS, "rows": rows, "errors": errors})
     print_table(COLUMNS, rows)
 
 

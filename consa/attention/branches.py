@@ -25,12 +25,15 @@ MIN_SLIDING_BLOCK = 64  # below this, matrix products are too small to be worth 
 FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FUSED_HEAD_DIM = 256  # the largest
 FUSED_SHARED_MEMORY = 160 * 1024  # bytes per block: data-centre GPUs from A100 on
-FUSED_TORCH = "2.7"  # the first whose Triton passes tuples to kernels
+FUSED_VECTOR = 16  # bytes, of which a vector of head_dim numbers is a multiple: what the copy engine takes
+FUSED_TORCH = "2.8"  # the first whose Triton takes tensor descriptors
 
 
 def fused_for(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> ModuleType | None:
     """`consa.attention.fused`, where its kernels run and take these arguments; else None, for the portable path."""
     if not q.is_cuda or softcap is not None or q.shape[3] > FUSED_HEAD_DIM:
+        return None
+    if q.shape[3] * q.itemsize % FUSED_VECTOR:
         return None
     return _fused_on(q.device) if q.dtype in FUSED_DTYPES and q.dtype == k.dtype == v.dtype else None
 

@@ -5,7 +5,6 @@ Imported only where the kernels run: `branches.fused_for` says where that is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -91,47 +90,49 @@ class _Hybrid(torch.autograd.Function):
         out = torch.empty_like(q)
         if given is not None and num_full:
             _Places.of(order[:num_full], problem.kv_heads).put(out, given[:num_full])
-        saved: list[Tensor | None] = [q, k, v, gates, order, out]
-        for mode, rows, z, full in _parts(order, gates, given, num_full, num_open):
-            saved += kernels.forward(
-                q, k, v, out, rows, z, full, problem, mode, training=any(ctx.needs_input_grad)
-            )
-        ctx.save_for_backward(*saved)
-        ctx.places, ctx.problem = (num_full, num_open), problem
+        ctx.mode = (
+            kernels.SLIDING if gates is None else kernels.ONE_PASS if given is None else kernels.GIVEN_FULL
+        )
+        mixed = None if given is None else given[num_full:]
+        state = kernels.forward(
+            q, k, v, out, order[num_full:], num_open - num_full, gates, mixed, problem, ctx.mode.value,
+            training=any(ctx.needs_input_grad),
+        )  # fmt: skip
+        ctx.save_for_backward(q, k, v, gates, order, out, *state)
+        ctx.num_full, ctx.problem = num_full, problem
         ctx.given = None if given is None else torch.empty_like(given, device="meta")
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):
-        q, k, v, gates, order, out, *states = ctx.saved_tensors
+        q, k, v, gates, order, out, lse, difference = ctx.saved_tensors
         dout = _dense(dout)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        dgates = dgiven = None
+        dgiven = mixed = None
+        num_full = ctx.num_full
         if ctx.given is not None:
             dgiven = torch.empty_like(ctx.given, device=q.device)
-            num_full = ctx.places[0]
             if num_full:
                 dgiven[:num_full] = _Places.of(order[:num_full], ctx.problem.kv_heads).take(dout)
-        for mode, rows, z, dfull in _parts(order, gates, dgiven, *ctx.places):
-            lse, difference, *states = states
-            dz = kernels.backward(
-                q, k, v, out, dout, dq, dk, dv, rows, z, dfull, lse, difference, ctx.problem, mode
-            )
-            dgates = dgates if dz is None else dz
+            mixed = dgiven[num_full:]
+        dgates = kernels.backward(
+            q,
+            k,
+            v,
+            out,
+            dout,
+            dq,
+            dk,
+            dv,
+            order[num_full:],
+            gates,
+            mixed,
+            lse,
+            difference,
+            ctx.problem,
+            ctx.mode.value,
+        )
         return dq, dk, dv, dgates, dgiven, None, None, None, None
-
-
-def _parts(
-    order: Tensor, gates: Tensor | None, given: Tensor | None, num_full: int, num_open: int
-) -> Iterator[tuple[int, Tensor, Tensor | None, Tensor | None]]:
-    """What one launch each does: kernel mode, rows, the gates and their FA."""
-    if num_full < num_open:
-        if given is None:
-            yield kernels.ONE_PASS.value, order[:num_open], gates, None
-        else:
-            yield kernels.GIVEN_FULL.value, order[num_full:num_open], gates, given[num_full:]
-    if num_open < len(order):
-        yield kernels.SLIDING.value, order[num_open:], None, None
 
 
 class _Take(torch.autograd.Function):
@@ -185,5 +186,6 @@ class _Places(NamedTuple):
 
 
 def _dense(x: Tensor) -> Tensor:
-    """The kernels want each vector of head_dim numbers side by side."""
-    return x if x.stride(3) == 1 else x.contiguous()
+    """What the copy engine takes: each vector's numbers side by side, and vectors at multiples of 16 bytes."""
+    aligned = x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:3])
+    return x if x.stride(3) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)

@@ -26,14 +26,20 @@ class Rows:
 
     @classmethod
     def sort(cls, values: Tensor, gates: Tensor) -> Rows:
-        """Sort by `values`, `(batch, kv_heads)` on the CPU, so that planning never waits for a device.
+        """The rows of one layer, `(batch, kv_heads)`; see `sort_layers`."""
+        return cls.sort_layers(values[None], gates[None])[0]
+
+    @classmethod
+    def sort_layers(cls, values: Tensor, gates: Tensor) -> list[Rows]:
+        """Sort each layer's by `values`, `(layers, batch, kv_heads)` on the CPU: planning never waits for a device.
 
         `gates` are the same numbers on the model's device, and what gradients flow to.
         """
-        values = values.flatten()
+        values = values.flatten(1)
         kind = (values < 1).int() + (values <= 0).int()  # 0 full, 1 mixed, 2 sliding
-        order = torch.argsort(kind, stable=True).to(gates.device, non_blocking=True)
-        return cls(order, int((kind == 0).sum()), int((kind == 1).sum()), gates.flatten())
+        order = torch.argsort(kind, dim=1, stable=True).to(gates.device, non_blocking=True)
+        counts = zip((kind == 0).sum(1).tolist(), (kind == 1).sum(1).tolist(), strict=True)
+        return [cls(order[layer], *number, gates[layer].flatten()) for layer, number in enumerate(counts)]
 
 
 def hybrid_attention(

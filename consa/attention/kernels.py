@@ -35,6 +35,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 SINK_BLOCK = 16  # the smallest that tl.dot takes
 TERM_BLOCK = tl.constexpr(128)  # a head's terms take a multiple of it: whole blocks can be read
@@ -45,7 +46,7 @@ ONE_PASS = tl.constexpr(1)  # FA and SWA, mixed
 GIVEN_FULL = tl.constexpr(2)  # SWA, mixed with an FA computed elsewhere
 
 # Which keys a loop goes through, and so which mask and terms hold. The block where near and distant meet is visited
-# once as each: to choose between terms number by number costs more.
+# once as each: to choose between terms number by number costs more, and so does one loop that goes through both.
 SINKS = tl.constexpr(0)
 NEAR = tl.constexpr(1)  # the window, without sinks
 DISTANT = tl.constexpr(2)
@@ -68,13 +69,13 @@ class Blocks(NamedTuple):
 # By kernel and padded head_dim, for 16-bit numbers.
 BLOCKS = {
     ("forward", 64): Blocks(64, 64, 4, 3),
-    ("forward", 128): Blocks(128, 64, 8, 3),
+    ("forward", 128): Blocks(64, 64, 4, 3),
     ("forward", 256): Blocks(64, 32, 8, 2),
     ("backward_q", 64): Blocks(64, 64, 4, 3),
     ("backward_q", 128): Blocks(128, 64, 8, 3),
     ("backward_q", 256): Blocks(64, 32, 8, 1),
-    ("backward_kv", 64): Blocks(64, 64, 4, 2),
-    ("backward_kv", 128): Blocks(64, 128, 8, 2),
+    ("backward_kv", 64): Blocks(64, 64, 4, 3),
+    ("backward_kv", 128): Blocks(64, 64, 4, 2),
     ("backward_kv", 256): Blocks(32, 64, 8, 1),
 }
 BLOCKS_FLOAT32 = {128: Blocks(32, 32, 4, 1), 256: Blocks(16, 16, 4, 1)}
@@ -107,6 +108,13 @@ def _tile(x, start, num_tokens, d, stride, HEAD_DIM: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
+def _block(x, sequence, head, start):
+    """The same of a head, by the copy engine; the descriptor x has the size of the block."""
+    place = [tl.cast(sequence, tl.int32), tl.cast(head, tl.int32), tl.cast(start, tl.int32), 0]
+    return x.load(place).reshape(x.block_shape[2], x.block_shape[3])
+
+
+@triton.jit
 def _gather(x, tokens, heads, d, stride_token, stride_head, valid, HEAD_DIM: tl.constexpr):
     """Vectors `(tokens, BLOCK_D)` of packed queries."""
     place = x + tokens[:, None].to(tl.int64) * stride_token + heads[:, None] * stride_head + d[None, :]
@@ -128,17 +136,17 @@ def _in_window(distance, window):
 @triton.jit
 def _attend(
     state, q, query, first, last, keys, lo, hi,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of a block of queries over keys lo to hi; state: weighted sum, weights' sum, maximum.
 
     The queries lie from `first` to `last`.
     """
     acc, total, top = state
-    k, v, stride_k, stride_v, d, num_keys, window, sinks, scale = keys
+    k, v, sequence, kv_head, window, sinks, scale = keys
     for start in range(lo, hi, BLOCK):
         key = start + tl.arange(0, BLOCK)
-        k_tile = _tile(k, start, num_keys, d, stride_k, HEAD_DIM, BLOCK)
+        k_tile = _block(k, sequence, kv_head, start)
         scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
         if KEYS == SINKS:
             visible = (key < sinks)[None, :] & (key[None, :] <= query[:, None])
@@ -154,7 +162,7 @@ def _attend(
         weights = tl.exp2(scores * scale - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
-        v_tile = _tile(v, start, num_keys, d, stride_v, HEAD_DIM, BLOCK)
+        v_tile = _block(v, sequence, kv_head, start)
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
     return acc, total, top
@@ -162,7 +170,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=SLICES)
 def _forward(
-    q, k, v, out, difference, lse, full, order, gates, q_strides, k_strides, v_strides, out_strides, full_strides,
+    q, k, v, sink_k, sink_v, out, difference, lse, full, order, gates, q_strides, out_strides, full_strides,
     kv_heads, full_heads, num_queries, num_keys, window, sinks, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, SINK_KEYS: tl.constexpr, MODE: tl.constexpr,
     TRAINING: tl.constexpr, PRECISION: tl.constexpr,
@@ -183,20 +191,21 @@ def _forward(
     last = offset + (tl.minimum(start + QUERIES, num_packed) - 1) // GROUP
     d = tl.arange(0, BLOCK_D)
     q_tile = _gather(q + sequence * q_strides[0], token, head, d, q_strides[2], q_strides[1], valid, HEAD_DIM)
-    k += sequence * k_strides[0] + kv_head * k_strides[1]
-    v += sequence * v_strides[0] + kv_head * v_strides[1]
-    keys = (k, v, k_strides[2], v_strides[2], d, num_keys, window, sinks, scale)
+    if MODE != SLIDING:
+        z = tl.load(gates + row)
+    keys = (k, v, sequence, kv_head, window, sinks, scale)
+    sink_keys = (sink_k, sink_v, sequence, kv_head, window, sinks, scale)
 
     # The maximum starts finite: where nothing is visible yet, exp2(-inf - top) is 0, not NaN.
     top = tl.full([QUERIES], -1e30, tl.float32)
     state = (tl.zeros([QUERIES, BLOCK_D], tl.float32), tl.zeros([QUERIES], tl.float32), top)
     state = _attend(
-        state, q_tile, query, first, last, keys, 0, tl.minimum(sinks, last + 1),
-        HEAD_DIM, SINK_KEYS, SINKS, PRECISION,
+        state, q_tile, query, first, last, sink_keys, 0, tl.minimum(sinks, last + 1),
+        SINK_KEYS, SINKS, PRECISION,
     )  # fmt: skip
     state = _attend(
         state, q_tile, query, first, last, keys, tl.maximum(sinks, first - window + 1), last + 1,
-        HEAD_DIM, KEYS, NEAR, PRECISION,
+        KEYS, NEAR, PRECISION,
     )  # fmt: skip
     acc, total, top = state
     result = acc / total[:, None]
@@ -204,23 +213,24 @@ def _forward(
     tl.store(lse, top + tl.log2(total), mask=valid)
     if MODE != SLIDING:
         near = result.to(q_tile.dtype)  # kept through the loop below: half the registers
-        if MODE == ONE_PASS:
-            state = _attend(
-                state, q_tile, query, first, last, keys, sinks, last - window + 1,
-                HEAD_DIM, KEYS, DISTANT, PRECISION,
-            )  # fmt: skip
-            acc, total, top = state
-            full_tile = acc / total[:, None]
-            tl.store(lse + rows.to(tl.int64) * num_packed, top + tl.log2(total), mask=valid)
-        else:
-            full += (place // full_heads).to(tl.int64) * full_strides[0]
-            full_head = place % full_heads * GROUP + member
-            full_tile = _gather(full, token, full_head, d, full_strides[2], full_strides[1], valid, HEAD_DIM)
-        change = full_tile.to(tl.float32) - near.to(tl.float32)
-        result = near.to(tl.float32) + tl.load(gates + row) * change
-        if TRAINING:
-            difference += place.to(tl.int64) * num_packed * HEAD_DIM
-            _put(difference, change, packed, tl.zeros_like(packed), d, HEAD_DIM, 0, valid, HEAD_DIM)
+        if z > 0:
+            if MODE == ONE_PASS:
+                end = last - window + 1
+                state = _attend(state, q_tile, query, first, last, keys, sinks, end, KEYS, DISTANT, PRECISION)
+                acc, total, top = state
+                full_tile = acc / total[:, None]
+                tl.store(lse + rows.to(tl.int64) * num_packed, top + tl.log2(total), mask=valid)
+            else:
+                full += (place // full_heads).to(tl.int64) * full_strides[0]
+                full_head = place % full_heads * GROUP + member
+                full_tile = _gather(
+                    full, token, full_head, d, full_strides[2], full_strides[1], valid, HEAD_DIM
+                )
+            change = full_tile.to(tl.float32) - near.to(tl.float32)
+            result = near.to(tl.float32) + z * change
+            if TRAINING:
+                difference += place.to(tl.int64) * num_packed * HEAD_DIM
+                _put(difference, change, packed, tl.zeros_like(packed), d, HEAD_DIM, 0, valid, HEAD_DIM)
     out += sequence * out_strides[0]
     _put(out, result, token, head, d, out_strides[2], out_strides[1], valid, HEAD_DIM)
 
@@ -228,15 +238,14 @@ def _forward(
 @triton.jit
 def _gradient_q(
     dq, q, dout, query, first, last, terms, keys, lo, hi,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what keys lo to hi contribute to dq of a block of queries, which lie from `first` to `last`."""
     lse, delta = terms
-    k, v, stride_k, stride_v, d, num_keys, window, scale = keys
+    k, v, sequence, kv_head, window, scale = keys
     for start in range(lo, hi, BLOCK):
         key = start + tl.arange(0, BLOCK)
-        k_tile = _tile(k, start, num_keys, d, stride_k, HEAD_DIM, BLOCK)
-        v_tile = _tile(v, start, num_keys, d, stride_v, HEAD_DIM, BLOCK)
+        k_tile, v_tile = _block(k, sequence, kv_head, start), _block(v, sequence, kv_head, start)
         scores = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale
         dweights = tl.dot(dout, tl.trans(v_tile), input_precision=PRECISION)
         weights = tl.exp2(scores - lse[:, None])
@@ -253,9 +262,9 @@ def _gradient_q(
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=SLICES)
 def _backward_q(
-    q, k, v, out, difference, dout, dq, dfull, dgates, lse, terms, sink_parts, order, gates, q_strides, k_strides,
-    v_strides, out_strides, dout_strides, dq_strides, dfull_strides, kv_heads, full_heads, num_queries, num_keys,
-    window, sinks, scaling, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, k, v, sink_k, sink_v, out, difference, dout, dq, dfull, dgates, lse, terms, sink_parts, order, gates, q_strides,
+    out_strides, dout_strides, dq_strides, dfull_strides, kv_heads, full_heads, num_queries, num_keys, window, sinks,
+    scaling, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, SINK_KEYS: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of packed queries, and what they leave to others.
@@ -294,28 +303,31 @@ def _backward_q(
     term = terms + member * padded + token
     if MODE != SLIDING:
         z = tl.load(gates + row)
+        is_open = packed < tl.where(z > 0, num_packed, 0)
         difference += place.to(tl.int64) * num_packed * HEAD_DIM
-        change = _gather(difference, packed, tl.zeros_like(packed), d, HEAD_DIM, 0, valid, HEAD_DIM)
+        change = _gather(difference, packed, tl.zeros_like(packed), d, HEAD_DIM, 0, is_open, HEAD_DIM)
         dz = tl.sum(change.to(tl.float32) * dout_tile.to(tl.float32), 1)
-        if z < 1:  # clipped, a gate has no gradient
+        if (z > 0) & (z < 1):  # clipped, a gate has no gradient
             tl.store(dgates + row * tl.num_programs(0) + block, tl.sum(dz, 0))
         near_delta -= z * dz
         if MODE == ONE_PASS:
             full_delta = near_delta + dz
-            full_lse = tl.load(lse + rows.to(tl.int64) * num_packed, mask=valid, other=0.0)
-            full_share = z * tl.exp2(near_lse - full_lse)
+            full_lse = tl.load(lse + rows.to(tl.int64) * num_packed, mask=is_open, other=0.0)
+            full_share = tl.where(is_open, z * tl.exp2(near_lse - full_lse), 0.0)
             near_share = tl.maximum(full_share + (1 - z), 2**-126)  # at z = 1, w may vanish
             near_delta = (full_share * full_delta + (1 - z) * near_delta) / near_share
             near_lse -= tl.log2(near_share)
             full_lse -= tl.log2(z)
-            tl.store(term + 2 * apart, full_lse, mask=valid)
-            tl.store(term + 3 * apart, full_delta, mask=valid)
+            tl.store(term + 2 * apart, full_lse, mask=is_open)
+            tl.store(term + 3 * apart, full_delta, mask=is_open)
         else:
             near_lse -= tl.log2(1 - z)
             dfull += (place // full_heads).to(tl.int64) * dfull_strides[0]
             full_head = place % full_heads * GROUP + member
             dfull_tile = z * dout_tile.to(tl.float32)
-            _put(dfull, dfull_tile, token, full_head, d, dfull_strides[2], dfull_strides[1], valid, HEAD_DIM)
+            _put(
+                dfull, dfull_tile, token, full_head, d, dfull_strides[2], dfull_strides[1], is_open, HEAD_DIM
+            )
     tl.store(term, near_lse, mask=valid)
     tl.store(term + apart, near_delta, mask=valid)
     if block == tl.num_programs(0) - 1:
@@ -327,14 +339,12 @@ def _backward_q(
                 tl.store(place_of_tail, tl.full([TERM_BLOCK], float("inf"), tl.float32), mask=tail < padded)
                 tl.store(place_of_tail + apart, tl.zeros([TERM_BLOCK], tl.float32), mask=tail < padded)
 
-    k += sequence * k_strides[0] + kv_head * k_strides[1]
-    v += sequence * v_strides[0] + kv_head * v_strides[1]
-    keys = (k, v, k_strides[2], v_strides[2], d, num_keys, window, scale)
+    keys = (k, v, sequence, kv_head, window, scale)
     dq_tile = tl.zeros([QUERIES, BLOCK_D], tl.float32)
     for first_sink in range(0, sinks, SINK_KEYS):
         sink = first_sink + tl.arange(0, SINK_KEYS)
-        k_tile = _tile(k, first_sink, num_keys, d, k_strides[2], HEAD_DIM, SINK_KEYS)
-        v_tile = _tile(v, first_sink, num_keys, d, v_strides[2], HEAD_DIM, SINK_KEYS)
+        k_tile = _block(sink_k, sequence, kv_head, first_sink)
+        v_tile = _block(sink_v, sequence, kv_head, first_sink)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
         visible = (sink < sinks)[None, :] & (sink[None, :] <= query[:, None]) & valid[:, None]
         weights = tl.where(visible, tl.exp2(scores - near_lse[:, None]), 0.0)
@@ -350,13 +360,13 @@ def _backward_q(
     dq_tile = _gradient_q(
         dq_tile, q_tile, dout_tile, query, first, last, (near_lse, near_delta), keys,
         tl.maximum(sinks, first - window + 1), last + 1,
-        HEAD_DIM, KEYS, NEAR, PRECISION,
+        KEYS, NEAR, PRECISION,
     )  # fmt: skip
     if MODE == ONE_PASS:
+        end = tl.where(z > 0, last - window + 1, 0)
         dq_tile = _gradient_q(
-            dq_tile, q_tile, dout_tile, query, first, last, (full_lse, full_delta), keys,
-            sinks, last - window + 1,
-            HEAD_DIM, KEYS, DISTANT, PRECISION,
+            dq_tile, q_tile, dout_tile, query, first, last, (full_lse, full_delta), keys, sinks, end,
+            KEYS, DISTANT, PRECISION,
         )  # fmt: skip
     dq += sequence * dq_strides[0]
     _put(dq, dq_tile * scaling, token, head, d, dq_strides[2], dq_strides[1], valid, HEAD_DIM)
@@ -364,46 +374,44 @@ def _backward_q(
 
 @triton.jit
 def _gradient_kv(
-    dk, dv, k, v, key, first, queries, terms, lo, hi, GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, k, v, key, first, queries, terms, lo, hi,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what queries lo to hi of all heads of a group contribute to dk and dv of the keys from `first` on.
 
-    `lo` is a number of whole blocks. Products are keys x queries: so weights go from registers into the products that
-    sum over queries.
+    `lo` is a number of whole blocks. One loop goes through all heads, so that its pipeline fills once. Products are
+    keys x queries: so weights go from registers into the products that sum over queries.
     """
-    q, dout, q_strides, dout_strides, padded, apart, d, num_queries, offset, window, sinks, scale = queries
-    for _ in range(GROUP):
-        for start in range(lo, hi, BLOCK):
-            q_tile = _tile(q, start, num_queries, d, q_strides[2], HEAD_DIM, BLOCK)
-            dout_tile = _tile(dout, start, num_queries, d, dout_strides[2], HEAD_DIM, BLOCK)
-            scores = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION) * scale
-            dweights = tl.dot(v, tl.trans(dout_tile), input_precision=PRECISION)
-            term = terms + start + tl.arange(0, BLOCK)
-            weights = tl.exp2(scores - tl.load(term)[None, :])
-            distance = (offset + start + tl.arange(0, BLOCK))[None, :] - key[:, None]
+    q, dout, sequence, first_head, padded, apart, offset, window, sinks, scale = queries
+    blocks = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK)
+    for step in range(0, GROUP * blocks):
+        member, start = step // blocks, lo + step % blocks * BLOCK
+        q_tile = _block(q, sequence, first_head + member, start)
+        dout_tile = _block(dout, sequence, first_head + member, start)
+        scores = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION) * scale
+        dweights = tl.dot(v, tl.trans(dout_tile), input_precision=PRECISION)
+        term = terms + member * padded + start + tl.arange(0, BLOCK)
+        weights = tl.exp2(scores - tl.load(term)[None, :])
+        distance = (offset + start + tl.arange(0, BLOCK))[None, :] - key[:, None]
+        if KEYS == NEAR:
             least, most = offset + start - first - (k.shape[0] - 1), offset + start + BLOCK - 1 - first
-            if KEYS == NEAR:
-                if (least < 0) | (most >= window) | (first < sinks):
-                    weights = tl.where(_in_window(distance, window), weights, 0.0)
-            else:
-                if (least < window) | (first < sinks):
-                    weights = tl.where(distance >= window, weights, 0.0)
-            dv = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
-            dscores = weights * (dweights - tl.load(term + apart)[None, :])
-            dk = tl.dot(dscores.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
-        q += q_strides[1]
-        dout += dout_strides[1]
-        terms += padded
+            if (least < 0) | (most >= window) | (first < sinks):
+                weights = tl.where(_in_window(distance, window), weights, 0.0)
+        else:
+            least = offset + start - first - (k.shape[0] - 1)
+            if (least < window) | (first < sinks):
+                weights = tl.where(distance >= window, weights, 0.0)
+        dv = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
+        dscores = weights * (dweights - tl.load(term + apart)[None, :])
+        dk = tl.dot(dscores.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     return dk, dv
 
 
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=SLICES)
 def _backward_kv(
-    q, k, v, dout, dk, dv, terms, sink_sums, order,
-    q_strides, k_strides, v_strides, dout_strides, dk_strides, dv_strides,
-    kv_heads, num_queries, num_keys, window, sinks, scaling, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, dout, dk, dv, terms, sink_sums, order, gates, dk_strides, dv_strides, kv_heads, num_queries, num_keys,
+    window, sinks, scaling, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys of a row, from the terms of its queries."""
     rows, place = tl.num_programs(1), tl.program_id(1)
@@ -412,12 +420,7 @@ def _backward_kv(
     first = tl.program_id(0) * KEYS
     key = first + tl.arange(0, KEYS)
     d = tl.arange(0, BLOCK_D)
-    k += sequence * k_strides[0] + kv_head * k_strides[1]
-    v += sequence * v_strides[0] + kv_head * v_strides[1]
-    k_tile = _tile(k, first, num_keys, d, k_strides[2], HEAD_DIM, KEYS)
-    v_tile = _tile(v, first, num_keys, d, v_strides[2], HEAD_DIM, KEYS)
-    q += sequence * q_strides[0] + kv_head * GROUP * q_strides[1]
-    dout += sequence * dout_strides[0] + kv_head * GROUP * dout_strides[1]
+    k_tile, v_tile = _block(k, sequence, kv_head, first), _block(v, sequence, kv_head, first)
     padded = tl.cdiv(num_queries, TERM_BLOCK) * TERM_BLOCK
     terms += place.to(tl.int64) * GROUP * padded
     apart = rows.to(tl.int64) * GROUP * padded
@@ -429,16 +432,17 @@ def _backward_kv(
     sums = sink_sums + place * sinks * HEAD_DIM
     dk_tile = _tile(sums, first, sinks, d, HEAD_DIM, HEAD_DIM, KEYS)
     dv_tile = _tile(sums + rows * sinks * HEAD_DIM, first, sinks, d, HEAD_DIM, HEAD_DIM, KEYS)
-    queries = (q, dout, q_strides, dout_strides, padded, apart, d, num_queries, offset, window, sinks, scale)
+    queries = (q, dout, sequence, kv_head * GROUP, padded, apart, offset, window, sinks, scale)
     dk_tile, dv_tile = _gradient_kv(
         dk_tile, dv_tile, k_tile, v_tile, key, first, queries, terms, begin, near_end,
-        GROUP, HEAD_DIM, QUERIES, NEAR, PRECISION,
+        GROUP, QUERIES, NEAR, PRECISION,
     )  # fmt: skip
     if MODE == ONE_PASS:
         begin = tl.maximum(first + window - offset, 0) // QUERIES * QUERIES
+        end = tl.where(tl.load(gates + row) > 0, num_queries, 0)
         dk_tile, dv_tile = _gradient_kv(
-            dk_tile, dv_tile, k_tile, v_tile, key, first, queries, terms + 2 * apart, begin, num_queries,
-            GROUP, HEAD_DIM, QUERIES, DISTANT, PRECISION,
+            dk_tile, dv_tile, k_tile, v_tile, key, first, queries, terms + 2 * apart, begin, end,
+            GROUP, QUERIES, DISTANT, PRECISION,
         )  # fmt: skip
     dk += sequence * dk_strides[0] + kv_head * dk_strides[1]
     dv += sequence * dv_strides[0] + kv_head * dv_strides[1]
@@ -485,6 +489,7 @@ def forward(
     v: Tensor,
     out: Tensor,
     order: Tensor,
+    num_open: int,
     gates: Tensor | None,
     full: Tensor | None,
     problem: Problem,
@@ -492,21 +497,21 @@ def forward(
     *,
     training: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Write the rows `order` of `out`; `gates` are of all rows.
+    """Write the rows `order` of `out`; `gates` are of all rows, and above 0 for the first `num_open` of `order`.
 
     Returns:
-        Their log-sum-exps, `(near and perhaps full, rows, group, queries)`, and FA less SWA, `(rows, packed queries,
-        head_dim)`, if `training` on gated rows.
+        Their log-sum-exps, `(near and perhaps full, rows, group, queries)`, and FA less SWA of the open rows,
+        `(num_open, packed queries, head_dim)`, if `training` with gates.
     """
     rows, p = len(order), problem
     lse = q.new_empty((2 if mode == ONE_PASS.value else 1, rows, p.group, p.queries), dtype=torch.float32)
     difference = None
     if training and mode != SLIDING.value:
-        difference = q.new_empty((rows, p.packed, p.head_dim))
+        difference = q.new_empty((num_open, p.packed, p.head_dim))
     blocks = blocks_for("forward", q)
     _forward[cdiv(p.packed, blocks.queries), rows](
-        q, k, v, out, difference, lse, full, order, gates, *map(_strides, (q, k, v, out, full)), p.kv_heads,
-        _heads(full, p), p.queries, p.keys, p.window, p.num_sink_tokens, p.scaling / math.log(2), SINK_KEYS=SINK_BLOCK,
+        q, *_blocks(blocks.keys, k, v), *_blocks(SINK_BLOCK, k, v), out, difference, lse, full, order, gates,
+        *map(_strides, (q, out, full)), p.kv_heads, _heads(full, p), p.queries, p.keys, p.window, p.num_sink_tokens, p.scaling / math.log(2), SINK_KEYS=SINK_BLOCK,
         TRAINING=difference is not None, **p.settings(q, blocks, mode),
     )  # fmt: skip
     return lse, difference
@@ -543,17 +548,29 @@ def backward(
     dgates = None if gates is None else lse.new_zeros((len(gates), num_blocks))
     sink_parts = lse.new_empty((num_blocks, 2, rows, p.num_sink_tokens, p.head_dim))
     _backward_q[num_blocks, rows](
-        q, k, v, out, difference, dout, dq, dfull, dgates, lse, terms, sink_parts, order, gates,
-        *map(_strides, (q, k, v, out, dout, dq, dfull)), p.kv_heads, _heads(dfull, p), p.queries, p.keys, p.window,
+        q, *_blocks(blocks.keys, k, v), *_blocks(SINK_BLOCK, k, v), out, difference, dout, dq, dfull, dgates, lse,
+        terms, sink_parts, order, gates, *map(_strides, (q, out, dout, dq, dfull)), p.kv_heads, _heads(dfull, p), p.queries, p.keys, p.window,
         p.num_sink_tokens, p.scaling, scale, SINK_KEYS=SINK_BLOCK, **p.settings(q, blocks, mode),
     )  # fmt: skip
     sink_sums = sink_parts.sum(0) if p.num_sink_tokens else sink_parts
     blocks = blocks_for("backward_kv", q)
+    (q_blocks, dout_blocks), (k_blocks, v_blocks) = (
+        _blocks(blocks.queries, q, dout),
+        _blocks(blocks.keys, k, v),
+    )
     _backward_kv[cdiv(p.keys, blocks.keys), rows](
-        q, k, v, dout, dk, dv, terms, sink_sums, order, *map(_strides, (q, k, v, dout, dk, dv)), p.kv_heads, p.queries,
+        q_blocks, k_blocks, v_blocks, dout_blocks, dk, dv, terms, sink_sums, order, gates, *map(_strides, (dk, dv)), p.kv_heads, p.queries,
         p.keys, p.window, p.num_sink_tokens, p.scaling, scale, **p.settings(q, blocks, mode),
     )  # fmt: skip
     return None if dgates is None else dgates.sum(1)
+
+
+def _blocks(tokens: int, *tensors: Tensor) -> list[TensorDescriptor]:
+    """Tensors `(batch, heads, tokens, head_dim)` as the copy engine reads them: so many tokens of a head at a time."""
+    return [
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tokens, padded_dim(x.shape[3])])
+        for x in tensors
+    ]
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int]:

@@ -27,6 +27,7 @@ class Plan:
         full = torch.tensor(allocation.full_attention, dtype=torch.float32)
         self._fixed = full[:, None, :]  # (layers, 1, kv_heads): the same for every sequence
         self._gates: tuple[Tensor, Tensor] | None = None
+        self._gated_rows: list[Rows] = []
         self._splits = [HeadSplit.of(allocation, layer) for layer in range(allocation.num_layers)]
         self._rows: dict[tuple[int, int, torch.device], Rows] = {}
 
@@ -44,10 +45,11 @@ class Plan:
         """
         leaf = z.detach().to(device, copy=True).requires_grad_()
         self._gates = (z.detach(), leaf)
+        self._gated_rows = Rows.sort_layers(*self._gates)
         try:
             yield leaf
         finally:
-            self._gates = None
+            self._gates, self._gated_rows = None, []
 
     def attend(
         self,
@@ -146,11 +148,10 @@ class Plan:
 
     def _sorted_rows(self, layer: int, sequences: Tensor | None, batch: int, device: torch.device) -> Rows:
         if self._gates is not None:
+            if sequences is None:
+                return self._gated_rows[layer]
             values, gates = (z[layer] for z in self._gates)
-            return Rows.sort(
-                values if sequences is None else values[sequences],
-                gates if sequences is None else gates[sequences.to(device)],
-            )
+            return Rows.sort(values[sequences], gates[sequences.to(device)])
         key = (layer, batch, device)
         if key not in self._rows:
             values = self._fixed[layer].expand(batch, -1)
