@@ -2,16 +2,18 @@
 
     python benchmarks/attention.py --out benchmarks/results/attention.json
 
-Checked against the reference on a shorter sequence first. A time is the median, over batches of calls queued back to
-back, of a batch's time per call: as in a model, where the CPU runs ahead and its work shows only where it takes longer
-than the GPU's. Inputs are random and rotate, so that none are left in the L2 cache. `ratio` is to the faster of the
-library's two causal attentions. "one pass" repeats bit for bit, and is what learning takes.
+Checked against the reference on a shorter sequence first. A time is the GPU's: the median, over batches of calls queued
+back to back, of a batch's time per call; the GPU waits until they are queued. "CPU ms" is what queueing one forward and
+backward pass takes, which in a model shows where it is more than the GPU's time. Inputs are random and rotate, so that
+none are left in the L2 cache. `ratio` is to the faster of the library's two causal attentions. "one pass" repeats bit
+for bit, and is what learning takes. Qwen3-0.6B and Qwen3-1.7B have the heads of all shapes with head_dim 128.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from itertools import cycle, product
 from pathlib import Path
@@ -36,7 +38,18 @@ TRAINING = [  # batch, query heads, KV heads, tokens, head_dim, window
     (1, 16, 8, 32768, 128, 512),
 ]
 PREFILL = [(1, 16, 8, 32768, 128, 512), (1, 16, 8, 131072, 128, 512)]
-COLUMNS = ["shape", "window", "sinks", "attention", "forward ms", "ratio", "forward + backward ms", "ratio"]
+COLUMNS = [
+    "shape",
+    "window",
+    "sinks",
+    "attention",
+    "forward ms",
+    "ratio",
+    "forward + backward ms",
+    "ratio",
+    "CPU ms",
+]
+QUEUE_CYCLES = 100_000_000  # for so long, some 50 ms, the GPU waits while calls are queued
 
 Shape = tuple[int, int, int, int, int, int]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -101,27 +114,30 @@ def error(shape: Shape, sinks: int, z: Tensor, attention: Attention) -> float:
     )
 
 
-def median_ms(step: Callable[..., Any], shape: Shape, batches: int, calls: int) -> float:
-    """Median time of `step(q, k, v, gradient)`."""
+def median_ms(step: Callable[..., Any], shape: Shape, batches: int, calls: int) -> tuple[float, float]:
+    """Median time of `step(q, k, v, gradient)` on the GPU, and of queueing it on the CPU."""
     q_bytes = 2 * shape[0] * shape[1] * shape[3] * shape[4]
     sets = cycle([inputs(shape, seed) for seed in range(2 + CACHE_BYTES // (3 * q_bytes))])
     for _ in range(3):
         step(*next(sets))
-    times = []
+    times, queueing = [], []
     for _ in range(batches):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        torch.cuda._sleep(QUEUE_CYCLES)
         start.record()
+        began = time.perf_counter()
         for _ in range(calls):
             step(*next(sets))
+        queueing.append((time.perf_counter() - began) * 1e3 / calls)
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / calls)
-    return statistics.median(times)
+    return statistics.median(times), statistics.median(queueing)
 
 
 def measure(attention: Attention, shape: Shape, batches: int, calls: int, training: bool) -> list[float]:
-    """Milliseconds of the forward pass without gradients, and if `training` of both passes."""
+    """Milliseconds of the forward pass without gradients, and if `training` of both passes, and of queueing both."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor) -> None:
         with torch.no_grad():
@@ -130,7 +146,10 @@ def measure(attention: Attention, shape: Shape, batches: int, calls: int, traini
     def both(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor) -> None:
         torch.autograd.grad(attention(q, k, v), (q, k, v), upstream)
 
-    return [median_ms(step, shape, batches, calls) for step in ([forward, both] if training else [forward])]
+    (ms, _), *rest = [
+        median_ms(step, shape, batches, calls) for step in ([forward, both] if training else [forward])
+    ]
+    return [ms, *(x for pair in rest for x in pair)]
 
 
 def main() -> None:
@@ -164,7 +183,7 @@ def main() -> None:
             attentions[sinks, label] = attention
             errors[f"{name}, {sinks} sinks, {label}"] = found = error(shape, sinks, z, attention)
             assert found < 0.02, f"{label} at {name}: error {found:.3g}"
-        batches, calls = (3 if options.quick else 7), (10 if shape[3] <= 8192 else 3)
+        batches, calls = (3 if options.quick else 7), (20 if shape[3] <= 8192 else 3)
         times = {}
         for label, attention in attentions.items():
             times[label] = measure(attention, shape, batches, calls, training)
@@ -172,8 +191,9 @@ def main() -> None:
         dense = [min(causal, default) for causal, default, *_ in zip(*times.values(), strict=True)]
         for label, measured in times.items():
             row: list[Any] = [name, shape[5], *label]
-            for ms, dense_ms in zip(measured, dense, strict=True):
+            for ms, dense_ms in zip(measured[:2], dense[:2], strict=True):
                 row += [round(ms, 3), round(ms / dense_ms, 3)]
+            row += [round(ms, 3) for ms in measured[2:]]
             rows.append(row + [""] * (len(COLUMNS) - len(row)))
         if options.out:
             write_json(options.out, environment() | {"columns": COLUMNS, "rows": rows, "errors": errors})

@@ -30,7 +30,7 @@ from consa.cache import StaticHybridLayer, allocated_bytes
 
 DEVICE = torch.device("cuda")
 LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM = 28, 16, 8, 128
-SIZES = [(32768, 16), (131072, 4), (2048, 1)]  # context, batch
+SIZES = "32768x16,131072x4,2048x1"  # context, batch
 STEPS = 24  # replays that are timed; caches leave room for as many again, to warm up
 MEMORY = 80e9  # bytes
 COLUMNS = ["context x batch", "cache", "ms/step", "tokens/s", "x dense", "cache GB", "attention ms", "GB/s"]
@@ -227,6 +227,7 @@ def main() -> None:
     )
     parser.add_argument("--sparsity", type=float, default=0.75)
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--sizes", default=SIZES, help="contexts and batches (default: %(default)s)")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
@@ -242,7 +243,7 @@ def main() -> None:
     print(f"copy {copy / 1e9:.0f} GB/s, error {error:.2g}", flush=True)
 
     rows: list[list[Any]] = []
-    for context, batch in SIZES:
+    for context, batch in (map(int, size.split("x")) for size in options.sizes.split(",")):
         length = context - 2 * STEPS - 16  # each of two graphs below adds a few more than STEPS
         measured: dict[str, tuple[float, float, float, int]] = {}
         held: dict[str, int] = {}

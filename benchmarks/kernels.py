@@ -84,10 +84,22 @@ DECODE = [
     (16384, 2048, 8, 3), (16384, 2048, 4, 2), (8192, 2048, 2, 4),
 ]  # fmt: skip
 LAUNCHED = ["registers", "spills", "shared KiB"]
-COLUMNS = dict.fromkeys(
-    PRODUCTS,
-    ["shape", "window", "rows", "queries", "keys", "warps", "stages", "ms", "ratio", "TFLOPS", *LAUNCHED],
-)
+COLUMNS = {
+    kernel: [
+        "shape",
+        "window",
+        "rows",
+        "queries",
+        "keys",
+        "warps",
+        "stages",
+        "ms",
+        "ratio",
+        "TFLOPS",
+        *LAUNCHED,
+    ]
+    for kernel in PRODUCTS
+}
 COLUMNS["decode"] = ["shape", "window", "step bytes", "programs", "warps", "stages", "ms", "ratio", "GB/s"]
 
 Shape = tuple[int, int, int, int, int, int]
@@ -199,7 +211,7 @@ def start_compiler(target: GPUTarget) -> None:
         get_current_stream = staticmethod(lambda device: 0)
 
     torch.set_num_threads(1)
-    driver.set_active(Driver())
+    driver.set_active(Driver())  # pyright: ignore[reportArgumentType]
 
 
 def compile_setting(case: Case, setting: Setting) -> None:

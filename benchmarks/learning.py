@@ -2,11 +2,11 @@
 
     python benchmarks/learning.py --random --out benchmarks/results/learning.json
 
-One sequence per step, forward and backward, bf16, weights frozen. "consa" is `learn` over a whole short run, from gates
-almost all open to the target sparsity: all of a step, the gates' own update too. "dense" is the same loss and backward
-pass through plain causal attention of the library, "two attentions" both branches for all heads at every step: causal,
-and under a dense mask of the window, mixed by the gates. Those two have no optimiser. Times are medians over steps for
-them, the mean over the run for consa; the peak is of memory allocated, weights included.
+Forward and backward of one or several sequences at once, bf16, weights frozen. "consa" is `learn` over a whole short
+run, from gates almost all open to the target sparsity: all of a step, the gates' own update too. "dense" is the same loss
+and backward pass through plain causal attention of the library, "two attentions" both branches for all heads at every
+step: causal, and under a dense mask of the window, mixed by the gates. Those two have no optimiser. Times are medians
+over steps for them, the mean over the run for consa; the peak is of memory allocated, weights included.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ DEVICE = torch.device("cuda")
 WINDOW, NUM_SINK_TOKENS = 128, 4
 WARM_UP = 3  # steps that are not timed
 WARM_UP_RUN = 12  # steps
+AT_ONCE = (4, 1)  # sequences
 STEPS = 12  # of the loops that do not change as they go
-COLUMNS = ["model", "tokens", "loop", "tokens/s", "to dense", "peak GB"]
+COLUMNS = ["model", "tokens", "at once", "loop", "tokens/s", "to dense", "peak GB"]
 SMOLLM2_135M: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -67,7 +68,9 @@ def random_model(config: Any) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
 
 
-def learned(model: PreTrainedModel, tokens: np.ndarray, num_steps: int, **settings: Any) -> float:
+def learned(
+    model: PreTrainedModel, tokens: np.ndarray, num_steps: int, at_once: int = 1, **settings: Any
+) -> float:
     """Tokens per second of a whole run of `learn`, after a short one that compiles whatever a run comes to need."""
     speeds: list[float] = []
     for steps in (min(WARM_UP_RUN, num_steps), num_steps):
@@ -76,7 +79,8 @@ def learned(model: PreTrainedModel, tokens: np.ndarray, num_steps: int, **settin
             num_sink_tokens=NUM_SINK_TOKENS,
             seq_len=tokens.shape[1],
             num_steps=steps,
-            sequences_per_step=1,
+            sequences_per_step=at_once,
+            micro_batch=at_once,
             refine_evaluations=0,
             **settings,
         )
@@ -85,19 +89,20 @@ def learned(model: PreTrainedModel, tokens: np.ndarray, num_steps: int, **settin
     return statistics.harmonic_mean(speeds)
 
 
-def stepped(model: PreTrainedModel, tokens: np.ndarray) -> float:
+def stepped(model: PreTrainedModel, tokens: np.ndarray, at_once: int) -> float:
     """Tokens per second of loss and backward pass, through frozen weights to the embeddings."""
     model.requires_grad_(False)
     embedded = model.get_input_embeddings().register_forward_hook(lambda *call: call[2].requires_grad_())
     seconds = []
-    for row in tokens[: WARM_UP + STEPS]:
+    for step in range(WARM_UP + STEPS):
+        batch = tokens.take(range(step * at_once, (step + 1) * at_once), axis=0, mode="wrap")
         torch.cuda.synchronize()
         began = time.perf_counter()
-        float(loss.backward(model, torch.from_numpy(row[None]).to(DEVICE), scale=1.0))
+        float(loss.backward(model, torch.from_numpy(batch).to(DEVICE), scale=1.0))
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     embedded.remove()
-    return tokens.shape[1] / statistics.median(seconds[WARM_UP:])
+    return batch.size / statistics.median(seconds[WARM_UP:])
 
 
 @contextmanager
@@ -150,15 +155,17 @@ def main() -> None:
     else:
         model = load_model("smollm2-135m", device="cuda", dtype=torch.bfloat16).model
     tokens = generator.integers(0, SMOLLM2_135M["vocab_size"], (options.steps, 8192))
-    found = {"dense": peak_of(lambda: stepped(model, tokens))}
-    with two_attentions(model, tokens.shape[1]):
-        found["two attentions"] = peak_of(lambda: stepped(model, tokens))
-    found["consa"] = peak_of(lambda: learned(model, tokens, options.steps))
-    dense = found["dense"][0]
-    rows: list[list[Any]] = [
-        ["SmolLM2-135M", 8192, name, round(speed), round(speed / dense, 3), round(peak, 2)]
-        for name, (speed, peak) in found.items()
-    ]
+    rows: list[list[Any]] = []
+    for at_once in AT_ONCE:
+        found = {"dense": peak_of(partial(stepped, model, tokens, at_once))}
+        with two_attentions(model, tokens.shape[1]):
+            found["two attentions"] = peak_of(partial(stepped, model, tokens, at_once))
+        found["consa"] = peak_of(partial(learned, model, tokens, options.steps, at_once))
+        dense = found["dense"][0]
+        rows += [
+            ["SmolLM2-135M", 8192, at_once, name, round(speed), round(speed / dense, 3), round(peak, 2)]
+            for name, (speed, peak) in found.items()
+        ]
     del model
     print_table(COLUMNS, rows)
 
@@ -166,7 +173,7 @@ def main() -> None:
     tokens = generator.integers(0, QWEN3_06B["vocab_size"], (4, 32768))
     for name, settings in (("consa", {}), ("consa, checkpointing", {"activation_checkpointing": True})):
         speed, peak = peak_of(partial(learned, model, tokens, len(tokens), **settings))
-        rows.append(["Qwen3-0.6B", 32768, name, round(speed), "", round(peak, 2)])
+        rows.append(["Qwen3-0.6B", 32768, 1, name, round(speed), "", round(peak, 2)])
     if options.out:
         settings: dict[str, Any] = {
             "window": WINDOW,

@@ -116,22 +116,9 @@ class _Hybrid(torch.autograd.Function):
                 dgiven[:num_full] = _Places.of(order[:num_full], ctx.problem.kv_heads).take(dout)
             mixed = dgiven[num_full:]
         dgates = kernels.backward(
-            q,
-            k,
-            v,
-            out,
-            dout,
-            dq,
-            dk,
-            dv,
-            order[num_full:],
-            gates,
-            mixed,
-            lse,
-            difference,
-            ctx.problem,
+            q, k, v, out, dout, dq, dk, dv, order[num_full:], gates, mixed, lse, difference, ctx.problem,
             ctx.mode.value,
-        )
+        )  # fmt: skip
         return dq, dk, dv, dgates, dgiven, None, None, None, None
 
 

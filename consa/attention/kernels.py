@@ -511,7 +511,8 @@ def forward(
     blocks = blocks_for("forward", q)
     _forward[cdiv(p.packed, blocks.queries), rows](
         q, *_blocks(blocks.keys, k, v), *_blocks(SINK_BLOCK, k, v), out, difference, lse, full, order, gates,
-        *map(_strides, (q, out, full)), p.kv_heads, _heads(full, p), p.queries, p.keys, p.window, p.num_sink_tokens, p.scaling / math.log(2), SINK_KEYS=SINK_BLOCK,
+        *map(_strides, (q, out, full)), p.kv_heads, _heads(full, p), p.queries, p.keys, p.window, p.num_sink_tokens,
+        p.scaling / math.log(2), SINK_KEYS=SINK_BLOCK,
         TRAINING=difference is not None, **p.settings(q, blocks, mode),
     )  # fmt: skip
     return lse, difference
@@ -549,8 +550,8 @@ def backward(
     sink_parts = lse.new_empty((num_blocks, 2, rows, p.num_sink_tokens, p.head_dim))
     _backward_q[num_blocks, rows](
         q, *_blocks(blocks.keys, k, v), *_blocks(SINK_BLOCK, k, v), out, difference, dout, dq, dfull, dgates, lse,
-        terms, sink_parts, order, gates, *map(_strides, (q, out, dout, dq, dfull)), p.kv_heads, _heads(dfull, p), p.queries, p.keys, p.window,
-        p.num_sink_tokens, p.scaling, scale, SINK_KEYS=SINK_BLOCK, **p.settings(q, blocks, mode),
+        terms, sink_parts, order, gates, *map(_strides, (q, out, dout, dq, dfull)), p.kv_heads, _heads(dfull, p),
+        p.queries, p.keys, p.window, p.num_sink_tokens, p.scaling, scale, SINK_KEYS=SINK_BLOCK, **p.settings(q, blocks, mode),
     )  # fmt: skip
     sink_sums = sink_parts.sum(0) if p.num_sink_tokens else sink_parts
     blocks = blocks_for("backward_kv", q)
@@ -559,8 +560,8 @@ def backward(
         _blocks(blocks.keys, k, v),
     )
     _backward_kv[cdiv(p.keys, blocks.keys), rows](
-        q_blocks, k_blocks, v_blocks, dout_blocks, dk, dv, terms, sink_sums, order, gates, *map(_strides, (dk, dv)), p.kv_heads, p.queries,
-        p.keys, p.window, p.num_sink_tokens, p.scaling, scale, **p.settings(q, blocks, mode),
+        q_blocks, k_blocks, v_blocks, dout_blocks, dk, dv, terms, sink_sums, order, gates, *map(_strides, (dk, dv)),
+        p.kv_heads, p.queries, p.keys, p.window, p.num_sink_tokens, p.scaling, scale, **p.settings(q, blocks, mode),
     )  # fmt: skip
     return None if dgates is None else dgates.sum(1)
 
