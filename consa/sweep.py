@@ -7,7 +7,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from consa.errors import ConsaError
 from consa.evaluation import suite
 from consa.evaluation.table import Line, Table, number, png
 from consa.files import read_text, write_atomically
-from consa.methods import METHODS, ChoiceConfig
+from consa.methods import METHODS, RANKINGS, ChoiceConfig, choose
 from consa.model import LoadedModel, check_device, read_layout
 from consa.progress import note
 from consa.provenance import hardware
@@ -47,25 +47,43 @@ class Choice:
         config = self.config
         return f"{self.method}-{config.granularity}-{config.sparsity:g}-seed{config.seed}"
 
-    def make(self, loaded: LoadedModel, sequences: np.ndarray) -> Allocation:
-        """Choose. The provenance says how many seconds it took, and on what."""
-        began = time.monotonic()
-        if self.method in METHODS:
-            allocation = METHODS[self.method](loaded, sequences, self.config)
-        else:
-            layout, config = loaded.layout, self.config
-            allocation = rules.RULES[self.method](
-                layout.num_layers,
-                layout.num_kv_heads,
-                sparsity=config.sparsity,
-                granularity=config.granularity,
-                window=config.window,
-                num_sink_tokens=config.num_sink_tokens,
-                native_windows=layout.native_windows,
-                **({"seed": config.seed} if self.method == "random_units" else {}),
-            )
-        spent = {"seconds": round(time.monotonic() - began, 2), "hardware": hardware()}
-        return replace(allocation, provenance=loaded.identity | dict(allocation.provenance) | spent)
+    @property
+    def run(self) -> tuple[str, ChoiceConfig]:
+        """Choices for which this is equal come from one run of the method."""
+        config = replace(self.config, sparsity=0.0) if self.method in RANKINGS else self.config
+        return self.method, config
+
+
+def make(alike: Sequence[Choice], loaded: LoadedModel, sequences: np.ndarray) -> list[Allocation]:
+    """Choose by one run. The provenance says how many seconds that took, and on what.
+
+    Args:
+        alike: choices of the same `run`.
+        loaded: the model.
+        sequences: the text, int tokens `(num_sequences, seq_len)`.
+    """
+    method, config = alike[0].method, alike[0].config
+    began = time.monotonic()
+    if method in METHODS:
+        found = choose(method, loaded, sequences, config, [choice.config.sparsity for choice in alike])
+    else:
+        layout = loaded.layout
+        allocation = rules.RULES[method](
+            layout.num_layers,
+            layout.num_kv_heads,
+            sparsity=config.sparsity,
+            granularity=config.granularity,
+            window=config.window,
+            num_sink_tokens=config.num_sink_tokens,
+            native_windows=layout.native_windows,
+            **({"seed": config.seed} if method == "random_units" else {}),
+        )
+        found = {config.sparsity: allocation}
+    spent = {"seconds": round(time.monotonic() - began, 2), "hardware": hardware()}
+    return [
+        replace(allocation, provenance=loaded.identity | dict(allocation.provenance) | spent)
+        for allocation in found.values()
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +95,7 @@ class Point:
         granularity: what was decided as one.
         sparsity: as asked for.
         lines: what was measured, one per seed.
-        seconds: what the choices took, on average.
+        seconds: what the runs took that gave the choices, on average; one run may have given those of all sparsities.
         cache: KV cache as a share of the dense model's.
     """
 
@@ -305,8 +323,13 @@ def _choose(
             text_field=where.text_field,
         )
         for index, choice in enumerate(missing, 1):
+            if paths[choice.name].exists():  # it came with another
+                continue
             note(f"Choosing {index}/{len(missing)}  {choice.name}")
-            choice.make(loaded, train.tokens).save(paths[choice.name])
+            alike = [other for other in wanted if other.run == choice.run]
+            for other, allocation in zip(alike, make(alike, loaded, train.tokens), strict=True):
+                if not paths[other.name].exists():
+                    allocation.save(paths[other.name])
     return {name: Allocation.load(path) for name, path in paths.items()}
 
 

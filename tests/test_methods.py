@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ from transformers import get_cosine_schedule_with_warmup
 from consa import ConsaError
 from consa.allocation import num_full_units
 from consa.attention import masks
-from consa.methods import METHODS, ChoiceConfig, duo_attention, method_named, prulong
+from consa.methods import METHODS, RANKINGS, ChoiceConfig, choose, duo_attention, method_named, prulong
 from consa.methods.bosch import apportion
-from consa.methods.nested import nested
 from consa.methods.problem import Problem, Text
 from consa.methods.tsv import read_tsv
 from consa.model import LoadedModel, attention_layout, load_model
@@ -26,7 +26,6 @@ from tests.models import allocate, exact, tiny
 LENGTH = 600  # tokens; a question with a byte for a token does not fit into fewer
 SMALL: dict[str, Any] = {"window": 6, "num_sink_tokens": 1, "num_steps": 3, "sequences_per_step": 2}
 SMALL |= {"evaluations": 18, "evaluation_sequences": 2}
-TRAINING = ("consa", "prulong", "duo_attention")
 ASKING = ("duo_attention", "nll_guided", "retrieval_score")
 
 
@@ -109,6 +108,7 @@ def expected_cost(name: str, num_units: int, length: int, problem: Problem) -> t
     return {
         "consa": (steps + 40 * evaluation, steps),  # what refinement takes at its defaults
         "prulong": (steps, steps),
+        "nested": (steps, steps),
         "bosch": (18 * evaluation, 0),
         "greedy": (18 * evaluation, 0),
     }.get(name, (evaluation, 0))
@@ -121,7 +121,9 @@ PLANTED = {  # KV heads whose output reaches the residual stream
 
 
 @pytest.mark.parametrize("granularity", PLANTED)
-@pytest.mark.parametrize("name", ["consa", "prulong", "duo_attention", "bosch", "greedy", "nll_guided"])
+@pytest.mark.parametrize(
+    "name", ["consa", "nested", "prulong", "duo_attention", "bosch", "greedy", "nll_guided"]
+)
 def test_methods_that_measure_effects_find_the_units_that_have_any(
     name: str, granularity: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -208,7 +210,7 @@ def test_nested_allocations_are_nested_and_exact_after_one_run(granularity: Any,
     model = tiny()
     loaded = loaded_from(model, tokenizer)
     config = ChoiceConfig(granularity=granularity, **SMALL | {"num_steps": 12})
-    found = nested(loaded, text_of(model, 4, 40), config, [0.25, 0.5, 0.75])
+    found = choose("nested", loaded, text_of(model, 4, 40), config, [0.25, 0.5, 0.75])
     last = np.ones((4, 3), dtype=bool)
     for sparsity, allocation in found.items():
         assert allocation.sparsity == sparsity == allocation.provenance["target_sparsity"]
@@ -220,6 +222,25 @@ def test_nested_allocations_are_nested_and_exact_after_one_run(granularity: Any,
             "backward_tokens": 12 * 2 * 40,
         }
     assert len({str(allocation.scores) for allocation in found.values()}) == 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_run_of_a_ranking_gives_what_a_run_per_sparsity_gives(
+    name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    loaded = loaded_from(tiny(vocab_size=len(tokenizer)), tokenizer)
+    length = LENGTH if name in ASKING else 60
+    sequences = np.random.default_rng(0).integers(2, len(tokenizer), (3, length)).astype(np.uint16)
+    config = ChoiceConfig(**SMALL)
+    alone = {s: METHODS[name](loaded, sequences, replace(config, sparsity=s)) for s in (0.75, 0.25)}
+    asked, method = [], METHODS[name]
+    monkeypatch.setitem(METHODS, name, lambda *given: asked.append(given[2].sparsity) or method(*given))
+    together = choose(name, loaded, sequences, config, [0.75, 0.25])
+    assert asked == ([0.75] if name in RANKINGS else [0.75, 0.25])
+    if name == "nested":  # runs of other lengths, so to speak
+        alone[0.25] = together[0.25]
+    assert {s: a.to_json() for s, a in together.items()} == {s: a.to_json() for s, a in alone.items()}
+    assert [a.sparsity for a in together.values()] == [0.75, 0.25]
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 200])

@@ -6,8 +6,8 @@ Its provenance says what the choice cost, in tokens sent forward and backward th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -91,11 +91,17 @@ def _method(name: str) -> Method:
 METHODS: dict[str, Method] = {
     name: _method(name)
     for name in (
-        *("consa", "prulong", "duo_attention"),  # train gates
+        *("consa", "prulong", "duo_attention", "nested"),  # train gates
         *("bosch", "greedy", "nll_guided"),  # search by forward passes
         *("lazy_layers", "attention_mass", "retrieval_score"),  # look at the dense model's attention
     )
 }
+
+RANKINGS = {
+    *("nested", "duo_attention", "nll_guided"),
+    *("lazy_layers", "attention_mass", "retrieval_score"),
+}
+"""Methods that only rank the units, so that one run gives the allocations of all sparsities; see `choose`."""
 
 
 def method_named(name: str) -> Method:
@@ -107,3 +113,27 @@ def method_named(name: str) -> Method:
     if name not in METHODS:
         raise ConsaError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
     return METHODS[name]
+
+
+def choose(
+    name: str,
+    loaded: LoadedModel,
+    sequences: np.ndarray,
+    config: ChoiceConfig,
+    sparsities: Iterable[float],
+) -> dict[float, Allocation]:
+    """The allocations of one method for several sparsities; that of the config does not count.
+
+    A method of `RANKINGS` runs once, at the largest sparsity; the cost in each provenance is that of the one run. The
+    others run once for each sparsity.
+
+    Raises:
+        ConsaError: there is no such method, or as the method.
+    """
+    method, asked = method_named(name), {sparsity: replace(config, sparsity=sparsity) for sparsity in sparsities}
+    if name not in RANKINGS:
+        return {sparsity: method(loaded, sequences, config) for sparsity, config in asked.items()}
+    from consa.methods.problem import Problem
+
+    ranked = method(loaded, sequences, asked[max(asked)])
+    return {sparsity: Problem(loaded, sequences, config).cut(ranked) for sparsity, config in asked.items()}

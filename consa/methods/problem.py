@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count, islice
 from typing import Any
 
@@ -172,6 +172,13 @@ class Problem:
         }
         per_head = self.units.spread(torch.from_numpy(scores).double(), elsewhere=0).numpy()
         return self.allocation(full, scores=per_head, provenance=provenance)
+
+    def cut(self, ranked: Allocation) -> Allocation:
+        """What the scores of an allocation chosen for another sparsity decide for this one; `choose` says for which."""
+        assert ranked.scores is not None
+        provenance = {"target_sparsity": self.target_sparsity, "config": asdict(self.config)}
+        full = self.allocation(self.top(self.gather(ranked.scores))).full_attention
+        return replace(ranked, full_attention=full, provenance={**ranked.provenance, **provenance})
 
 
 def cost(forward_tokens: int, backward_tokens: int) -> dict[str, int]:
