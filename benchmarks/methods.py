@@ -1,11 +1,15 @@
-"""ConSA beside every other way to choose, at a matched budget: quality kept, retrieval, and what the choice cost.
+"""ConSA beside every other way to choose: quality kept, retrieval, and what the choice cost.
 
     python benchmarks/methods.py --train TRAIN.npy --heldout HELDOUT.npy --out benchmarks/results/methods.json
 
-TRAIN and HELDOUT are tokens, int `(num_sequences, seq_len)`. Every row is written as soon as it is measured, and a row
-that the file already holds is not measured again: `--seconds 500` stops before the first row that begins later than
-that, and the same command goes on from there. `--methods consa,rules` measures some; `--budget num_steps=100` sets any
-field of ChoiceConfig. Every seed beyond the first is for what is random.
+TRAIN and HELDOUT are tokens, int `(num_sequences, seq_len)`, as benchmarks/tokens.py writes them. What is run and in
+which order is in `PLAN`: seed 0 of everything, then the other seeds of what draws. Every row is written as soon as it
+is measured, and a row that the file already holds is not measured again: `--seconds 500` stops before the first run
+that begins later than that, and the same command goes on from there.
+
+`--estimate` prints what every run will cost, and runs nothing. `--share 1/4` to `--share 4/4`, each with its own --out,
+are four processes side by side on one GPU, each with about a quarter of the estimated seconds;
+benchmarks/merge.py makes one file of theirs.
 """
 
 from __future__ import annotations
@@ -13,109 +17,208 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from common import environment, overrides, print_table, write_json
 
-from consa.allocation import Allocation
+from consa import rules
+from consa.allocation import Allocation, Granularity
 from consa.evaluation.perplexity import heldout_losses
 from consa.evaluation.retrieval import ask
-from consa.methods import METHODS, ChoiceConfig, method_named
-from consa.methods.nested import nested
-from consa.model import LoadedModel, load_model
+from consa.learning import learn, units_of
+from consa.methods import METHODS, ChoiceConfig
+from consa.methods.duo_attention import SHORTEST
+from consa.model import AttentionLayout, LoadedModel, load_model, read_layout
 from consa.retrieval import examples
-from consa.rules import RULES
+from consa.sweep import Choice, make
 
-RANDOM = {"consa", "prulong", "duo_attention", "bosch", "nested", "random_units"}
-COLUMNS = [
-    "method",
-    "granularity",
-    "sparsity",
-    "seed",
-    "recovered",
-    "retrieval",
-    "seconds",
-    "Mtokens forward/backward",
-]
+
+class Entry(NamedTuple):
+    """A line of the plan: at which granularities a method runs, whether seeds matter, and its own budget."""
+
+    granularities: tuple[Granularity, ...]
+    draws: bool
+    budget: dict[str, int]
+
+
+BOTH: tuple[Granularity, ...] = ("kv_head", "layer")
+HEADS: tuple[Granularity, ...] = ("kv_head",)
+# In order of interest. Those that search evaluate on half as many sequences as ConSA's refinement: the time for all is
+# limited, and with four sequences they can afford the more moves.
+PLAN = {
+    "consa": Entry(BOTH, True, {}),
+    **{name: Entry(BOTH, name == "random_units", {}) for name in rules.RULES},
+    "nll_guided": Entry(BOTH, False, {}),
+    "duo_attention": Entry(HEADS, True, {}),
+    "prulong": Entry(HEADS, True, {}),
+    "bosch": Entry(HEADS, True, {"evaluation_sequences": 4}),
+    "greedy": Entry(HEADS, False, {"evaluation_sequences": 4}),
+    "nested": Entry(HEADS, True, {}),
+    "attention_mass": Entry(BOTH, False, {}),
+    "retrieval_score": Entry(BOTH, False, {}),
+    "lazy_layers": Entry(BOTH, False, {}),
+}
+# SmolLM2-135M on one H100, for the estimates alone: tokens per second, and seconds of a row's answers.
+FORWARD, FORWARD_AND_BACKWARD = 450_000, 150_000
+ANSWERING = 1.5
 
 
 def main() -> None:
+    options = parse()
+    began = time.perf_counter()
+    lengths = [int(text) for text in options.lengths.split(",")] if options.examples else []
+    heldout = _tokens(options.heldout)[: options.num_heldout]
+    evaluation = heldout.size + options.examples * sum(lengths)  # tokens forward, of each row
+    evaluation_seconds = evaluation / FORWARD + (ANSWERING if lengths else 0)
+    seq_len = heldout.shape[1]
+    layout = read_layout(options.model)
+    runs = list(planned(options))
+    costs = {run[0].run: estimate(run[0], layout, seq_len) for run in runs}
+    seconds = [in_seconds(*costs[run[0].run]) + len(run) * evaluation_seconds for run in runs]
+    index, number = (int(part) for part in options.share.split("/"))
+    mine = shares(seconds, number)[index - 1]
+    if options.estimate:
+        rows = [
+            [
+                runs[i][0].name,
+                len(runs[i]),
+                *(f"{n / 1e6:.2f}" for n in costs[runs[i][0].run]),
+                f"{seconds[i]:.0f}",
+            ]
+            for i in mine
+        ]
+        print_table(["run", "rows", "Mtokens forward", "of them backward too", "seconds"], rows)
+        total = sum(seconds[i] for i in mine)
+        print(
+            f"\n{total:.0f} seconds, {sum(len(runs[i]) for i in mine)} rows at {evaluation / 1e6:.2f} Mtokens each"
+        )
+        return
+    bench = Benchmark(options, load_model(options.model), _tokens(options.train), heldout, lengths, number)
+    left = 0
+    for place in mine:
+        if all(choice.name in bench.rows for choice in runs[place]):
+            continue
+        if time.perf_counter() - began > options.seconds:
+            left += 1
+            continue
+        forward, backward = costs[runs[place][0].run]
+        print(
+            f"{runs[place][0].name}: {forward / 1e6:.2f} Mtokens forward, {backward / 1e6:.2f} of them backward too,"
+            f" about {seconds[place]:.0f} s alone",
+            flush=True,
+        )
+        bench.add(runs[place])
+    print(f"{left} runs left: run the same command again" if left else "complete")
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--train", required=True)
     parser.add_argument("--heldout", required=True)
-    parser.add_argument(
-        "--methods", default="rules,all,nested", help="names; rules and all stand for several"
-    )
+    parser.add_argument("--methods", default=",".join(PLAN), help="names of the plan, commas between")
     parser.add_argument("--sparsity", default="0.733,0.5,0.9")
-    parser.add_argument("--granularity", default="kv_head,layer")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--budget", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--num-heldout", type=int, default=40)
+    parser.add_argument("--seeds", type=int, default=3, help="of what draws")
+    parser.add_argument("--budget", action="append", default=[], metavar="NAME=VALUE", help="of ChoiceConfig")
+    parser.add_argument("--num-heldout", type=int, default=48)
     parser.add_argument("--start", type=int, default=1024, help="first position that counts")
     parser.add_argument("--lengths", default="2048,4096,8192", help="tokens of the retrieval questions")
     parser.add_argument("--examples", type=int, default=8, help="questions per length; 0 for none")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after that many")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after that many")
+    parser.add_argument("--share", default="1/1", metavar="I/N", help="the I-th of N processes on one GPU")
+    parser.add_argument("--estimate", action="store_true", help="print what it will cost; run nothing")
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    return parser.parse_args()
 
-    began = time.perf_counter()
-    train, heldout = (
-        np.load(path, mmap_mode="r", allow_pickle=False) for path in (options.train, options.heldout)
-    )
-    bench = Benchmark(options, load_model(options.model), train, heldout[: options.num_heldout])
+
+def _tokens(path: str) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def planned(options: argparse.Namespace) -> Iterator[list[Choice]]:
+    """The rows asked for, those of one run together: of the first seed all, of others those that draw."""
     sparsities = [float(text) for text in options.sparsity.split(",")]
-    left = 0
-    for name, config in wanted(options, sparsities):
-        if bench.has(name, config):
-            continue
-        if time.perf_counter() - began > options.seconds:
-            left += 1
-        elif name == "nested":
-            bench.add_nested(config, sparsities)
-        else:
-            bench.add(name, config)
-    rows = [row for row in bench.record["rows"].values() if row["method"] not in ("dense", "all_swa")]
-    rows.sort(key=lambda row: (row["granularity"], row["sparsity"], -row["recovered"]))
-    print_table(COLUMNS, [cells(row) for row in rows])
-    print(f"{left} rows left: run the same command again" if left else "complete")
-
-
-def wanted(options: argparse.Namespace, sparsities: list[float]) -> Iterator[tuple[str, ChoiceConfig]]:
-    """The rows asked for: of the first seed all, of others those that are random."""
-    names: dict[str, None] = {}
-    for name in options.methods.split(","):
-        if name not in ("rules", "all", "nested", *RULES):
-            method_named(name)
-        names |= dict.fromkeys({"rules": RULES, "all": METHODS}.get(name, [name]))
-    base = ChoiceConfig(**overrides(options.budget))
     for seed in range(options.seeds):
-        for sparsity in sparsities:
-            for granularity in options.granularity.split(","):
-                for name in names:
-                    if (seed == 0 or name in RANDOM) and (name, granularity) != ("uniform_heads", "layer"):
-                        yield name, replace(base, sparsity=sparsity, granularity=granularity, seed=seed)
+        for name in options.methods.split(","):
+            if name not in PLAN:
+                raise SystemExit(f"--methods takes some of {','.join(PLAN)}, got {name!r}")
+            entry = PLAN[name]
+            for granularity in entry.granularities:
+                if (seed and not entry.draws) or (name, granularity) == ("uniform_heads", "layer"):
+                    continue
+                settings = (
+                    {"granularity": granularity, "seed": seed} | entry.budget | overrides(options.budget)
+                )
+                runs: dict[Any, list[Choice]] = {}
+                for sparsity in sparsities:
+                    choice = Choice(method=name, config=ChoiceConfig(sparsity=sparsity, **settings))
+                    runs.setdefault(choice.run, []).append(choice)
+                yield from runs.values()
+
+
+def estimate(choice: Choice, layout: AttentionLayout, seq_len: int) -> tuple[int, int]:
+    """Tokens that a run sends forward through the model, and those of them that it sends backward too.
+
+    Searches that end before their budget cost less.
+    """
+    config = choice.config
+    steps = config.num_steps * config.sequences_per_step * seq_len
+    one = config.evaluation_sequences * seq_len
+    questions = config.num_steps * config.sequences_per_step * (min(SHORTEST, seq_len) + seq_len) // 2
+    learned = config.for_learning()
+    return {
+        "consa": (steps + learned.refine_evaluations * one, steps),
+        "prulong": (steps, steps),
+        "nested": (steps, steps),
+        "duo_attention": (2 * questions, questions),
+        "bosch": (config.evaluations * one, 0),
+        "greedy": (config.evaluations * one, 0),
+        "nll_guided": ((units_of(layout, config.granularity).count + 1) * one, 0),
+    }.get(choice.method, (one if choice.method in METHODS else 0, 0))
+
+
+def in_seconds(forward: int, backward: int) -> float:
+    """On one H100, for a process alone."""
+    return (forward - backward) / FORWARD + backward / FORWARD_AND_BACKWARD
+
+
+def shares(seconds: Sequence[float], number: int) -> list[list[int]]:
+    """Runs shared out in order, each to the process that has least to do so far."""
+    found: list[list[int]] = [[] for _ in range(number)]
+    for place in range(len(seconds)):
+        min(found, key=lambda share: sum(seconds[other] for other in share)).append(place)
+    return found
 
 
 class Benchmark:
-    """A JSON file of rows, and what measures one."""
+    """A JSON file of rows, and what measures them."""
 
     def __init__(
-        self, options: argparse.Namespace, loaded: LoadedModel, train: np.ndarray, heldout: np.ndarray
+        self,
+        options: argparse.Namespace,
+        loaded: LoadedModel,
+        train: np.ndarray,
+        heldout: np.ndarray,
+        lengths: list[int],
+        processes: int,
     ) -> None:
         self.loaded, self.train, self.heldout = loaded, train, heldout
-        self.out, self.start = options.out, options.start
-        lengths = [int(text) for text in options.lengths.split(",")] if options.examples else []
-        config = ChoiceConfig(**overrides(options.budget))
-        kept = ("model", "train", "heldout", "num_heldout", "start", "lengths", "examples")
-        settings = {name: getattr(options, name) for name in kept} | {"budget": asdict(config)}
+        self.out, self.start, self.processes = options.out, options.start, processes
+        self.measured: dict[bytes, dict[str, Any]] = {}
+        kept = ("model", "train", "heldout", "start", "lengths", "examples")
+        settings = {name: getattr(options, name) for name in kept} | {
+            "num_heldout": len(heldout),
+            "seq_len": heldout.shape[1],
+            "budget": asdict(ChoiceConfig(**overrides(options.budget))),
+            "budgets": {name: entry.budget for name, entry in PLAN.items() if entry.budget},
+        }
         self.record: dict[str, Any] = environment() | {"settings": settings, "rows": {}}
         if self.out.exists():
             before = json.loads(self.out.read_text())
@@ -126,101 +229,68 @@ class Benchmark:
             length: examples("single", loaded.tokenizer, length=length, count=options.examples, seed=1)
             for length in lengths
         }
-        if "dense" not in self.record["rows"]:
-            shape = (loaded.layout.num_layers, loaded.layout.num_kv_heads)
-            all_swa = Allocation(
-                full_attention=np.zeros(shape, dtype=bool),
-                window=config.window,
-                num_sink_tokens=config.num_sink_tokens,
-                native_windows=loaded.layout.native_windows,
-            )
-            ends = {
-                name: {"method": name} | self._measure(a)
-                for name, a in (("all_swa", all_swa), ("dense", None))
-            }
-            self.record["rows"] |= ends
-            write_json(self.out, self.record)
+        if torch.cuda.is_available():  # so that no row pays for compiling kernels
+            learn(loaded.model, train, ChoiceConfig(num_steps=2).for_learning(refine_evaluations=1))
+        window = {name: settings["budget"][name] for name in ("window", "num_sink_tokens")}
+        layout = loaded.layout
+        shape = (layout.num_layers, layout.num_kv_heads)
+        for name, sparsity in (("dense", 0.0), ("all_swa", 1.0)):
+            if name not in self.rows:
+                end = rules.bottom(*shape, sparsity=sparsity, native_windows=layout.native_windows, **window)
+                self._write(name, {"method": name} | self._measure(end))
 
-    def has(self, name: str, config: ChoiceConfig) -> bool:
-        """Whether that row is measured."""
-        return key(name, config) in self.record["rows"]
+    @property
+    def rows(self) -> dict[str, Any]:
+        """By the choices' names."""
+        return self.record["rows"]
 
-    def add(self, name: str, config: ChoiceConfig) -> None:
+    def add(self, run: list[Choice]) -> None:
         """Choose, measure, write."""
-        began = seconds()
-        layout = self.loaded.layout
-        if name in METHODS:
-            allocation = METHODS[name](self.loaded, self.train, config)
-        else:
-            allocation = RULES[name](
-                layout.num_layers,
-                layout.num_kv_heads,
-                sparsity=config.sparsity,
-                granularity=config.granularity,
-                window=config.window,
-                num_sink_tokens=config.num_sink_tokens,
-                native_windows=layout.native_windows,
-                **({"seed": config.seed} if name in RANDOM else {}),
-            )
-        self._write(name, config, allocation, seconds() - began)
+        for choice, allocation in zip(run, make(run, self.loaded, self.train), strict=True):
+            floor, dense = self.rows["all_swa"]["loss"], self.rows["dense"]["loss"]
+            measured = self._measure(allocation)
+            row = {
+                "method": choice.method,
+                "granularity": choice.config.granularity,
+                "sparsity": choice.config.sparsity,
+                "seed": choice.config.seed,
+                "achieved": round(allocation.sparsity, 4),
+                "recovered": round((floor - measured["loss"]) / (floor - dense), 4),
+                "seconds": round(allocation.provenance["seconds"], 1),
+                "processes": self.processes,
+                "of_one_run": len(run),
+                "cost": allocation.provenance.get("cost", {"forward_tokens": 0, "backward_tokens": 0}),
+            }
+            print(row | measured, flush=True)
+            heads = ["".join("01"[int(full)] for full in layer) for layer in allocation.full_attention]
+            self._write(choice.name, row | measured | {"allocation": heads})
 
-    def add_nested(self, config: ChoiceConfig, sparsities: list[float]) -> None:
-        """One run for all sparsities; each row has its seconds."""
-        began = seconds()
-        found = nested(self.loaded, self.train, config, sparsities)
-        took = seconds() - began
-        for sparsity, allocation in found.items():
-            self._write("nested", replace(config, sparsity=sparsity), allocation, took)
-
-    def _write(self, name: str, config: ChoiceConfig, allocation: Allocation, took: float) -> None:
-        rows = self.record["rows"]
-        measured = self._measure(allocation)
-        floor, dense = rows["all_swa"]["loss"], rows["dense"]["loss"]
-        row = {
-            "method": name,
-            "granularity": config.granularity,
-            "sparsity": config.sparsity,
-            "seed": config.seed,
-            "achieved": round(allocation.sparsity, 4),
-            "recovered": round((floor - measured["loss"]) / (floor - dense), 4),
-            "seconds": round(took, 1),
-            "cost": allocation.provenance.get("cost", {"forward_tokens": 0, "backward_tokens": 0}),
-        }
-        print(row | measured, flush=True)
-        heads = ["".join("01"[int(full)] for full in layer) for layer in allocation.full_attention]
-        rows[key(name, config)] = row | measured | {"allocation": heads}
+    def _write(self, name: str, row: dict[str, Any]) -> None:
+        self.rows[name] = row
         write_json(self.out, self.record)
 
-    def _measure(self, allocation: Allocation | None) -> dict[str, Any]:
-        """Held-out loss from `start` on, nats, and the share of answers found at each length."""
-        batch = 4 if torch.cuda.is_available() else 1
-        losses = heldout_losses(self.loaded.model, self.heldout, allocation, batch_size=batch)
-        found = {
-            str(length): round(float(np.mean(ask(self.loaded, allocation, questions)["scores"])), 4)
-            for length, questions in self.questions.items()
-        }
-        return {"loss": round(float(losses[:, self.start :].mean(dtype=np.float64)), 5), "retrieval": found}
+    def _measure(self, allocation: Allocation) -> dict[str, Any]:
+        """Held-out loss from `start` on, nats; share of answers found at each length; KV cache of a held-out sequence.
 
-
-def key(name: str, config: ChoiceConfig) -> str:
-    return f"{name}/{config.granularity}/{config.sparsity:g}/seed{config.seed}"
-
-
-def seconds() -> float:
-    """Now, with nothing left under way on the GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def cells(row: dict[str, Any]) -> list[Any]:
-    spent = row["cost"]
-    return [
-        *(row[name] for name in COLUMNS[:5]),
-        " ".join(f"{share:.2f}" for share in row["retrieval"].values()),
-        row["seconds"],
-        f"{spent['forward_tokens'] / 1e6:.1f}/{spent['backward_tokens'] / 1e6:.1f}",
-    ]
+        Some methods decide alike; what is already measured is not measured again.
+        """
+        mask = allocation.full_attention.tobytes()
+        if mask not in self.measured:
+            on_gpu = torch.cuda.is_available()
+            losses = heldout_losses(
+                self.loaded.model, self.heldout, allocation, batch_size=4 if on_gpu else 1
+            )
+            found = {
+                str(length): ask(self.loaded, allocation, questions, batch_size=8 if on_gpu else 1)["scores"]
+                for length, questions in self.questions.items()
+            }
+            cache = allocation.kv_cache_bytes(self.heldout.shape[1], head_dim=self.loaded.layout.head_dim)
+            self.measured[mask] = {
+                "loss": round(float(losses[:, self.start :].mean(dtype=np.float64)), 5),
+                "retrieval": {length: round(float(np.mean(scores)), 4) for length, scores in found.items()},
+                "cache_bytes": cache,
+            }
+        return self.measured[mask]
 
 
 if __name__ == "__main__":

@@ -298,7 +298,7 @@ class EvalConfig:
     examples: int = _option(20, "of each retrieval task at each length")
     tasks: str | None = _option(None, "tasks of lm-eval; commas between several")
     limit: int | None = _option(None, "documents of each of these tasks; all unless given")
-    batch_size: int = _option(1, "sequences, or texts of lm-eval's tasks, computed at once")
+    batch_size: int = _option(1, "sequences, questions, or texts of lm-eval's tasks, computed at once")
     cache_tokens: int = _option(32768, "in the KV cache whose size is shown")
     seed: int = _option(0, "of retrieval texts, confidence intervals and random allocations")
 

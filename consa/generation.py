@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,6 @@ def generate_text(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
-    max_new_tokens: int = 256,
-    sampling: Sampling | None = None,
     chat: bool = False,
     on_text: Callable[[str], None] | None = None,
     **options: Any,
@@ -77,20 +75,16 @@ def generate_text(
         model: of any kind.
         tokenizer: the model's.
         prompt: text, not empty.
-        max_new_tokens: at most.
-        sampling: greedy unless given.
         chat: put the prompt into the tokenizer's chat template, as a user's message.
         on_text: called with each piece of text as soon as it cannot change any more.
-        options: for `model.generate`, for instance `past_key_values` or `prefill_chunk_size`.
+        options: as `generate_texts` takes them.
 
     Returns:
         The new text.
 
     Raises:
-        ConsaError: an empty prompt, a tokenizer without chat template, or more than the model has positions for.
+        ConsaError: a tokenizer without chat template, or as `generate_texts`.
     """
-    if max_new_tokens < 1:
-        raise ConsaError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if chat and not tokenizer.chat_template:
         raise ConsaError("the tokenizer has no chat template; give the prompt as plain text")
     if chat:
@@ -99,10 +93,46 @@ def generate_text(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
             )
         )
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
-    length = inputs["input_ids"].shape[1]
-    if length == 0:
+    streamer = _Pieces(tokenizer, on_text) if on_text else None
+    (text,) = generate_texts(
+        model, tokenizer, [prompt], add_special_tokens=not chat, streamer=streamer, **options
+    )
+    return text
+
+
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    add_special_tokens: bool = True,
+    **options: Any,
+) -> list[str]:
+    """Continue several prompts at once, shorter ones padded on the left.
+
+    Args:
+        model: of any kind.
+        tokenizer: the model's.
+        prompts: texts, none empty.
+        max_new_tokens: of each, at most.
+        sampling: greedy unless given.
+        add_special_tokens: those that the tokenizer puts before a text; a chat template has them already.
+        options: for `model.generate`, for instance `past_key_values` or `prefill_chunk_size`.
+
+    Returns:
+        The new texts.
+
+    Raises:
+        ConsaError: an empty prompt, or more than the model has positions for.
+    """
+    if max_new_tokens < 1:
+        raise ConsaError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    texts = [tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in prompts]
+    if not all(texts):
         raise ConsaError("the prompt is empty; give it some text")
+    length = max(map(len, texts))
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and length + max_new_tokens > longest:
         raise ConsaError(
@@ -112,17 +142,18 @@ def generate_text(
     sampling = sampling or Sampling()
     torch.manual_seed(sampling.seed)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    missing = torch.tensor([[length - len(text)] for text in texts])
+    ids = torch.tensor([[padding or 0] * (length - len(text)) + text for text in texts])
     generate: Any = model.generate  # typed as what a Module's attribute may be
     output = generate(
-        inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+        ids.to(model.device),
+        attention_mask=(torch.arange(length) >= missing).long().to(model.device),
         max_new_tokens=max_new_tokens,
         pad_token_id=padding,
-        streamer=_Pieces(tokenizer, on_text) if on_text else None,
         **sampling.options(),
         **options,
     )
-    return str(tokenizer.decode(output[0, length:], skip_special_tokens=True))
+    return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
 
 
 class _Pieces(TextStreamer):

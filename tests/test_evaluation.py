@@ -143,6 +143,17 @@ def test_generation_for_retrieval_is_the_exact_hybrids(tiny_model_folder: Path):
     assert ask(loaded, None, [half])["scores"] == [0.5]
 
 
+def test_questions_asked_together_are_answered_as_alone(tiny_model_folder: Path):
+    loaded = load_model(str(tiny_model_folder), device="cpu")
+    allocation = rules.middle(4, 3, sparsity=0.5, granularity="kv_head", window=8, num_sink_tokens=2)
+    asked = examples("multi_key", loaded.tokenizer, length=600, count=5)
+    assert len({len(example.prompt) for example in asked}) > 1
+    for chosen in (None, allocation):
+        done: list[int] = []
+        together = ask(loaded, chosen, asked, batch_size=3, on_example=done.append)
+        assert together == ask(loaded, chosen, asked) and done == [3, 2]
+
+
 # The suite.
 
 

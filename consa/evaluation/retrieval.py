@@ -8,7 +8,7 @@ from typing import Any
 
 from consa.allocation import Allocation
 from consa.cache import HybridCache
-from consa.generation import generate_text
+from consa.generation import generate_texts
 from consa.model import LoadedModel, attached
 from consa.retrieval import Example, answered, num_answer_tokens
 
@@ -18,31 +18,35 @@ def ask(
     allocation: Allocation | None,
     examples: Sequence[Example],
     *,
+    batch_size: int = 1,
     on_example: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Continue each prompt greedily, by only as many tokens as the answer needs.
+    """Continue each prompt greedily, by only as many tokens as the longest answer needs.
 
     Args:
         loaded: model and tokenizer.
         allocation: attached for the purpose; None leaves the model as it is.
         examples: of one task and length.
-        on_example: called with 1 after each example.
+        batch_size: prompts computed at once.
+        on_example: called with the number of examples done since the last call.
 
     Returns:
         `{"scores": share of the answers found, for each example, "continuations": the new text of each}`.
     """
     scores, continuations = [], []
+    num_tokens = max(num_answer_tokens(example, loaded.tokenizer) for example in examples)
     with nullcontext() if allocation is None else attached(loaded.model, allocation):
-        for example in examples:
-            text = generate_text(
+        for start in range(0, len(examples), batch_size):
+            batch = examples[start : start + batch_size]
+            texts = generate_texts(
                 loaded.model,
                 loaded.tokenizer,
-                example.prompt,
-                max_new_tokens=num_answer_tokens(example, loaded.tokenizer),
+                [example.prompt for example in batch],
+                max_new_tokens=num_tokens,
                 past_key_values=None if allocation is None else HybridCache(allocation),
             )
-            scores.append(answered(example, text))
-            continuations.append(text)
+            scores += [answered(example, text) for example, text in zip(batch, texts, strict=True)]
+            continuations += texts
             if on_example:
-                on_example(1)
+                on_example(len(batch))
     return {"scores": scores, "continuations": continuations}

@@ -263,7 +263,7 @@ def _measures(
         def answers(
             allocation: Allocation | None, advance: Callable[[int], None], examples: Any = examples
         ) -> dict[str, Any]:
-            return ask(loaded, allocation, examples, on_example=advance)
+            return ask(loaded, allocation, examples, batch_size=config.batch_size, on_example=advance)
 
         measures.append(Measure(f"{task} {length}", {"text": _digest(text.encode())}, len(examples), answers))
     limits: dict[str, Any] = {"limit": config.limit, "seed": config.seed}

@@ -130,7 +130,10 @@ def choose(
     Raises:
         ConsaError: there is no such method, or as the method.
     """
-    method, asked = method_named(name), {sparsity: replace(config, sparsity=sparsity) for sparsity in sparsities}
+    method, asked = (
+        method_named(name),
+        {sparsity: replace(config, sparsity=sparsity) for sparsity in sparsities},
+    )
     if name not in RANKINGS:
         return {sparsity: method(loaded, sequences, config) for sparsity, config in asked.items()}
     from consa.methods.problem import Problem

@@ -1,0 +1,35 @@
+"""One file of the parts that benchmarks/methods.py wrote with `--share`.
+
+    python benchmarks/merge.py PART.json [PART.json ...] --out benchmarks/results/methods.json
+
+A copy of the merged file is a good start for every part, should a later run share out what is left otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from common import write_json
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    first, *others = (json.loads(part.read_text()) for part in options.parts)
+    for part, record in zip(options.parts[1:], others, strict=True):
+        for name in ("settings", "hardware", "versions"):
+            if record[name] != first[name]:
+                raise SystemExit(f"{part}: {name} is {record[name]}, but {first[name]} in {options.parts[0]}")
+        first["rows"] |= record["rows"]
+    write_json(options.out, first)
+    print(f"{len(first['rows'])} rows in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""benchmarks/methods.py on a tiny model: what it runs, what it foretells, and that its parts make one table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from consa.methods import METHODS, RANKINGS, duo_attention
+from consa.rules import RULES
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+LENGTH = 600
+BUDGET = ("num_steps=2", "sequences_per_step=2", "evaluations=18", "evaluation_sequences=2", "window=6")
+
+
+@pytest.fixture
+def call(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the benchmark with some arguments, writing to a file of that name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(duo_attention, "NUM_LENGTHS", 1)
+    monkeypatch.setattr(duo_attention, "PER_LENGTH", 2)
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 3), ("heldout", 2)):
+        np.save(tmp_path / f"{name}.npy", rng.integers(2, 250, (count, LENGTH)).astype(np.uint16))
+    given = ["--model", str(tiny_model_folder), "--sparsity", "0.5,0.75", "--seeds", "2", "--start", "100"]
+    given += ["--train", str(tmp_path / "train.npy"), "--heldout", str(tmp_path / "heldout.npy")]
+    given += ["--lengths", str(LENGTH), "--examples", "2", *(f"--budget={item}" for item in BUDGET)]
+
+    def run(out: str, *more: str) -> Path:
+        monkeypatch.setattr(sys, "argv", ["methods.py", *given, "--out", str(tmp_path / out), *more])
+        import_module("methods").main()
+        return tmp_path / out
+
+    return run
+
+
+def rows_of(path: Path) -> dict[str, Any]:
+    return {
+        name: row
+        for name, row in json.loads(path.read_text())["rows"].items()
+        if name not in ("dense", "all_swa")
+    }
+
+
+def test_the_plan_holds_every_method_and_every_rule(call: Any):
+    plan = import_module("methods").PLAN
+    assert set(plan) == set(METHODS) | set(RULES) and next(iter(plan)) == "consa"
+
+
+@pytest.mark.timeout(600)
+def test_shares_make_one_table_that_costs_what_was_foretold(
+    call: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    chosen = "--methods=middle,random_units,nll_guided,duo_attention,bosch,nested,lazy_layers"
+    call("none.json", "--estimate", chosen)
+    foretold = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "-seed" in line]
+    assert not (tmp_path / "none.json").exists()
+    parts = [call(f"{i}.json", f"--share={i}/2", chosen) for i in (1, 2)]
+    assert not set(rows_of(parts[0])) & set(rows_of(parts[1]))
+    monkeypatch.setattr(sys, "argv", ["merge.py", *map(str, parts), "--out", str(tmp_path / "all.json")])
+    import_module("merge").main()
+    rows = rows_of(tmp_path / "all.json")
+    per_seed = {"middle": 4, "random_units": 4, "nll_guided": 4, "lazy_layers": 4}
+    per_seed |= {"duo_attention": 2, "bosch": 2, "nested": 2}
+    draws = ("random_units", "duo_attention", "bosch", "nested")
+    for name, count in per_seed.items():
+        assert sum(row["method"] == name for row in rows.values()) == count * (1 + (name in draws)), name
+    assert sum(int(line[1]) for line in foretold) == len(rows)
+    for line in foretold:
+        row = rows[line[0].strip()]
+        assert row["of_one_run"] == int(line[1]) == (2 if row["method"] in RANKINGS else 1)
+        assert row["processes"] == 2 and row["retrieval"].keys() == {str(LENGTH)}
+        spent = [row["cost"][f"{direction}_tokens"] / 1e6 for direction in ("forward", "backward")]
+        if (row["method"], row["granularity"]) != (
+            "consa",
+            "layer",
+        ):  # refining 4 units takes less than it may
+            assert spent == pytest.approx([float(line[2]), float(line[3])], rel=0.1, abs=0.005)
+
+    monkeypatch.setattr(import_module("methods"), "make", None)  # nothing is left to do
+    before = rows_of(parts[0])
+    call("1.json", "--share=1/2", chosen)
+    assert rows_of(parts[0]) == before
+    with pytest.raises(SystemExit, match="was measured with"):
+        call("1.json", "--examples=3")
+
+
+def test_what_is_not_in_the_plan_is_refused(call: Any):
+    with pytest.raises(SystemExit, match=r"--methods takes some of consa,.*got 'duo'"):
+        call("none.json", "--methods=duo")
