@@ -83,6 +83,16 @@ def test_shares_make_one_table_that_costs_what_was_foretold(
         ):  # refining 4 units takes less than it may
             assert spent == pytest.approx([float(line[2]), float(line[3])], rel=0.1, abs=0.005)
 
+    record = json.loads((tmp_path / "all.json").read_text())
+    page = import_module("results_page").methods(record)
+    for sparsity in ("0.5", "0.75"):
+        start = page.index(f"Sparsity {sparsity}:") + 4  # after the table's head
+        lines = page[start : page.index("", start)]
+        medians = [float(line.split("|")[3].strip(" *")) for line in lines]
+        assert len(lines) == 11 and medians == sorted(medians, reverse=True)
+        assert ["**" in line for line in lines] == [value == medians[0] for value in medians]
+    assert import_module("results_page").frontier(record).startswith(b"\x89PNG")
+
     monkeypatch.setattr(import_module("methods"), "make", None)  # nothing is left to do
     before = rows_of(parts[0])
     call("1.json", "--share=1/2", chosen)
