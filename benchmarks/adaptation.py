@@ -38,7 +38,7 @@ from consa.allocation import Allocation
 from consa.config import AdaptConfig, LearnConfig
 from consa.evaluation.perplexity import heldout_losses
 from consa.learning import learn
-from consa.model import LoadedModel, attached, load_model
+from consa.model import attached, load_model
 from consa.retrieval import examples
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS), help="in the order in which they are measured")
     parser.add_argument("--seed", type=int, default=0, help="of the learned allocations")
     parser.add_argument("--tokens", type=float, default=5.25e6, help="each row's training; 20 M at most")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--joint-rate", type=float, default=1e-4, help="of the weights while gates learn")
     parser.add_argument("--sequences-per-step", type=int, default=8)
     parser.add_argument("--micro-batch", type=int, default=4)
@@ -182,7 +182,8 @@ class Benchmark:
             "allocation": ["".join("01"[int(full)] for full in layer) for layer in allocation.full_attention],
         }
         compare(self.record["rows"])
-        print({k: v for k, v in self.record["rows"][name].items() if k not in ("losses", "allocation")})
+        shown = {k: v for k, v in self.record["rows"][name].items() if k not in ("losses", "allocation")}
+        print(name, shown, flush=True)
         write_json(self.options.out, self.record)
 
     def allocation(self, name: str) -> Allocation:
@@ -271,7 +272,7 @@ def compare(rows: dict[str, dict[str, Any]]) -> None:
                 ("recovered_of_trained", "after", floor["after"], dense["after"]),
             ):
                 share = (low["loss"] - row[when]["loss"]) / (low["loss"] - high["loss"])
-                row[key] = round(share, 4)
+                row[key] = round(share, 4) + 0.0  # no negative zero
 
 
 def cells(name: str, row: dict[str, Any]) -> list[Any]:

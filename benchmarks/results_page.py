@@ -251,10 +251,87 @@ def inference(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def adaptation(record: dict[str, Any]) -> list[str]:
+    settings, rows = record["settings"], record["rows"]
+    dense = rows["dense"]
+    tokens = record["steps"] * settings["sequences_per_step"] * record["seq_len"]
+    lines = [
+        "## Adaptation: hybrids and the dense model, trained equally long",
+        "",
+        f"SmolLM2-135M-Instruct, every weight trained by `adapt` on {tokens / 1e6:.2f} M tokens"
+        f" ({record['steps']} steps of {settings['sequences_per_step']} sequences of {record['seq_len']:,}), cross-entropy, peak learning rate"
+        f" {settings['learning_rate']:g}, window {record['window']}; {record['heldout_sequences']} held-out sequences,"
+        f" positions from {settings['start']:,} on. The dense model goes from {dense['before']['loss']:.3f} to"
+        f" {dense['after']['loss']:.3f} nats and is what `recovered` is 1 at: before the training as it was, after it"
+        " as trained. 0 is all-SWA with as many sinks as the row, as it was; for `of trained` it is all-SWA trained"
+        " equally long. `behind` is the loss after training less that of the trained dense model. `needles` are the"
+        f" shares of {settings['examples']} single needles found at {settings['lengths'].replace(',', ' and ')} tokens."
+        " The allocations were learned with 4 sinks, whatever they are trained with.",
+        "",
+    ]
+    columns = [
+        "allocation",
+        "loss",
+        "recovered",
+        "needles",
+        "trained: loss",
+        "recovered",
+        "of trained",
+        "behind",
+        "needles",
+    ]
+    for sinks in (4, 0):
+        chosen = {name: row for name, row in rows.items() if row["sinks"] in (None, sinks)}
+        if len(chosen) > 1:
+            table = [_adapted(ADAPTED[name.partition("/")[0]], row) for name, row in chosen.items()]
+            lines += [f"With {sinks or 'no'} sinks:", "", *_table(columns, table), ""]
+    return lines + _joint(record) + _source(record)
+
+
+ADAPTED = {
+    "dense": "dense",
+    "all_swa": "all-SWA",
+    "kv_head": "KV heads, learned",
+    "layer": "layers, learned",
+    "interleaved": "KV heads, interleaved",
+    "middle": "KV heads, middle",
+    "joint": "KV heads, learned jointly",
+    "distilled": "KV heads, learned; half distillation",
+}
+
+
+def _adapted(name: str, row: dict[str, Any]) -> list[str]:
+    def text(key: str, form: str) -> str:
+        return "" if row[key] is None else format(row[key], form)
+
+    needles = [" ".join(f"{x:.2f}" for x in row[when]["retrieval"].values()) for when in ("before", "after")]
+    before = [f"{row['before']['loss']:.4f}", text("recovered_before", ".3f"), needles[0]]
+    after = [f"{row['after']['loss']:.4f}", text("recovered", ".3f"), text("recovered_of_trained", ".3f")]
+    return [name, *before, *after, text("behind_dense", "+.4f"), needles[1]]
+
+
+def _joint(record: dict[str, Any]) -> list[str]:
+    """Joint learning against masks first, in a sentence, once both are measured."""
+    rows = record["rows"]
+    if not {"joint/4", "kv_head/4"} <= rows.keys():
+        return []
+    steps, sequences = record["learn_steps"], record["learn_sequences_per_step"]
+    joint, apart = (rows[name]["after"]["loss"] for name in ("joint/4", "kv_head/4"))
+    which = "less" if joint < apart else "more"
+    return [
+        f"Masks and weights learned together ({steps} steps of {sequences} sequences, the weights at a learning rate of"
+        f" {record['settings']['joint_rate']:g}), then the weights under the mask they ended with, against masks first"
+        f" on the same text and then the weights: {abs(joint - apart):.4f} nats {which} after as many tokens in all."
+        " In the joint row, the loss before is that of the weights which joint learning ended with.",
+        "",
+    ]
+
+
 SECTIONS = {
     "demo": demo,
     "allocations-kv_head": allocations,
     "allocations-layer": allocations,
+    "adaptation": adaptation,
     "control": control,
     "methods": methods,
     "inference": inference,

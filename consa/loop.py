@@ -90,7 +90,8 @@ class Weights:
             [m for m in self.masters.values() if isinstance(m, DTensor) == kind] for kind in (False, True)
         ]
         groups = [{"params": kind} for kind in kinds if kind]  # one call cannot update both kinds
-        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0)
+        # Fused: otherwise an update holds several copies of the weights.
+        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0, fused=True)
 
     def __enter__(self) -> Weights:
         for name, parameter in self.parameters.items():
@@ -149,8 +150,8 @@ class Weights:
             for slot in ("step", "exp_avg", "exp_avg_sq"):
                 value = tensors.get(f"weight_optimizer.{slot}.{name}")
                 if value is not None:  # no gradient ever: an output layer, if hidden states alone count
-                    whole = slot == "step"
-                    self.optimizer.state[master][slot] = value if whole else distributed.like(value, master)
+                    placed = value.to(master.device) if slot == "step" else distributed.like(value, master)
+                    self.optimizer.state[master][slot] = placed
         self._refresh()
 
     def _refresh(self) -> None:
