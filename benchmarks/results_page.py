@@ -259,8 +259,9 @@ def adaptation(record: dict[str, Any]) -> list[str]:
         "## Adaptation: hybrids and the dense model, trained equally long",
         "",
         f"SmolLM2-135M-Instruct, every weight trained by `adapt` on {tokens / 1e6:.2f} M tokens"
-        f" ({record['steps']} steps of {settings['sequences_per_step']} sequences of {record['seq_len']:,}), cross-entropy, peak learning rate"
-        f" {settings['learning_rate']:g}, window {record['window']}; {record['heldout_sequences']} held-out sequences,"
+        f" ({record['steps']} steps of {settings['sequences_per_step']} sequences of {record['seq_len']:,}),"
+        f" cross-entropy, peak learning rate {settings['learning_rate']:g}, window"
+        f" {record['window']}; {record['heldout_sequences']} held-out sequences,"
         f" positions from {settings['start']:,} on. The dense model goes from {dense['before']['loss']:.3f} to"
         f" {dense['after']['loss']:.3f} nats and is what `recovered` is 1 at: before the training as it was, after it"
         " as trained. 0 is all-SWA with as many sinks as the row, as it was; for `of trained` it is all-SWA trained"
