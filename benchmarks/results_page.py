@@ -328,11 +328,36 @@ def _joint(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def distributed(record: dict[str, Any]) -> list[str]:
+    settings, killed = record["settings"], record["killed"]
+    lines = [
+        "## The same run on several processes",
+        "",
+        f"Runs of {settings['steps']} steps of {settings['sequences_per_step']} sequences, whatever the number of"
+        " processes, one GPU each. `speed-up` is to one process, over how many there are; `memory` is the most that any"
+        " GPU had allocated; `largest difference` is that of the losses to those of one process, relative. Adapting"
+        " keeps its allocation; of Qwen3-0.6B the weights are random.",
+        "",
+        *_table(record["columns"], record["table"]),
+        "",
+    ]
+    if killed:
+        lines += [
+            f"One of {killed['processes']} processes killed at step {killed['at_step']} of {killed['run']}: the job"
+            f" ended with exit code {killed['exit_code']}, and `{killed['said'][0]}`. Continued on"
+            f" {killed['continued_on']}, its losses differ from those of a run left alone by at most"
+            f" {killed['largest_difference']:.1e}, relative.",
+            "",
+        ]
+    return lines + _source(record)
+
+
 SECTIONS = {
     "demo": demo,
     "allocations-kv_head": allocations,
     "allocations-layer": allocations,
     "adaptation": adaptation,
+    "distributed": distributed,
     "control": control,
     "methods": methods,
     "inference": inference,

@@ -13,7 +13,7 @@ from pathlib import Path
 from consa import Allocation
 from consa.runs import run, run_adaptation
 
-RECIPES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "run")
+RECIPES = sorted(path.stem for path in Path(__file__).parent.glob("qwen*.py"))
 
 
 def main() -> None:

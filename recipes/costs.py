@@ -1,0 +1,193 @@
+"""Memory and time of every recipe on 1 and 8 GPUs, worked out from the model's shape: writes recipes/README.md.
+
+python -m recipes.costs
+
+Memory is counted: weights, gradients and optimiser by their bytes, what a layer keeps for its backward pass by running
+one and looking. Only the speed of the arithmetic is assumed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from consa import rules
+from consa.config import AdaptConfig, LearnConfig
+from consa.files import write_atomically
+from consa.loss import CHUNK_TOKENS
+from recipes.run import RECIPES
+
+PAGE = Path(__file__).parent / "README.md"
+GPUS = (1, 8)
+TFLOPS = 200  # assumed: a fifth of what an H100 can do in bfloat16
+SAMPLE_TOKENS = 64  # of the layer that is run
+CONTEXT = 32768  # tokens of the KV cache that is shown
+
+
+def main() -> None:
+    """Write the page."""
+    write_atomically(PAGE, page().encode())
+
+
+def page() -> str:
+    """What README.md holds."""
+    lines = [
+        "# Recipes",
+        "",
+        "Written by `python -m recipes.costs`. Run one with `python -m recipes.run NAME learn`, then `adapt`; on 8 GPUs"
+        " of one host, with `torchrun --nproc-per-node 8 -m` for `python -m`, and the same settings.",
+        "",
+        "Memory is per GPU, in GB of 10^9 bytes, with one sequence computed at once and layers recomputed in the"
+        f" backward pass. Time is at {TFLOPS} TFLOP/s, a fifth of what an H100 can do in bfloat16: an estimate, without"
+        " reading text, measuring and refinement.",
+        "",
+    ]
+    for name in RECIPES:
+        lines += section(name, import_module(f"recipes.{name}"))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def section(name: str, recipe: ModuleType) -> list[str]:
+    """One recipe's part of the page."""
+    model = skeleton(recipe.SHAPE)
+    total, layers, embeddings = parameters(model)
+    heads = (model.config.num_hidden_layers, model.config.num_key_value_heads)
+    learn: LearnConfig = recipe.LEARN
+    hybrid = rules.interleaved(
+        *heads, sparsity=learn.sparsity, window=learn.window, num_sink_tokens=learn.num_sink_tokens
+    )
+    dense = rules.bottom(*heads, sparsity=0.0, window=learn.window)
+    cache, small = (a.kv_cache_bytes(CONTEXT, head_dim=model.config.head_dim) / 1e9 for a in (dense, hybrid))
+    lines = [
+        f"## {name}: {recipe.RUN.model}",
+        "",
+        f"{total / 1e6:,.1f} M parameters: {embeddings / 1e6:.1f} M in the embeddings, which the output layer shares,"
+        f" and {heads[0]} layers of {layers / heads[0] / 1e6:.2f} M. A sequence's KV cache at {CONTEXT:,} tokens:"
+        f" {cache:.2f} GB dense, {small:.2f} GB as the hybrid. A checkpoint of adapting takes"
+        f" {total * 12 / 1e9:.1f} GB, and twice that passes through the memory of the main process's machine.",
+        "",
+    ]
+    columns = [(phase, gpus) for phase in ("learn", "adapt") for gpus in GPUS]
+    configs = {"learn": recipe.LEARN, "adapt": recipe.ADAPT}
+    full = {"learn": 1.0, "adapt": 1 - learn.sparsity}
+    found = [
+        (memory(model, configs[phase], gpus), time(model, configs[phase], gpus, full=full[phase]))
+        for phase, gpus in columns
+    ]
+    lines.append(
+        "| | " + " | ".join(f"{phase}, {gpus} GPU{'s' * (gpus > 1)}" for phase, gpus in columns) + " |"
+    )
+    lines.append("| --- |" + " ---: |" * len(columns))
+    for part in dict.fromkeys(part for parts, _ in found for part in parts):
+        cells = (f"{parts[part] / 1e9:.1f}" if part in parts else "" for parts, _ in found)
+        lines.append(f"| {part} | " + " | ".join(cells) + " |")
+    lines.append(
+        "| **GB in all** | " + " | ".join(f"**{sum(p.values()) / 1e9:.1f}**" for p, _ in found) + " |"
+    )
+    for label in found[0][1]:
+        lines.append(f"| {label} | " + " | ".join(facts[label] for _, facts in found) + " |")
+    return [*lines, ""]
+
+
+def skeleton(shape: dict[str, Any]) -> Qwen3ForCausalLM:
+    """The model without weights."""
+    with torch.device("meta"):
+        return Qwen3ForCausalLM(Qwen3Config(**shape))
+
+
+def parameters(model: Qwen3ForCausalLM) -> tuple[int, int, int]:
+    """How many there are, in the layers, in the embeddings."""
+    total = sum(p.numel() for p in model.parameters())
+    return (
+        total,
+        sum(p.numel() for p in model.model.layers.parameters()),
+        model.model.embed_tokens.weight.numel(),
+    )
+
+
+def memory(model: Qwen3ForCausalLM, config: LearnConfig | AdaptConfig, gpus: int) -> dict[str, float]:
+    """Bytes on each GPU, by what they are for."""
+    total, layers, _ = parameters(model)
+    shape, tokens = model.config, config.seq_len * config.micro_batch
+    sharded = isinstance(config, AdaptConfig) and config.parallel == "fsdp" and gpus > 1
+    parts: dict[str, float] = {}
+    if isinstance(config, LearnConfig):
+        parts["weights"] = total * 2
+    elif not sharded:
+        parts["weights"] = total * 2
+        parts["masters, gradients, Adam"] = total * (4 + 4 + 8)
+    else:
+        whole = total - layers
+        parts["weights"] = whole * 2
+        parts["masters, gradients, Adam"] = whole * (4 + 4 + 8) + layers * (4 + 4 + 8) / gpus
+        parts["the model as it was"] = total * 2
+        parts["two layers gathered"] = 2 * layers / shape.num_hidden_layers * 2
+    if isinstance(config, AdaptConfig) and config.needs_teacher and not sharded:
+        parts["the model as it was"] = total * 2
+    parts["inputs of layers"] = shape.num_hidden_layers * tokens * shape.hidden_size * 2
+    parts["one layer, recomputed"] = layer_bytes(shape) * tokens
+    parts["a chunk of logits"] = (
+        CHUNK_TOKENS * shape.vocab_size * (2 + 2 + 4 + 4)
+    )  # and gradients, in both precisions
+    return parts
+
+
+def time(
+    model: Qwen3ForCausalLM, config: LearnConfig | AdaptConfig, gpus: int, *, full: float
+) -> dict[str, str]:
+    """Tokens, FLOP and time, if a share `full` of the heads computes full attention and the others cost nothing.
+
+    Backward counts as 2 passes through weights that train, 1 through frozen ones, and 2.5 through attention;
+    recomputation as 1 more of each.
+    """
+    total, _, _ = parameters(model)
+    shape = model.config
+    attention = 2 * config.seq_len * shape.num_attention_heads * shape.head_dim * shape.num_hidden_layers
+    passes = 1 + (1 if isinstance(config, LearnConfig) else 2) + 1
+    flop = passes * 2 * total + (1 + 2.5 + 1) * attention * full
+    speed = TFLOPS * 1e12 / flop
+    tokens = config.num_steps * config.sequences_per_step * config.seq_len
+    hours = tokens / speed / gpus / 3600
+    return {
+        "GFLOP per token": f"{flop / 1e9:.1f}",
+        "million tokens": f"{tokens / 1e6:.1f}",
+        "tokens per second": f"{speed * gpus:,.0f}",
+        "time": f"{hours:.1f} h" if hours > 1 else f"{hours * 60:.1f} min",
+    }
+
+
+def layer_bytes(config: Any) -> float:
+    """What one layer keeps for its backward pass, bytes per token, in bfloat16: from running one on a few."""
+    small = Qwen3Config(
+        **config.to_diff_dict() | {"num_hidden_layers": 1, "vocab_size": 8, "layer_types": None}
+    )
+    model = Qwen3ForCausalLM(small).to(torch.bfloat16)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    layer, hidden = (
+        model.model.layers[0],
+        torch.zeros(1, SAMPLE_TOKENS, config.hidden_size, dtype=torch.bfloat16),
+    )
+    places = torch.arange(SAMPLE_TOKENS)[None]
+    position_embeddings = model.model.rotary_emb(hidden, places)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = layer(hidden.requires_grad_(), position_embeddings=position_embeddings, position_ids=places)
+    del out
+    return sum(kept.values()) / SAMPLE_TOKENS
+
+
+if __name__ == "__main__":
+    main()
