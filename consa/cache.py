@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from consa.allocation import Allocation
 from consa.attention.branches import fused_for
@@ -520,11 +520,8 @@ def _recording() -> bool:
 
 
 def dynamic_layer(allocation: Allocation, layer: int) -> CacheLayerMixin:
-    """A layer that grows; one that the model slides itself keeps transformers' own."""
-    window = allocation.native_windows.get(layer)
-    return (
-        HybridLayer(HeadSplit.of(allocation, layer)) if window is None else DynamicSlidingWindowLayer(window)
-    )
+    """A layer that grows."""
+    return HybridLayer(HeadSplit.of(allocation, layer))
 
 
 def static_layer(allocation: Allocation, layer: int, max_cache_len: int) -> CacheLayerMixin:

@@ -26,7 +26,7 @@ from consa.allocation import Allocation
 from consa.attention import interface
 from consa.attention.plan import Plan
 from consa.errors import ConsaError, UnsupportedModelError
-from consa.files import read_text, sha256_of
+from consa.files import check_writable, read_text, sha256_of
 from consa.model import attention_layout, check_fits, inspect_attention, quiet
 from consa.register import PREFIX, TAKEN
 
@@ -83,16 +83,13 @@ def convert(
         ConsaError: plain was asked for and is not possible, or the folder cannot be written.
     """
     folder = Path(out_dir)
+    check_wish(folder, kind)
     check_fits(allocation, attention_layout(model), type(model).__name__)
-    if kind not in ("auto", "hybrid", "plain"):
-        raise ConsaError(f"kind must be auto, hybrid or plain, got {kind!r}")
     obstacle = None if kind == "hybrid" else plain_obstacle(model.config, allocation)
     if kind == "plain" and obstacle:
         raise ConsaError(
             f"no plain checkpoint is possible: {obstacle}; write a hybrid, which consa.load reads"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConsaError(f"{folder} already exists; choose another folder, or delete it")
     if kind == "hybrid" or obstacle:
         kind, reason = "hybrid", f"needs consa: {obstacle or 'as asked for'}"
     else:
@@ -129,6 +126,19 @@ def convert(
             f"cannot write {folder}: {error.strerror or error}; choose a folder with room"
         ) from error
     return Converted(folder, kind, reason)
+
+
+def check_wish(folder: Path, kind: str) -> None:
+    """Make sure of what `convert` can know before there is a model.
+
+    Raises:
+        ConsaError: no such kind, or a folder that holds something or cannot be made.
+    """
+    if kind not in ("auto", "hybrid", "plain"):
+        raise ConsaError(f"kind must be auto, hybrid or plain, got {kind!r}")
+    check_writable(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConsaError(f"{folder} already exists; choose another folder, or delete it")
 
 
 def load(

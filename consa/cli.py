@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 import consa
 from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig, SweepConfig
 from consa.errors import ConsaError
-from consa.files import read_text
+from consa.files import check_writable, read_text
 from consa.options import command_line, described, from_options, number, with_fields_of
 
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it, and its click may be its own
@@ -235,7 +235,8 @@ def convert(
     from consa import checkpoint
     from consa.model import load_model
 
-    loaded = load_model(model)
+    checkpoint.check_wish(out, kind)
+    loaded = load_model(model, device="cpu", dtype="auto")
     written = checkpoint.convert(loaded.model, chosen, out, tokenizer=loaded.tokenizer, kind=cast(Any, kind))
     print(f"{written.folder}: {written.kind} checkpoint ({written.reason})")
 
@@ -302,6 +303,8 @@ def bench(
     from consa.checkpoint import load
     from consa.progress import progress
 
+    out = out or folder.parent / f"{folder.name}-bench"
+    check_writable(out)
     model = load(folder)
     with progress("measuring", len(lists[0]) * len(lists[1]) * repeats * 2) as tell:
         result = benchmark.benchmark(
@@ -313,8 +316,7 @@ def bench(
             on_run=tell,
         )
     _show(*result.table())
-    folder = out or folder.parent / f"{folder.name}-bench"
-    for path in benchmark.write(result, folder):
+    for path in benchmark.write(result, out):
         print(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -32,6 +33,22 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:  # also when interrupted; after os.replace there is nothing left under this name
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def check_writable(folder: Path) -> None:
+    """Make sure, without making anything, that files can be put into a folder, which need not exist yet.
+
+    Raises:
+        ConsaError: something is in the way.
+    """
+    try:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        problem = 0 if os.access(nearest, os.R_OK | os.W_OK | os.X_OK) else errno.EACCES
+        problem = problem if nearest.is_dir() else errno.ENOTDIR
+    except OSError as error:  # a name that is too long, or a folder that may not be entered
+        problem = error.errno
+    if problem:
+        raise ConsaError(f"cannot write {folder}: {os.strerror(problem)}; choose another folder")
 
 
 def read_text(path: Path, *, max_bytes: int) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -247,13 +247,15 @@ def check_device(device: str | None) -> None:
         raise ConsaError(f"device must be such as cpu or cuda:1, got {device!r}") from error
 
 
-def load_model(source: str, *, device: str | None = None, dtype: torch.dtype | None = None) -> LoadedModel:
+def load_model(
+    source: str, *, device: str | None = None, dtype: torch.dtype | Literal["auto"] | None = None
+) -> LoadedModel:
     """Load a causal language model and its tokenizer, after making sure that its attention can be taken over.
 
     Args:
         source: a folder, a GGUF file, a Hugging Face name, or one of `PACKAGED_MODELS`.
         device: "cuda" if there is one, else "cpu", unless given.
-        dtype: bfloat16 on CUDA, else float32 (bfloat16 is slower on most CPUs), unless given.
+        dtype: bfloat16 on CUDA, else float32 (bfloat16 is slower on most CPUs), unless given; "auto" for as saved.
 
     Raises:
         UnsupportedModelError: the attention cannot be taken over exactly; nothing but the config was read.

@@ -155,6 +155,23 @@ def test_decoding_copies_nothing_but_the_new_token():
     assert before == {name: value.data_ptr() for name, value in vars(layer).items() if torch.is_tensor(value)}
 
 
+def in_chunks(model, cache, ids, mask, positions, chunks):
+    """Logits of a whole text, given to the model piece by piece."""
+    out, done = [], 0
+    for chunk in chunks:
+        part = slice(done, done + chunk)
+        done += chunk
+        out.append(
+            model(
+                ids[:, part],
+                attention_mask=mask[:, :done],
+                position_ids=positions[:, part],
+                past_key_values=cache,
+            ).logits
+        )
+    return torch.cat(out, 1)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_decodes_the_exact_hybrid(family, padded):
@@ -164,43 +181,35 @@ def test_every_family_decodes_the_exact_hybrid(family, padded):
     if padded:
         ids, mask = left_padding(ids, [0, 11])
         positions = (mask.cumsum(1) - 1).clamp(min=0)
+    real = mask.bool()
     with torch.no_grad(), exact(model, allocation):
         wanted = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     dense = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    assert (wanted - dense)[mask.bool()].abs().max() > 1e-2  # there is something to get wrong
+    assert (wanted - dense)[real].abs().max() > 1e-2  # there is something to get wrong
     for chunks in ([48], [20] + [1] * 28, [5, 1, 1, 20, 3, 18], [1] * 48):
         for max_length in (None, 50):
             cache = HybridCache(allocation, max_length=max_length)
-            out, done = [], 0
             with torch.no_grad(), attached(model, allocation):
-                for chunk in chunks:
-                    part = slice(done, done + chunk)
-                    done += chunk
-                    out.append(
-                        model(
-                            ids[:, part],
-                            attention_mask=mask[:, :done],
-                            position_ids=positions[:, part],
-                            past_key_values=cache,
-                        ).logits
-                    )
-            torch.testing.assert_close(torch.cat(out, 1)[mask.bool()], wanted[mask.bool()], atol=1e-4, rtol=0)
+                got = in_chunks(model, cache, ids, mask, positions, chunks)
+            torch.testing.assert_close(got[real], wanted[real], atol=1e-4, rtol=0)
 
 
-def test_thousands_of_tokens_past_the_window():
-    model = tiny(num_hidden_layers=3)
+@pytest.mark.parametrize(
+    "family",
+    [family if family == "llama" else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES],
+)
+def test_thousands_of_tokens_past_the_window(family):
+    """In chunks of every size up to 60, and token by token; one of the two sequences is padded."""
+    model = tiny(family, num_hidden_layers=2)
     allocation = allocate(model, window=16, num_sink_tokens=3)
-    ids = tokens(2, 2200)
+    chunks = [*range(1, 61), *[1] * 270]
+    ids, mask = left_padding(tokens(2, sum(chunks)), [0, 37])
+    positions, real = (mask.cumsum(1) - 1).clamp(min=0), mask.bool()
     with torch.no_grad(), exact(model, allocation):
-        wanted = model(ids, use_cache=False).logits
-    cache, out = HybridCache(allocation), []
+        wanted = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     with torch.no_grad(), attached(model, allocation):
-        out.append(model(ids[:, :100], past_key_values=cache).logits)
-        for column in range(100, 2200):
-            out.append(model(ids[:, column : column + 1], past_key_values=cache).logits)
-    got = torch.cat(out, 1)
-    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
-    assert torch.equal(got.argmax(-1), wanted.argmax(-1))
+        got = in_chunks(model, HybridCache(allocation), ids, mask, positions, chunks)
+    torch.testing.assert_close(got[real], wanted[real], atol=1e-4, rtol=0)
 
 
 def decode(model, cache, ids, chunks):
@@ -376,11 +385,18 @@ def test_attention_reads_nothing_that_was_offloaded(model):
     assert {layer for layer, _ in away} == set(cache.layers)
 
 
-def test_layers_that_the_model_slides_keep_its_own_cache():
-    model = tiny("gemma3_text")
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "cohere2"])
+def test_layers_that_the_model_slides_keep_their_window_and_no_more(family):
+    model = tiny(family)
     allocation = allocate(model)
-    kinds = [type(layer).__name__ for layer in HybridCache(allocation).layers]
-    assert kinds == ["DynamicSlidingWindowLayer", "HybridLayer"] * 2
+    cache, ids = HybridCache(allocation), tokens(2, 2 * GROWTH)
+    with torch.no_grad(), attached(model, allocation):
+        for chunk in (2 * GROWTH - 1, 1):  # after a long prefill as after decoding
+            decode(model, cache, ids, [chunk])
+            capacity = allocation.kv_cache_bytes(
+                2 * GROWTH, head_dim=HEAD_DIM, bytes_per_element=4, batch_size=2
+            )
+            assert allocated_bytes(cache) == capacity
 
 
 def test_gradients_pass_the_first_forward_and_are_refused_after(model):

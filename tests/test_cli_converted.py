@@ -96,7 +96,8 @@ def test_convert(
         ({"--kind": "stock"}, ["auto, hybrid or plain", "'stock'"]),
         ({"--kind": "plain"}, ["no plain checkpoint is possible", "heads of one layer differ"]),
         ({"--out": "taken"}, ["taken already exists"]),
-        ({"--out": "taken/file"}, ["file already exists"]),
+        ({"--out": "taken/file"}, ["cannot write", "taken/file", "Not a directory"]),
+        ({"--out": "x" * 300}, ["cannot write", "File name too long"]),
         ({"--out": "taken/file/out"}, ["cannot write", "taken/file/out"]),
         ({"MODEL": "./nowhere"}, ["./nowhere"]),
     ],
@@ -112,6 +113,33 @@ def test_what_cannot_be_converted_is_refused(
     line = refused("convert", changes.get("MODEL", tiny_model_folder), *arguments, "--kind", given["--kind"])
     assert all(part in line for part in named), line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("given", [{"--out": "file"}, {"--kind": "stock"}, {"--allocation": "cut.json"}])
+def test_convert_reads_no_model_in_vain(
+    given: dict[str, str], allocations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("consa.model.load_model", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "file").touch()
+    given = {"--allocation": "heads.json", "--out": "out", "--kind": "auto"} | given
+    arguments = ["--allocation", allocations / given["--allocation"], "--out", tmp_path / given["--out"]]
+    refused("convert", "model", *arguments, "--kind", given["--kind"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_checkpoint_keeps_its_dtype(
+    dtype: torch.dtype, allocations: Path, tiny_model_folder: Path, tmp_path: Path
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=dtype)
+    model.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(tmp_path / "half")
+    arguments = ["--allocation", allocations / "heads.json", "--out", tmp_path / "out"]
+    result = consa_cli("convert", tmp_path / "half", *arguments)
+    assert result.exit_code == 0, result.output
+    got = load(tmp_path / "out", device="cpu")
+    assert got.dtype == dtype
+    weights = model.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in got.state_dict().items())
 
 
 def test_a_converted_model_is_not_converted_again(allocations: Path, converted: Path, tmp_path: Path):
@@ -209,3 +237,10 @@ def test_what_cannot_be_measured_is_refused(
     line = refused("bench", converted / folder, *arguments, "--out", tmp_path / "out")
     assert all(part in line for part in named), line
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_measured_in_vain(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("consa.checkpoint.load", lambda *_: pytest.fail("loaded"))
+    (tmp_path / "file").touch()
+    line = refused("bench", converted / "hybrid", "--out", tmp_path / "file" / "out")
+    assert "cannot write" in line and "file/out" in line

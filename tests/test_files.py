@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from consa.errors import ConsaError
-from consa.files import cache_dir, read_text, sha256_of, write_atomically
+from consa.files import cache_dir, check_writable, read_text, sha256_of, write_atomically
 
 
 @pytest.fixture
@@ -134,3 +134,19 @@ def test_sha256_of_a_file(tmp_path: Path):
     assert sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()
     with pytest.raises(ConsaError, match="absent: No such file"):
         sha256_of(tmp_path / "absent")
+
+
+def test_what_can_be_written_is_known_before(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path, tmp_path / "new", tmp_path / "a" / "b"):
+        check_writable(folder)
+    for name, reason in (("file", "Not a directory"), ("file/a", "Not a directory"), ("x" * 300, "too long")):
+        with pytest.raises(ConsaError, match=rf"cannot write {tmp_path / name}: .*{reason}"):
+            check_writable(tmp_path / name)
+    assert names(tmp_path) == {"file"}
+
+
+def test_a_folder_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    with pytest.raises(ConsaError, match="Permission denied"):
+        check_writable(tmp_path / "new")

@@ -16,7 +16,7 @@ from consa import Allocation, ConsaError, HybridCache, attached, convert, load, 
 from consa.cache import GROWTH, HybridLayer, StaticHybridLayer, allocated_bytes
 from consa.generation import Sampling, generate_text, needle
 from consa.model import load_model
-from tests.models import allocate, exact, left_padding, tiny, tokens
+from tests.models import FAMILIES, allocate, exact, left_padding, tiny, tokens
 
 # Without the padding token among the new ones: transformers takes those for padding when it guesses a mask.
 GREEDY = {"max_new_tokens": 45, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [0]}
@@ -76,6 +76,37 @@ def test_a_batch_with_left_padding(hybrid, dense, allocation, options):
     }
     torch.manual_seed(0)
     assert torch.equal(got.sequences, wanted(dense, allocation, ids, mask, **reference))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_generates_thousands_of_tokens(family):
+    """In float64, where no two tokens are equally likely, each is what one pass under dense masks predicts."""
+    model = tiny(family, num_hidden_layers=2).double()
+    allocation = allocate(model, window=16, num_sink_tokens=3)
+    ids, mask = left_padding(tokens(2, 50), [0, 13])
+    with attached(model, allocation):
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=HybridCache(allocation),
+            return_dict_in_generate=True,
+            output_logits=True,
+            **GREEDY | {"max_new_tokens": 2000},
+        )
+    mask = torch.cat([mask, torch.ones(2, 1999, dtype=torch.long)], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), exact(model, allocation):
+        logits = model(
+            out.sequences[:, :-1], attention_mask=mask, position_ids=positions, use_cache=False
+        ).logits[:, 49:]
+    torch.testing.assert_close(torch.stack(out.logits, 1), logits, atol=1e-6, rtol=0)
+    assert torch.equal(out.sequences[:, 50:], logits[:, :, 1:].argmax(-1) + 1)
+    print(
+        family,
+        [len(set(x[-500:].tolist())) for x in out.sequences],
+        (torch.stack(out.logits, 1) - logits).abs().max(),
+    )
 
 
 def test_a_sequence_does_not_notice_its_padding(hybrid):
