@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--num-sink-tokens", type=int, default=4)
     parser.add_argument("--allocation", action="append", type=Path, default=[], help="instead of a rule")
-    parser.add_argument("--contexts", default="1024,8064")
+    parser.add_argument("--contexts", default="1024,8160")
     parser.add_argument("--decode-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)

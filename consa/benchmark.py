@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
 import io
 import json
 import platform
@@ -248,6 +250,12 @@ def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():
+        gc.collect()
+        libc = ctypes.CDLL(None)
+        if hasattr(
+            libc, "malloc_trim"
+        ):  # glibc keeps what an earlier run freed, which would count in this one
+            libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the high-water mark
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from consa import Allocation, ConsaError, convert, load
 from consa.attention.interface import allocation_of
-from consa.benchmark import Measurement, benchmark, dense_twin, write
+from consa.benchmark import Measurement, _peak, _reset_peak, benchmark, dense_twin, write
 from consa.cache import GROWTH
 from tests.models import allocate, tiny, tokens
 
@@ -126,6 +127,24 @@ def test_bad_settings_are_refused_before_any_run(hybrid, changes, message):
             **{"contexts": [10], "batch_sizes": [1]} | changes,
             on_run=lambda *_: pytest.fail("measured"),
         )
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the mark cannot be reset")
+def test_a_peak_is_that_of_one_run():
+    """What was freed before does not count, whether the system has it back or the allocator keeps it."""
+    cpu = torch.device("cpu")
+    del [torch.ones(2**22)][0]  # 16 MB: from here on, glibc takes smaller blocks from its heap
+    blocks = [torch.ones(2**18) for _ in range(256)]  # 1 MB each
+    last = blocks[-1]  # above the others, so that their place stays with the heap
+    del blocks
+    before = _peak(cpu)
+    _reset_peak(cpu)
+    rest = _peak(cpu)
+    assert rest < before - 200 * 2**20
+    big = torch.ones(2**26)
+    del big
+    assert _peak(cpu) > rest + 200 * 2**20  # freed again, but it was there
+    assert last.sum() == 2**18
 
 
 def test_without_an_allocation_there_is_nothing_to_compare(dense):
