@@ -3,8 +3,8 @@
     python benchmarks/behaviour.py --text heldout.npy --allocations benchmarks/results/allocations-kv_head.json \
         benchmarks/results/allocations-layer.json --out benchmarks/results/behaviour.json
 
-TEXT is a file that benchmarks/tokens.py wrote; allocations come from benchmarks/allocations.py. `--keep FILE` also
-keeps the measures themselves, as `consa behaviour` does.
+TEXT is a file that benchmarks/tokens.py wrote; allocations come from benchmarks/allocations.py, those before the
+refinement left out. `--keep FILE` also keeps the measures themselves, as `consa behaviour` does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from common import environment, print_table, write_json
 from consa.allocation import Allocation
 from consa.behaviour import measure
 from consa.model import load_model
-from consa.relations import agreement, contiguity, relate, thirds
+from consa.relations import agreement, depth, rank_correlation, relate
 
 
 def main() -> None:
@@ -32,18 +32,21 @@ def main() -> None:
     )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", required=True)
-    parser.add_argument("--num-sequences", type=int, default=8)
-    parser.add_argument("--causal-sequences", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, help="fewer tokens of each sequence")
+    parser.add_argument("--num-sequences", type=int, default=16)
+    parser.add_argument("--causal-sequences", type=int, default=8)
     parser.add_argument("--allocations", type=Path, nargs="+", required=True)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
-    learned = {path: _learned(json.loads(path.read_text())) for path in options.allocations}
-    example = next(iter(learned[options.allocations[0]].values()))
+    learned = [_learned(json.loads(path.read_text())) for path in options.allocations]
+    example = learned[0][0]
     loaded = load_model(options.model)
-    text = np.load(options.text, allow_pickle=False)
-    chosen = text[np.linspace(0, len(text) - 1, options.num_sequences).round().astype(int)]
+    text = np.load(options.text, mmap_mode="r", allow_pickle=False)
+    places = np.linspace(0, len(text) - 1, options.num_sequences).round().astype(int)
+    # in an order that leaves the first of them, on which causal effects are measured, as spread out as all
+    chosen = text[np.random.default_rng(0).permutation(places), : options.seq_len]
     began = time.perf_counter()
     behaviour = measure(
         loaded.model,
@@ -57,48 +60,73 @@ def main() -> None:
     seconds = time.perf_counter() - began
     if options.keep:
         behaviour.save(options.keep)
-    sets = {}
-    for path, allocations in learned.items():
-        predicted: dict[str, list[list[float | None]]] = {}
-        for allocation in allocations.values():
-            for relation in relate(behaviour, allocation):
-                values = [relation.auc, relation.with_decision, relation.with_scores]
-                predicted.setdefault(relation.measure, []).append(values)
-        sets[path.stem] = {
-            "seeds": list(allocations),
-            "measures": predicted,
-            "thirds": [thirds(allocation) for allocation in allocations.values()],
-            "contiguity": [vars(contiguity(allocation)) for allocation in allocations.values()],
-            "agreement": [vars(agreement(*pair)) for pair in combinations(allocations.values(), 2)],
+    sets = []
+    for allocations in learned:
+        relations = [relate(behaviour, allocation) for allocation in allocations]
+        measures = {
+            of_seeds[0].measure: {
+                name: [getattr(relation, name) for relation in of_seeds]
+                for name in ("auc", "with_decision", "with_scores")
+            }
+            for of_seeds in zip(*relations, strict=True)
         }
-        rows = []
-        for name, values in predicted.items():
-            columns = [
-                [value for value in column if value is not None] for column in zip(*values, strict=True)
-            ]
-            rows.append([name, *(f"{median(column):.3f}" if column else "" for column in columns)])
-        print_table([path.stem, "AUC", "rank with FA", "rank with log_alpha"], rows)
-    settings = {"num_sequences": len(chosen), "seq_len": chosen.shape[1], "window": behaviour.window}
-    settings |= {"num_sink_tokens": behaviour.num_sink_tokens, "causal_sequences": options.causal_sequences}
-    write_json(
-        options.out, environment() | {"settings": settings, "seconds": round(seconds, 1), "sets": sets}
-    )
+        sets.append(
+            {
+                "granularity": allocations[0].granularity,
+                "sparsity": allocations[0].sparsity,
+                "seeds": [allocation.provenance["name"] for allocation in allocations],
+                "measures": measures,
+                "depth": [vars(depth(allocation)) for allocation in allocations],
+                "agreement": [vars(agreement(*pair)) for pair in combinations(allocations, 2)],
+            }
+        )
+        columns = [allocations[0].granularity, "AUC", "rank with FA", "rank with log_alpha"]
+        rows = [[name, *map(_median, values.values())] for name, values in measures.items()]
+        print_table(columns, rows)
+    across = [
+        vars(agreement(first, second)) for a, b in combinations(learned, 2) for first in a for second in b
+    ]
+    causal = behaviour.measures.get("causal_effect")
+    alike = {} if causal is None else {n: rank_correlation(v, causal) for n, v in behaviour.measures.items()}
+    record = {
+        "settings": {
+            "model": options.model,
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "num_sequences": len(chosen),
+            "seq_len": chosen.shape[1],
+            "window": behaviour.window,
+            "num_sink_tokens": behaviour.num_sink_tokens,
+            "causal_sequences": options.causal_sequences,
+        },
+        "seconds": round(seconds, 1),
+        "sets": sets,
+        "across": across,
+        "with_causal_effect": alike,
+    }
+    write_json(options.out, environment() | record)
+    print(f"{seconds:.0f} s of measuring")
 
 
-def _learned(record: dict[str, Any]) -> dict[str, Allocation]:
-    """What was learned, by name, with its scores."""
+def _learned(record: dict[str, Any]) -> list[Allocation]:
+    """What was learned, a seed each, with its scores."""
     settings = record["settings"]
-    return {
-        row["name"]: Allocation(
+    return [
+        Allocation(
             full_attention=np.array([[unit == "1" for unit in layer] for layer in row["allocation"]]),
             granularity=settings["granularity"],
             window=settings["window"],
             num_sink_tokens=settings["num_sink_tokens"],
             scores=np.array(row["scores"]),
+            provenance={"name": row["name"]},
         )
         for row in record["rows"]
         if row["scores"] is not None and not row["name"].endswith("gates alone")
-    }
+    ]
+
+
+def _median(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{median(known):.3f}" if known else ""
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from consa.provenance import hardware, versions
 from consa.relations import Behaviour
 from consa.retrieval import examples
 
-MAX_BLOCK_SCORES = 2**22  # scores of one layer that exist at once; 16 MiB
+MAX_BLOCK_SCORES = 2**22  # scores of one layer that exist at once; 16 MiB, which suit a CPU's caches
+GPU_BLOCKS = 16  # as many of those at once; a GPU wants fewer and larger steps
 REPEATED_TOKENS = 256  # of the random sequence that comes twice
 NUM_NEEDLES = 4
 NEEDLE_TOKENS = 2048  # of the text that hides one, if the model takes as many
@@ -243,7 +244,8 @@ class _TextObserver:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, scaling: float, softcap: float | None) -> None:
         native_window = self.dense.native_windows.get(layer)
-        size = max(1, MAX_BLOCK_SCORES // (q.shape[1] * k.shape[2]))
+        at_once = MAX_BLOCK_SCORES * (1 if q.device.type == "cpu" else GPU_BLOCKS)
+        size = max(1, at_once // (q.shape[1] * k.shape[2]))
         for start in range(0, q.shape[2], size):
             queries = torch.arange(start, min(start + size, q.shape[2]), device=q.device)
             log_p = _log_attention(q, k, queries, scaling, softcap, native_window)  # (H,G,Q,K)

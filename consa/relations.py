@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +145,7 @@ class Relation:
 
     Attributes:
         measure: its name.
-        auc: probability that an FA head measures higher than an SWA head, ties counted half; None if all are of a kind.
+        auc: probability that an FA unit measures higher than an SWA unit, ties counted half; None if all are of a kind.
         with_decision: Spearman's rank correlation with FA (1) or SWA (0); None where either never varies.
         with_scores: Spearman's rank correlation with the scores; None without scores too.
     """
@@ -158,7 +157,7 @@ class Relation:
 
 
 def relate(behaviour: Behaviour, allocation: Allocation) -> list[Relation]:
-    """How each measure goes with what was decided, in the order of `MEASURES`.
+    """How each measure goes with what was decided, in the order of `MEASURES`; of a layer, its heads' mean counts.
 
     Raises:
         InvalidAllocationError: the two are of models of different shapes.
@@ -169,51 +168,73 @@ def relate(behaviour: Behaviour, allocation: Allocation) -> list[Relation]:
             f"the allocation is for {allocation.num_layers} layers x {allocation.num_kv_heads} KV heads, but the"
             f" behaviour was measured on {shape[0]} x {shape[1]}; use those of one model"
         )
-    full = allocation.full_attention[allocation.layers]
-    scores = None if allocation.scores is None else allocation.scores[allocation.layers]
+
+    def units(values: np.ndarray) -> np.ndarray:
+        decided = values[allocation.layers]
+        return decided.mean(1) if allocation.granularity == "layer" else decided
+
+    full = units(allocation.full_attention) > 0
+    scores = None if allocation.scores is None else units(allocation.scores)
     relations = []
-    for name in MEASURES:
-        if name in behaviour.measures:
-            values = behaviour.measures[name][allocation.layers]
-            with_scores = None if scores is None else rank_correlation(values, scores)
-            relations.append(Relation(name, auc(values, full), rank_correlation(values, full), with_scores))
+    for name in filter(behaviour.measures.__contains__, MEASURES):
+        values = units(behaviour.measures[name])
+        with_scores = None if scores is None else rank_correlation(values, scores)
+        relations.append(Relation(name, auc(values, full), rank_correlation(values, full), with_scores))
     return relations
 
 
 @dataclass(frozen=True)
-class Contiguity:
-    """Whether FA gathers in blocks of layers.
+class Depth:
+    """Where in a model FA lies, beside random orders of the same layers.
 
-    A layer belongs to a block if more of its KV heads are FA than on average, so that both granularities compare.
+    A layer belongs to a block if more of its KV heads are FA than on average, so that both granularities compare. A
+    p is a share of random orders, the observed one counted among them.
 
     Attributes:
+        thirds: share of the FA heads in the bottom, middle and top third of the layers that the allocation decides.
+        p_bottom: of orders with as little FA in the bottom third.
+        p_middle: of orders with as much FA in the middle third.
+        blocks: first and last layer of each block.
         mean_run: mean length of the blocks, in layers.
-        expected_run: its mean over random orders of the same layers.
-        p_value: share of random orders whose mean run is at least as long, the observed one counted among them.
+        expected_run: its mean over the orders.
+        p_run: of orders whose mean run is as long.
     """
 
+    thirds: tuple[float, float, float]
+    p_bottom: float
+    p_middle: float
+    blocks: list[tuple[int, int]]
     mean_run: float
     expected_run: float
-    p_value: float
+    p_run: float
 
 
-def contiguity(allocation: Allocation, *, seed: int = 0, permutations: int = 1000) -> Contiguity:
-    """Compare the mean run of FA-rich layers with that under random orders of the layers."""
-    share = allocation.full_attention[allocation.layers].mean(1)
-    rich = share > share.mean()
+def depth(allocation: Allocation, *, seed: int = 0, permutations: int = 1000) -> Depth:
+    """Where FA lies, by depth, and whether it gathers in blocks."""
+    layers = np.array(allocation.layers)
+    heads = allocation.full_attention[layers].sum(1)
     rng = np.random.default_rng(seed)
-    observed = _mean_run(rich)
-    drawn = np.array([_mean_run(rng.permutation(rich)) for _ in range(permutations)])
-    p_value = (1 + int((drawn >= observed).sum())) / (1 + permutations)
-    return Contiguity(observed, float(drawn.mean()), p_value)
+    orders = [heads, *(rng.permutation(heads) for _ in range(permutations))]
 
+    def thirds(order: np.ndarray) -> list[int]:
+        return [int(part.sum()) for part in np.array_split(order, 3)]
 
-def thirds(allocation: Allocation) -> tuple[float, float, float]:
-    """Share of the FA units in the bottom, middle and top third of the layers that the allocation decides."""
-    parts = np.array_split(allocation.full_attention[allocation.layers], 3)
-    total = max(1, int(allocation.full_attention.sum()))
-    bottom, middle, top = (float(part.sum()) / total for part in parts)
-    return bottom, middle, top
+    def runs(order: np.ndarray) -> list[np.ndarray]:
+        places = np.flatnonzero(order > order.mean())
+        return np.split(places, np.flatnonzero(np.diff(places) > 1) + 1) if len(places) else []
+
+    in_thirds = np.array([thirds(order) for order in orders])
+    mean_runs = np.array([np.mean([len(run) for run in runs(order)] or [0]) for order in orders])
+    bottom, middle, top = (in_thirds[0] / max(1, heads.sum())).tolist()
+    return Depth(
+        thirds=(bottom, middle, top),
+        p_bottom=float((in_thirds[:, 0] <= in_thirds[0, 0]).mean()),
+        p_middle=float((in_thirds[:, 1] >= in_thirds[0, 1]).mean()),
+        blocks=[(int(layers[run[0]]), int(layers[run[-1]])) for run in runs(heads)],
+        mean_run=float(mean_runs[0]),
+        expected_run=float(mean_runs[1:].mean()),
+        p_run=float((mean_runs >= mean_runs[0]).mean()),
+    )
 
 
 @dataclass(frozen=True)
@@ -254,6 +275,20 @@ def agreement(first: Allocation, second: Allocation) -> Agreement:
     return Agreement(jaccard((a & b).sum()), jaccard(a.mean() * b.sum()), correlation)
 
 
+def depth_correlation(first: Allocation, second: Allocation) -> float | None:
+    """Spearman's rank correlation of the share of FA heads by relative depth; the models' shapes may differ.
+
+    Depth is cut into as many equal parts as the shallower model has layers; None where either share never varies.
+    """
+    shares = [allocation.full_attention[allocation.layers].mean(1) for allocation in (first, second)]
+    edges = np.linspace(0, 1, min(map(len, shares)) + 1)
+    parts = [
+        np.diff(np.interp(edges, np.linspace(0, 1, len(share) + 1), np.append(0, share.cumsum())))
+        for share in shares
+    ]
+    return rank_correlation(*(part.round(9) for part in parts))
+
+
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     """Spearman's rank correlation, tied values at their mean rank; None where either never varies."""
     a, b = (_ranks(values) - (values.size + 1) / 2 for values in (a, b))
@@ -274,8 +309,3 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1, tied values at the mean of theirs; flat."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[place.ravel()]
-
-
-def _mean_run(rich: np.ndarray) -> float:
-    runs = [len(list(group)) for is_rich, group in groupby(rich.tolist()) if is_rich]
-    return sum(runs) / len(runs) if runs else 0.0

@@ -23,10 +23,10 @@ from consa.relations import (
     Behaviour,
     agreement,
     auc,
-    contiguity,
+    depth,
+    depth_correlation,
     rank_correlation,
     relate,
-    thirds,
 )
 from tests.compare import Elements
 from tests.models import SHAPE, exact, tiny, tokens
@@ -376,22 +376,61 @@ def test_relations_are_over_decided_layers():
         relate(found, allocation([[1, 0], [0, 0]]))
 
 
-def test_contiguity_tells_blocks_from_scatter():
+def test_relations_of_layers_are_over_layers():
+    found = made((3, 2))
+    chosen = allocation([[1, 1], [0, 0], [1, 1]], granularity="layer", scores=[[2, 2], [0, 0], [1, 1]])
+    relations = {relation.measure: relation for relation in relate(found, chosen)}
+    means = found.measures["copy"].mean(1)
+    assert relations["copy"].auc == auc(means, np.array([True, False, True]))
+    assert relations["copy"].with_scores == rank_correlation(means, np.array([2, 0, 1]))
+
+
+def test_depth_tells_blocks_from_scatter():
     def of(layers: list[int]) -> Any:
         full = np.zeros((24, 1), dtype=bool)
         full[layers] = True
-        return contiguity(allocation(full), seed=0)
+        return depth(allocation(full), seed=0)
 
     block, scattered = of([9, 10, 11, 12, 13, 14]), of([0, 4, 8, 12, 16, 20])
     assert (block.mean_run, scattered.mean_run) == (6, 1)
-    assert block.p_value < 0.01 and scattered.p_value > 0.9
+    assert (block.blocks, scattered.blocks[1:3]) == ([(9, 14)], [(4, 4), (8, 8)])
+    assert block.p_run < 0.01 and scattered.p_run > 0.9
+    assert block.p_bottom < 0.1 and block.p_middle < 0.01 and scattered.p_bottom > 0.5
     assert block.expected_run == pytest.approx(1.3, abs=0.1)
     assert of([9, 10, 11, 12, 13, 14]) == block
 
 
+def test_depth_is_over_decided_layers():
+    found = depth(allocation([[0, 0], [1, 1], [0, 0], [1, 1], [0, 0]], native_windows={2: 4}))
+    assert found.blocks == [(1, 3)] and found.mean_run == 2  # layer 2 was not to be decided
+    nothing = depth(allocation([[0, 0]] * 3))
+    assert (nothing.thirds, nothing.blocks, nothing.mean_run, nothing.p_bottom) == ((0, 0, 0), [], 0, 1)
+
+
+def test_p_values_are_those_of_all_orders():
+    """Three FA layers of six, all twenty orders counted."""
+    found = depth(allocation([[0], [0], [1], [1], [1], [0]]), permutations=20_000)
+    assert found.p_bottom == pytest.approx(4 / 20, abs=0.02)  # three of the upper four
+    assert found.p_middle == pytest.approx(4 / 20, abs=0.02)  # both of the middle two
+    assert found.p_run == pytest.approx(4 / 20, abs=0.02)  # one run of three
+
+
+def test_depth_correlates_across_shapes():
+    short = allocation([[0, 0], [1, 1], [1, 0], [0, 1]])
+    twice = allocation(np.repeat([[0], [1], [1], [0]], 2, axis=0))
+    assert depth_correlation(short, short) == 1
+    assert depth_correlation(short, twice) == pytest.approx(
+        rank_correlation(np.array([0, 2, 1, 1]), np.array([0, 1, 1, 0]))
+    )
+    odd = allocation([[1], [0], [1]])
+    thirds = np.array([1 / 3, 1, 2 / 3])  # of `short`, each a layer and a third wide
+    assert depth_correlation(short, odd) == pytest.approx(rank_correlation(np.array([1, 0, 1]), thirds))
+    assert depth_correlation(short, allocation([[1]] * 4)) is None
+
+
 def test_thirds_and_agreement():
     first = allocation([[1, 1], [0, 0], [1, 0], [0, 0], [0, 1], [0, 0]], scores=np.arange(12).reshape(6, 2))
-    assert thirds(first) == (0.5, 0.25, 0.25)
+    assert depth(first).thirds == (0.5, 0.25, 0.25)
     second = allocation([[1, 1], [0, 0], [0, 0], [0, 0], [0, 1], [1, 1]], scores=-np.arange(12).reshape(6, 2))
     found = agreement(first, second)
     assert found.jaccard == 3 / 6 and found.rank_correlation == pytest.approx(-1)

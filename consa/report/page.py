@@ -18,7 +18,7 @@ from typing import Any
 from consa.allocation import Allocation
 from consa.errors import ConsaError
 from consa.files import read_text, write_atomically
-from consa.relations import MEASURES, Behaviour, agreement, contiguity, relate, thirds
+from consa.relations import MEASURES, Behaviour, agreement, depth, relate
 from consa.report import charts
 from consa.report.charts import Chart, Columns
 
@@ -231,13 +231,13 @@ class _Page:
         data = self._add_data(f"units {index}", charts.units(allocation, behaviour))
         yield self._figure(charts.heatmap(self.files[index], data, allocation, behaviour))
         if allocation.full_attention.any():
-            bottom, middle, top = thirds(allocation)
-            blocks = contiguity(allocation)
+            found = depth(allocation)
+            bottom, middle, top = found.thirds
             yield (
                 f"<p>Of the FA units, {bottom:.0%} lie in the bottom third of the layers, {middle:.0%} in the middle"
                 f" and {top:.0%} in the top third. Blocks of layers with more FA than average are"
-                f" {blocks.mean_run:.2f} layers long on average, and {blocks.expected_run:.2f} where the same layers"
-                f" are shuffled (p = {blocks.p_value:.3f}, 1,000 permutations).</p>\n"
+                f" {found.mean_run:.2f} layers long on average, and {found.expected_run:.2f} where the same layers"
+                f" are shuffled (p = {found.p_run:.3f}, 1,000 permutations).</p>\n"
             )
 
     def _behaviour(self, index: int, run: Run, behaviour: Behaviour | None) -> Iterator[str]:
