@@ -62,6 +62,8 @@ def main() -> None:
         behaviour.save(options.keep)
     sets = []
     for allocations in learned:
+        full = allocations[0].full_attention
+        heads = full.shape[1] if allocations[0].granularity == "layer" else 1  # of a unit
         relations = [relate(behaviour, allocation) for allocation in allocations]
         measures = {
             of_seeds[0].measure: {
@@ -73,7 +75,8 @@ def main() -> None:
         sets.append(
             {
                 "granularity": allocations[0].granularity,
-                "sparsity": allocations[0].sparsity,
+                "num_units": full.size // heads,
+                "num_full": int(full.sum()) // heads,
                 "seeds": [allocation.provenance["name"] for allocation in allocations],
                 "measures": measures,
                 "depth": [vars(depth(allocation)) for allocation in allocations],

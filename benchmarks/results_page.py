@@ -101,7 +101,7 @@ def allocations(record: dict[str, Any]) -> list[str]:
     columns = ["allocation", "sparsity", "loss", "recovered", "expected sparsity", "fractional", "seconds"]
     names = ["name", "sparsity", "loss", "recovered", "expected_sparsity", "fractional", "seconds"]
     rows = [["" if row[name] is None else row[name] for name in names] for row in record["rows"]]
-    unit = {"kv_head": "KV heads", "layer": "layers"}[settings["granularity"]]
+    unit = UNITS[settings["granularity"]]
     return [
         f"## {unit[0].upper()}{unit[1:]} learned on a GPU, against every rule",
         "",
@@ -352,6 +352,125 @@ def distributed(record: dict[str, Any]) -> list[str]:
     return lines + _source(record)
 
 
+def behaviour(record: dict[str, Any]) -> list[str]:
+    settings, sets = record["settings"], record["sets"]
+    kinds = [UNITS[found["granularity"]] for found in sets]
+    rows = [
+        [
+            name.replace("_", " "),
+            *(_spread(found["measures"][name]["auc"]) for found in sets),
+            *(_spread(found["measures"][name]["with_scores"]) for found in sets),
+            _spread([record["with_causal_effect"].get(name)]),
+        ]
+        for name in sorted(
+            sets[0]["measures"], key=lambda name: -abs(median(sets[0]["measures"][name]["auc"]) - 0.5)
+        )
+    ]
+    chances = []
+    for found, kind in zip(sets, kinds, strict=True):
+        full, units = found["num_full"], found["num_units"]
+        half = 1.96 * ((units + 1) / (12 * full * (units - full))) ** 0.5  # Mann and Whitney's, without ties
+        chances.append(f"{0.5 - half:.2f} to {0.5 + half:.2f} for {full} of {units} {kind}")
+    places = [
+        [
+            seed,
+            *(f"{share:.0%}" for share in found["thirds"]),
+            f"{found['bare']} (p {found['p_bare']:.3f})",
+            f"{found['mean_run']:.2f} / {found['expected_run']:.2f} (p {found['p_run']:.3f})",
+            ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in found["blocks"]),
+        ]
+        for of_kind in sets
+        for seed, found in zip(of_kind["seeds"], of_kind["depth"], strict=True)
+    ]
+    pairs = {kind: found["agreement"] for kind, found in zip(kinds, sets, strict=True)}
+    alike = [
+        [kind, *(_spread([pair[name] for pair in found]) for name in AGREEMENT)]
+        for kind, found in (pairs | {" against ".join(kinds): record["across"]}).items()
+    ]
+    return [
+        "## What the heads do: which behaviour predicts the learned decision",
+        "",
+        f"SmolLM2-135M-Instruct under full attention, {settings['dtype']}, {settings['num_sequences']} held-out"
+        f" sequences of {settings['seq_len']:,} tokens, {settings['causal_sequences']} of them for the causal effect;"
+        f" window {settings['window']}, {settings['num_sink_tokens']} sinks; measured in {record['seconds']:.0f}"
+        " seconds. The decisions are those of the learned allocations above. AUC is the chance that a unit on FA"
+        " measures higher than one on SWA; a measure that has nothing to do with the decision lies, 19 times of 20, at"
+        f" {' and '.join(chances)}. Rank correlations are Spearman's. Medians over seeds, lowest and highest in"
+        " brackets; of a layer, the mean of its heads counts.",
+        "",
+        *_table(
+            [
+                "measure",
+                *(f"AUC, {kind}" for kind in kinds),
+                *(f"rank with log_alpha, {kind}" for kind in kinds),
+                "rank with causal effect",
+            ],
+            rows,
+        ),
+        "",
+        *(_predictors(found, kind) for found, kind in zip(sets, kinds, strict=True)),
+        "",
+        "### Where full attention lies",
+        "",
+        "Share of the FA heads in each third of the layers; layers at the bottom without any FA; mean length of blocks"
+        " of layers with more FA than average, beside that of 1,000 random orders of the same layers. p is the share of"
+        " orders that are as extreme.",
+        "",
+        *_table(["", "bottom", "middle", "top", "bare bottom", "run / by chance", "blocks"], places),
+        "",
+        *(_picture(found, kind) for found, kind in zip(sets, kinds, strict=True)),
+        "",
+        "Agreement between any two seeds, and between the granularities, head by head:",
+        "",
+        *_table(["", "Jaccard of FA heads", "by chance", "rank correlation of log_alpha"], alike),
+        "",
+        *_source(record),
+    ]
+
+
+AGREEMENT = ("jaccard", "expected_jaccard", "rank_correlation")
+UNITS = {"kv_head": "KV heads", "layer": "layers"}
+
+
+def _predictors(found: dict[str, Any], kind: str) -> str:
+    """Which measures tell FA from SWA best, as a sentence."""
+    aucs = {name.replace("_", " "): values["auc"] for name, values in found["measures"].items()}
+    order = sorted(aucs, key=lambda name: median(aucs[name]))
+    high = ", ".join(f"{name} ({median(aucs[name]):.2f})" for name in order[:-4:-1])
+    low = ", ".join(f"{name} ({median(aucs[name]):.2f})" for name in order[:2])
+    return f"- {kind[0].upper()}{kind[1:]} on FA have above all more {high}, and less {low}."
+
+
+def _picture(found: dict[str, Any], kind: str) -> str:
+    """Whether FA leaves the bottom to SWA and gathers in blocks in the middle, as the paper has it, as a sentence."""
+    depths = found["depth"]
+
+    def tested(name: str) -> str:
+        below = sum(depth[name] < 0.05 for depth in depths)
+        return f"p < 0.05 in {below} of {len(depths)} seeds"
+
+    def among(values: list[float], form: str) -> str:
+        low, high = (format(value, form) for value in (min(values), max(values)))
+        return low if low == high else f"{low} to {high}"
+
+    bottom, middle, _ = zip(*(depth["thirds"] for depth in depths), strict=True)
+    runs, expected = ([depth[name] for depth in depths] for name in ("mean_run", "expected_run"))
+    return (
+        f"- {kind[0].upper()}{kind[1:]}. SWA at the bottom: {_verdict(depths, 'p_bare', 'p_bottom')}. The lowest"
+        f" {among([depth['bare'] for depth in depths], '')} layers have no FA ({tested('p_bare')}); the bottom third"
+        f" holds {among(list(bottom), '.0%')} of it ({tested('p_bottom')}). FA in the middle:"
+        f" {_verdict(depths, 'p_middle')}. The middle third holds {among(list(middle), '.0%')} of it"
+        f" ({tested('p_middle')}). FA in contiguous blocks: {_verdict(depths, 'p_run')}. They are"
+        f" {among(runs, '.1f')} layers long, {among(expected, '.1f')} by chance ({tested('p_run')})."
+    )
+
+
+def _verdict(depths: list[dict[str, Any]], *names: str) -> str:
+    """What the p values say of a claim about every allocation."""
+    shown = [depth[name] < 0.05 for depth in depths for name in names]
+    return "holds here" if all(shown) else "holds in part" if any(shown) else "not shown here"
+
+
 SECTIONS = {
     "demo": demo,
     "allocations-kv_head": allocations,
@@ -360,6 +479,7 @@ SECTIONS = {
     "distributed": distributed,
     "control": control,
     "methods": methods,
+    "behaviour": behaviour,
     "inference": inference,
 }
 
@@ -369,6 +489,15 @@ FIGURES = {"methods": frontier}
 def _table(columns: list[str], rows: list[list[Any]]) -> list[str]:
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
     return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
+
+
+def _spread(values: list[float | None]) -> str:
+    """Median, lowest and highest of what is known."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    low, middle, high = (f"{value:.2f}" for value in (min(known), median(known), max(known)))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def _source(record: dict[str, Any]) -> list[str]:

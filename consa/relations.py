@@ -194,6 +194,8 @@ class Depth:
         thirds: share of the FA heads in the bottom, middle and top third of the layers that the allocation decides.
         p_bottom: of orders with as little FA in the bottom third.
         p_middle: of orders with as much FA in the middle third.
+        bare: layers at the bottom that have no FA.
+        p_bare: of orders with as many.
         blocks: first and last layer of each block.
         mean_run: mean length of the blocks, in layers.
         expected_run: its mean over the orders.
@@ -203,6 +205,8 @@ class Depth:
     thirds: tuple[float, float, float]
     p_bottom: float
     p_middle: float
+    bare: int
+    p_bare: float
     blocks: list[tuple[int, int]]
     mean_run: float
     expected_run: float
@@ -219,17 +223,23 @@ def depth(allocation: Allocation, *, seed: int = 0, permutations: int = 1000) ->
     def thirds(order: np.ndarray) -> list[int]:
         return [int(part.sum()) for part in np.array_split(order, 3)]
 
+    def bare(order: np.ndarray) -> int:
+        return int((order > 0).argmax()) if order.any() else len(order)
+
     def runs(order: np.ndarray) -> list[np.ndarray]:
         places = np.flatnonzero(order > order.mean())
         return np.split(places, np.flatnonzero(np.diff(places) > 1) + 1) if len(places) else []
 
     in_thirds = np.array([thirds(order) for order in orders])
+    bares = np.array([bare(order) for order in orders])
     mean_runs = np.array([np.mean([len(run) for run in runs(order)] or [0]) for order in orders])
     bottom, middle, top = (in_thirds[0] / max(1, heads.sum())).tolist()
     return Depth(
         thirds=(bottom, middle, top),
         p_bottom=float((in_thirds[:, 0] <= in_thirds[0, 0]).mean()),
         p_middle=float((in_thirds[:, 1] >= in_thirds[0, 1]).mean()),
+        bare=int(bares[0]),
+        p_bare=float((bares >= bares[0]).mean()),
         blocks=[(int(layers[run[0]]), int(layers[run[-1]])) for run in runs(heads)],
         mean_run=float(mean_runs[0]),
         expected_run=float(mean_runs[1:].mean()),

@@ -405,6 +405,7 @@ def test_depth_is_over_decided_layers():
     assert found.blocks == [(1, 3)] and found.mean_run == 2  # layer 2 was not to be decided
     nothing = depth(allocation([[0, 0]] * 3))
     assert (nothing.thirds, nothing.blocks, nothing.mean_run, nothing.p_bottom) == ((0, 0, 0), [], 0, 1)
+    assert (nothing.bare, nothing.p_bare) == (3, 1)
 
 
 def test_p_values_are_those_of_all_orders():
@@ -413,6 +414,7 @@ def test_p_values_are_those_of_all_orders():
     assert found.p_bottom == pytest.approx(4 / 20, abs=0.02)  # three of the upper four
     assert found.p_middle == pytest.approx(4 / 20, abs=0.02)  # both of the middle two
     assert found.p_run == pytest.approx(4 / 20, abs=0.02)  # one run of three
+    assert found.bare == 2 and found.p_bare == pytest.approx(4 / 20, abs=0.02)  # none in the lowest two
 
 
 def test_depth_correlates_across_shapes():

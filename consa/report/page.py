@@ -233,11 +233,13 @@ class _Page:
         if allocation.full_attention.any():
             found = depth(allocation)
             bottom, middle, top = found.thirds
+            bare = "1 layer has" if found.bare == 1 else f"{found.bare} layers have"
             yield (
                 f"<p>Of the FA units, {bottom:.0%} lie in the bottom third of the layers, {middle:.0%} in the middle"
-                f" and {top:.0%} in the top third. Blocks of layers with more FA than average are"
-                f" {found.mean_run:.2f} layers long on average, and {found.expected_run:.2f} where the same layers"
-                f" are shuffled (p = {found.p_run:.3f}, 1,000 permutations).</p>\n"
+                f" and {top:.0%} in the top third. The lowest {bare} no FA (p = {found.p_bare:.3f}). Blocks of layers"
+                f" with more FA than average are {found.mean_run:.2f} layers long, and {found.expected_run:.2f} where"
+                f" the same layers are shuffled (p = {found.p_run:.3f}). p: the share of 1,000 shuffles that are as"
+                " extreme.</p>\n"
             )
 
     def _behaviour(self, index: int, run: Run, behaviour: Behaviour | None) -> Iterator[str]:
