@@ -438,7 +438,7 @@ def _predictors(found: dict[str, Any], kind: str) -> str:
     order = sorted(aucs, key=lambda name: median(aucs[name]))
     high = ", ".join(f"{name} ({median(aucs[name]):.2f})" for name in order[:-4:-1])
     low = ", ".join(f"{name} ({median(aucs[name]):.2f})" for name in order[:2])
-    return f"- {kind[0].upper()}{kind[1:]} on FA have above all more {high}, and less {low}."
+    return f"- What marks {kind} on FA most: more {high}; less {low}."
 
 
 def _picture(found: dict[str, Any], kind: str) -> str:

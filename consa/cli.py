@@ -431,7 +431,10 @@ def behaviour(
 @app.command()
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="folders of consa learn, eval or bench")
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="folders of consa learn, eval or bench, or files of allocations"
+        ),
     ],
     *,
     out: Annotated[Path, typer.Option(metavar="FILE", help="the page")] = Path("report.html"),

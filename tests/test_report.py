@@ -153,6 +153,12 @@ def make_page(folders: list[Path], out: Path, **options: Any) -> tuple[str, Seen
     return html, Seen(html)
 
 
+def cells(html: str, caption: str) -> list[str]:
+    """What the table of a caption holds."""
+    table = html.partition(f"{caption}</p>")[2].partition("</table>")[0]
+    return re.findall(r"<t[hd](?: [^>]*)?>([^<]*)<", table)
+
+
 def test_a_page_shows_every_piece(tmp_path: Path):
     _, seen = make_page([make_run(tmp_path / "run")], tmp_path / "report.html")
     for heading in ("run", "Allocation", "What the heads do", "Loss on held-out text", "Evaluation"):
@@ -161,7 +167,7 @@ def test_a_page_shows_every_piece(tmp_path: Path):
         assert heading in seen.text
     record = json.loads(seen.scripts[0])
     plots = [int(str(attributes["data-chart"])) for _, attributes in seen.tags if "data-chart" in attributes]
-    assert plots == list(range(len(record["charts"]))) and len(plots) == 13
+    assert plots == list(range(len(record["charts"]))) and len(plots) == 14
     assert {chart["rows"] for chart in record["charts"]} == record["data"].keys()
     assert all(chart["spec"]["description"] for chart in record["charts"])
     assert "slider" not in [attributes.get("id") for _, attributes in seen.tags]
@@ -216,7 +222,7 @@ def test_missing_pieces_are_left_out(tmp_path: Path, missing: str):
 
 def test_several_runs_are_sorted_by_sparsity_and_compared(tmp_path: Path):
     folders = [make_run(tmp_path / f"run{n}", sparsity=share) for n, share in enumerate((0.75, 0.25, 0.5))]
-    _, seen = make_page(folders, tmp_path / "report.html")
+    html, seen = make_page(folders, tmp_path / "report.html")
     slider = next(attributes for _, attributes in seen.tags if attributes.get("id") == "slider")
     assert slider["max"] == "2"
     assert [slider[f"data-run{n}"] for n in range(3)] == [
@@ -224,15 +230,36 @@ def test_several_runs_are_sorted_by_sparsity_and_compared(tmp_path: Path):
         "run2 (sparsity 0.5)",
         "run0 (sparsity 0.75)",
     ]
-    assert "Side by side" in seen.text and "run1 and run0" in seen.text
+    assert "Side by side" in seen.text and "Across models" not in seen.text
+    assert cells(html, "rank correlation of the scores.") == [
+        *("allocation", "1", "2", "3"),
+        *("1. run1", "", "0.67", "0.33"),  # 9, 6 and 3 heads, nested
+        *("2. run2", "1.00", "", "0.50"),
+        *("3. run0", "1.00", "1.00", ""),
+    ]
     shares = json.loads(seen.scripts[0])["data"]["layers 0"]
     assert len(shares["share"]) == 18 and shares["share"][6:12] == [0, 0.5, 1, 1, 0.5, 0]
 
 
-def test_models_of_other_shapes_are_not_compared(tmp_path: Path):
+def test_models_of_other_shapes_are_compared_by_depth(tmp_path: Path):
     folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", layers=4)]
-    _, seen = make_page(folders, tmp_path / "report.html")
+    html, seen = make_page(folders, tmp_path / "report.html")
     assert "Side by side" not in seen.text
+    found = cells(html, "to its top.")
+    assert found == ["allocation", "1", "2", "1. a", "", "1.00", "2. b", "", ""]  # both have FA in the middle
+
+
+def test_a_file_of_an_allocation_is_a_run(tmp_path: Path):
+    rules.top(6, 2, sparsity=0.5, granularity="kv_head").save(tmp_path / "top.json")
+    _, seen = make_page([make_run(tmp_path / "run"), tmp_path / "top.json"], tmp_path / "report.html")
+    assert "2. top" in seen.text and seen.text.count("Memory and speed") == 1
+
+
+def test_an_adaptation_is_refused(tmp_path: Path):
+    folder = make_run(tmp_path / "run")
+    (folder / "summary.json").write_text('{"adapt": {}}')
+    with pytest.raises(ConsaError, match=r"run is of consa adapt; name a folder of consa learn"):
+        page.write([folder], tmp_path / "report.html", command="")
 
 
 def test_a_given_behaviour_serves_the_runs_it_fits(tmp_path: Path):
@@ -303,8 +330,8 @@ def test_a_folder_without_results_is_refused(tmp_path: Path):
 def test_figures_are_written_as_svg_and_png(tmp_path: Path):
     folder = make_run(tmp_path / "a run: é")
     written = page.write([folder], tmp_path / "r.html", command="", figures=tmp_path / "figures")[1:]
-    assert {path.suffix for path in written} == {".svg", ".png"} and len(written) == 26
-    assert len({path.name for path in written}) == 26 and all(
+    assert {path.suffix for path in written} == {".svg", ".png"} and len(written) == 28
+    assert len({path.name for path in written}) == 28 and all(
         path.parent.name == "figures" for path in written
     )
     heatmap = (tmp_path / "figures" / "a-run--é-allocation.svg").read_text(encoding="utf-8")
@@ -333,7 +360,8 @@ def test_the_command_says_what_it_wrote(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs consa[browser]")
+    pytest.importorskip("axe_playwright_python", reason="needs consa[browser]")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium on this machine")
@@ -343,22 +371,15 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-CONTRASTS = """() => {
+CONTRASTS = """() => {  // of text in charts, which axe leaves out
   const parse = (text) => text.match(/[\\d.]+/g).map(Number);
   const luminance = (rgb) => rgb.slice(0, 3).map((c) => c / 255)
     .map((c) => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
     .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-  const ground = (element) => {
-    for (let e = element; e; e = e.parentElement) {
-      const colour = parse(getComputedStyle(e).backgroundColor);
-      if (colour.length < 4 || colour[3] > 0) return colour;
-    }
-    return [255, 255, 255];
-  };
-  const seen = [...document.querySelectorAll("h1, h2, h3, p, dt, dd, td, th, code, summary, label, output, svg text")];
-  return seen.filter((e) => e.textContent && e.getClientRects().length).map((e) => {
-    const style = getComputedStyle(e);
-    const [a, b] = [luminance(parse(e.closest("svg") ? style.fill : style.color)), luminance(ground(e))];
+  const seen = [...document.querySelectorAll("svg text")].filter((e) => e.textContent && e.getClientRects().length);
+  return seen.map((e) => {
+    const ground = getComputedStyle(e.closest("section")).backgroundColor;
+    const [a, b] = [luminance(parse(getComputedStyle(e).fill)), luminance(parse(ground))];
     return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.textContent];
   });
 }"""
@@ -368,6 +389,8 @@ CONTRASTS = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [380, 1200])
 def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str, width: int):
+    from axe_playwright_python.sync_playwright import Axe
+
     hostile = HOSTILE.replace("/", "")
     folders = [
         make_run(tmp_path / hostile, name=HOSTILE),
@@ -388,8 +411,10 @@ def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str, width: int):
             "() => [...document.querySelectorAll('.plot')].every(p => !p.offsetParent || p.querySelector('svg'))"
         )
         assert opened.evaluate("document.documentElement.scrollWidth") <= width
-        low = [found for found in opened.evaluate(CONTRASTS) if found[0] < 4.5]
-        assert not low, low
+        contrasts = opened.evaluate(CONTRASTS)
+        assert len(contrasts) > 100 and not [found for found in contrasts if found[0] < 4.5]
+        found = Axe().run(opened)
+        assert not found.violations_count, found.generate_report()
         plots = opened.locator(".plot:visible svg").count()
         assert plots == opened.locator(".plot[role='graphics-document'][aria-label]:visible").count() > 10
 
@@ -412,7 +437,8 @@ def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str, width: int):
     assert opened.locator("section[data-run='0']:visible").count() == 0
     all_drawn()
     assert (
-        opened.locator("section[data-run='1'] svg .mark-rect path").count() == 2 * 60
-    )  # heatmap and spectrum
+        opened.locator("section[data-run='1'] svg .mark-rect path").count()
+        == 2 * 60 + len(MEASURES)  # heatmap and spectrum, what tells FA from SWA
+    )
     assert not said
     context.close()

@@ -1,21 +1,17 @@
-"""The report's charts, as Vega-Lite: what the page shows in a browser is what `draw` writes as SVG and PNG."""
+"""What each chart of the report shows, as Vega-Lite, and the rows of its data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from consa.allocation import Allocation
-from consa.errors import ConsaError
-from consa.files import write_atomically
 from consa.relations import MEASURES, Behaviour
 from consa.report.figures import shades
+from consa.report.vega import Chart, Columns, Spec
 
 FA, SWA, OTHER = (
     "#2868ad",
@@ -26,28 +22,6 @@ DECISIONS = {"FA": FA, "SWA": SWA}
 KINDS = {"learned": FA, "dense": "#4f9d69", "all-SWA": SWA, "other": OTHER}
 MAX_POINTS = 400  # of a curve
 DIGITS = 4  # significant, of numbers in a page
-
-Columns = Mapping[str, Sequence[Any]]
-Spec = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """A figure.
-
-    Attributes:
-        name: of its files.
-        title: what it shows, as text.
-        description: what there is to see, for those who cannot.
-        spec: Vega-Lite without data.
-        data: key of the page's data sets; charts may share one.
-    """
-
-    name: str
-    title: str
-    description: str
-    spec: Spec
-    data: str
 
 
 def units(allocation: Allocation, behaviour: Behaviour | None) -> Columns:
@@ -266,6 +240,32 @@ def spectrum(name: str, data: str, behaviour: Behaviour, shown: str) -> Chart:
     )
 
 
+def predictors(name: str, data: str, num_measures: int) -> Chart:
+    """How well each measure tells FA from SWA; rows hold measure and auc, in the order to be shown."""
+    return Chart(
+        name=f"{name}-predictors",
+        title="What tells FA from SWA",
+        description="Bars from 0.5, chance, to the AUC of each measure; the table of relations holds the same numbers.",
+        spec={
+            "height": 20 * num_measures,
+            "mark": {"type": "bar", "cornerRadius": 2, "height": {"band": 0.7}},
+            "encoding": {
+                "y": _places("measure", None, labelLimit=140, ticks=False, domain=False),
+                "x": {
+                    "field": "auc",
+                    "type": "quantitative",
+                    "title": "AUC (blue: FA has more of it, orange: SWA)",
+                    "scale": {"domain": [0, 1]},
+                },
+                "x2": {"datum": 0.5},
+                "color": {"condition": {"test": "datum.auc >= 0.5", "value": FA}, "value": SWA},
+                "tooltip": [{"field": "measure"}, {"field": "auc", "title": "AUC", "format": ".3f"}],
+            },
+        },
+        data=data,
+    )
+
+
 def distances(allocation: Allocation, behaviour: Behaviour) -> Columns:
     """Mean attention by distance of the FA and of the SWA units."""
     rows: dict[str, list[Any]] = {"decision": [], "bucket": [], "share": []}
@@ -384,59 +384,6 @@ def benchmark(name: str, data: str) -> list[Chart]:
             )
         )
     return charts
-
-
-def rows_of(columns: Columns) -> list[dict[str, Any]]:
-    """Columns as Vega wants them."""
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def draw(charts: Sequence[Chart], data: Mapping[str, Columns], folder: Path) -> list[Path]:
-    """Write every chart as SVG and PNG; returns the paths.
-
-    Raises:
-        ConsaError: the package that draws is not installed, or the folder does not take them.
-    """
-    renderer = vl_convert()
-    paths = []
-    for chart in charts:
-        spec = complete(chart) | {"data": {"values": rows_of(data[chart.data])}, "background": "white"}
-        chosen = "".join(f": {param['value'].replace('_', ' ')}" for param in spec.get("params", ()))
-        spec |= {"width": 620, "title": {"text": chart.title + chosen, "anchor": "start"}}
-        drawn = {
-            ".svg": renderer.vegalite_to_svg(spec).encode(),
-            ".png": renderer.vegalite_to_png(spec, scale=3),
-        }
-        for suffix, content in drawn.items():
-            path = folder / f"{chart.name}{suffix}"
-            write_atomically(path, content)
-            paths.append(path)
-    return paths
-
-
-def complete(chart: Chart) -> Spec:
-    """The chart's specification but for data, size and colours of text, which the page's style sheet sets."""
-    config = {
-        "view": {"stroke": None},
-        "font": "system-ui, sans-serif",
-        "axis": {"domainOpacity": 0.5, "gridOpacity": 0.35, "labelFontSize": 11, "titleFontWeight": "normal"},
-        "legend": {"labelFontSize": 12},
-    }
-    size = {"width": "container", "autosize": {"type": "fit-x", "contains": "padding"}}
-    return {"description": chart.description, "config": config, **size, **chart.spec}
-
-
-def vl_convert() -> ModuleType:
-    """The package that holds Vega-Lite and draws with it.
-
-    Raises:
-        ConsaError: it is not installed.
-    """
-    try:
-        import vl_convert
-    except ImportError as error:
-        raise ConsaError("the report needs a package: pip install 'consa[report]'") from error
-    return vl_convert
 
 
 def _measure_tooltips(behaviour: Behaviour | None) -> list[Spec]:

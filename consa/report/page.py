@@ -6,78 +6,20 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Sequence
 from html import escape
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from consa.allocation import Allocation
-from consa.errors import ConsaError
-from consa.files import read_text, write_atomically
-from consa.relations import MEASURES, Behaviour, agreement, depth, relate
-from consa.report import charts
-from consa.report.charts import Chart, Columns
-
-MAX_FILE_BYTES = 2**30
-CACHE_TOKENS = 32768  # in the KV cache of the headline
-FILES = ("allocation.json", "summary.json", "eval.json", "bench.json")
-KINDS = {"dense": "dense", "all_swa": "all-SWA", "all-swa": "all-SWA", "learned": "learned"}
-DASH = "\N{EN DASH}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What a folder of `consa learn`, `eval` or `bench` holds; whatever is not there is None or empty.
-
-    Attributes:
-        name: of the folder.
-        allocation: from allocation.json.
-        summary: summary.json.
-        history: the steps of metrics.jsonl.
-        evaluation: eval.json.
-        benchmark: bench.json.
-        behaviour: from behaviour.safetensors.
-    """
-
-    name: str
-    allocation: Allocation | None
-    summary: dict[str, Any] | None
-    history: list[dict[str, float]]
-    evaluation: dict[str, Any] | None
-    benchmark: dict[str, Any] | None
-    behaviour: Behaviour | None
-
-    @classmethod
-    def read(cls, folder: Path) -> Run:
-        """Read a folder.
-
-        Raises:
-            ConsaError: it holds nothing to report, or a file in it is damaged.
-        """
-        if not any((folder / name).exists() for name in FILES):
-            raise ConsaError(
-                f"{folder} holds none of {', '.join(FILES)}; name a folder of consa learn, eval or bench"
-            )
-        allocation, behaviour = folder / "allocation.json", folder / "behaviour.safetensors"
-        metrics = folder / "metrics.jsonl"
-        lines = read_text(metrics, max_bytes=MAX_FILE_BYTES).splitlines() if metrics.exists() else []
-        return cls(
-            name=folder.resolve().name,
-            allocation=Allocation.load(allocation) if allocation.exists() else None,
-            summary=_read_json(folder / "summary.json"),
-            history=[_parse(line, metrics) for line in lines],
-            evaluation=_read_json(folder / "eval.json"),
-            benchmark=_read_json(folder / "bench.json"),
-            behaviour=Behaviour.load(behaviour) if behaviour.exists() else None,
-        )
+from consa.files import write_atomically
+from consa.relations import Behaviour
+from consa.report import vega
+from consa.report.folder import Run
+from consa.report.sections import Sections
 
 
 def write(
-    folders: Sequence[Path],
+    paths: Sequence[Path],
     out: Path,
     *,
     command: str,
@@ -87,7 +29,7 @@ def write(
     """Read runs and write the page.
 
     Args:
-        folders: of the runs.
+        paths: the runs' folders, or files of allocations.
         out: the HTML file.
         command: that does the same again, for the record.
         behaviour: of the model's heads, for the runs that have none of their own and are of its shape.
@@ -97,432 +39,45 @@ def write(
         The files written.
 
     Raises:
-        ConsaError: a folder holds nothing to report or something damaged, or a file cannot be written.
+        ConsaError: a path holds nothing to report or something damaged, or a file cannot be written.
     """
-    runs = [Run.read(folder) for folder in folders]
+    runs = [Run.read(path) for path in paths]
     runs.sort(key=lambda run: run.allocation.sparsity if run.allocation else math.inf)
-    page = _Page(runs, behaviour)
-    write_atomically(out, page.html(command).encode())
-    return [out, *(charts.draw(page.charts, page.data, figures) if figures else [])]
+    sections = Sections(runs, behaviour)
+    write_atomically(out, _html(sections, command).encode())
+    return [out, *(vega.draw(sections.charts, sections.data, figures) if figures else [])]
 
 
-class _Page:
-    """The page's sections, and the charts and data sets that come to exist with them."""
-
-    def __init__(self, runs: list[Run], behaviour: Behaviour | None) -> None:
-        self.runs = runs
-        self.names = _distinct([run.name for run in runs])
-        self.files = _distinct(
-            ["".join(c if c.isalnum() or c in "._-" else "-" for c in run.name) for run in runs]
-        )
-        self.given = behaviour
-        if behaviour and not any(_fits(behaviour, run) for run in runs):
-            shape = " x ".join(map(str, behaviour.by_distance.shape[:2]))
-            raise ConsaError(
-                f"the behaviour is of {shape} KV heads, which no run has; give one of the runs' model"
-            )
-        self.charts: list[Chart] = []
-        self.data: dict[str, Columns] = {}
-        parts: list[str] = []
-        for index, run in enumerate(runs):
-            with _saying_where(self.names[index]):
-                parts.append("".join(self._run(index, run)))
-        self.body = "".join([self._picker(), *parts, *self._comparison(), *self._origins()])
-
-    def html(self, command: str) -> str:
-        """All of it, as one file."""
-        folder = Path(__file__).parent
-        styles = (folder / "page.css").read_text(encoding="utf-8")
-        scripts = [_library(), (folder / "page.js").read_text(encoding="utf-8")]
-        record = {
-            "charts": [{"spec": charts.complete(chart), "rows": chart.data} for chart in self.charts],
-            "data": self.data,
-        }
-        models = dict.fromkeys(filter(None, (_model_of(run) for run in self.runs)))
-        title = f"{', '.join(models) or 'Runs'}: which units keep full attention"
-        hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
-        # Vega compiles its expressions, so it needs 'unsafe-eval'; none of them comes from a run's files.
-        policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-eval' {hashes}"
-        return "".join(
-            [
-                '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
-                f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n',
-                '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
-                f"<title>{escape(title)}</title>\n<style>\n{styles}</style>\n</head>\n<body>\n",
-                f"<header><h1>{escape(title)}</h1>\n",
-                "<p class=quiet>FA is full attention, SWA sliding-window attention; losses are cross-entropy per token"
-                " in nats.</p></header>\n",
-                f"<main>\n{self.body}</main>\n",
-                f"<footer><p>This page: <code>{escape(command)}</code></p></footer>\n",
-                f'<script id="data" type="application/json">{_as_script_data(record)}</script>\n',
-                *(f"<script>{script}</script>\n" for script in scripts),
-                "</body>\n</html>\n",
-            ]
-        )
-
-    def _picker(self) -> str:
-        """The slider over the runs, from the lowest sparsity to the highest."""
-        if len(self.runs) == 1:
-            return ""
-        labels = [
-            f"{name} (sparsity {run.allocation.sparsity:.4g})" if run.allocation else name
-            for name, run in zip(self.names, self.runs, strict=True)
+def _html(sections: Sections, command: str) -> str:
+    """All of it, as one file."""
+    folder = Path(__file__).parent
+    styles = (folder / "page.css").read_text(encoding="utf-8")
+    scripts = [vega.library(), (folder / "page.js").read_text(encoding="utf-8")]
+    record = {
+        "charts": [{"spec": vega.complete(chart), "rows": chart.data} for chart in sections.charts],
+        "data": sections.data,
+    }
+    models = dict.fromkeys(filter(None, (_model_of(run) for run in sections.runs)))
+    title = f"{', '.join(models) or 'Runs'}: which units keep full attention"
+    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
+    # Vega compiles its expressions, so it needs 'unsafe-eval'; none of them comes from a run's files.
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-eval' {hashes}"
+    return "".join(
+        [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
+            f"<title>{escape(title)}</title>\n<style>\n{styles}</style>\n</head>\n<body>\n",
+            f"<header><h1>{escape(title)}</h1>\n",
+            "<p class=quiet>FA is full attention, SWA sliding-window attention; losses are cross-entropy per token"
+            " in nats.</p></header>\n",
+            f"<main>\n{sections.html}</main>\n",
+            f"<footer><p>This page: <code>{escape(command)}</code></p></footer>\n",
+            f'<script id="data" type="application/json">{_as_script_data(record)}</script>\n',
+            *(f"<script>{script}</script>\n" for script in scripts),
+            "</body>\n</html>\n",
         ]
-        texts = " ".join(f'data-run{index}="{escape(label)}"' for index, label in enumerate(labels))
-        what = (
-            "Sparsity" if len({run.allocation.sparsity for run in self.runs if run.allocation}) > 1 else "Run"
-        )
-        return (
-            f'<section class=picker><label for="slider">{what}</label>'
-            f'<input id="slider" type="range" min="0" max="{len(self.runs) - 1}" step="1" value="0" {texts}>'
-            f'<output id="chosen" for="slider">{escape(labels[0])}</output></section>\n'
-        )
-
-    def _run(self, index: int, run: Run) -> Iterator[str]:
-        """The sections of one run; the slider shows one run at a time."""
-        behaviour = run.behaviour or (self.given if self.given and _fits(self.given, run) else None)
-        parts = [
-            ("Headline", self._headline(run)),
-            ("Allocation", self._allocation(index, run, behaviour)),
-            ("What the heads do", self._behaviour(index, run, behaviour)),
-            ("Loss on held-out text", self._losses(index, run)),
-            ("Evaluation", self._evaluation(index, run)),
-            ("Memory and speed", self._benchmark(index, run)),
-            ("Learning", self._learning(index, run)),
-        ]
-        for title, part in parts:
-            content = "".join(part)
-            if content:
-                title = self.names[index] if title == "Headline" else title
-                yield f'<section data-run="{index}"><h2>{escape(title)}</h2>\n{content}</section>\n'
-
-    def _headline(self, run: Run) -> Iterator[str]:
-        cards: list[tuple[str, str]] = []
-        if run.allocation is not None:
-            allocation, dense = run.allocation, _dense(run.allocation)
-            share = allocation.kv_cache_bytes(CACHE_TOKENS, head_dim=1) / dense.kv_cache_bytes(
-                CACHE_TOKENS, head_dim=1
-            )
-            cards.append(("sparsity, share of units on SWA", f"{allocation.sparsity:.1%}"))
-            cards.append((f"KV cache of dense at {CACHE_TOKENS:,} tokens", f"{share:.1%}"))
-        if run.summary is not None:
-            learned, losses = _row(run.summary, "learned"), run.summary["losses"]
-            cards.append(("of the loss gap recovered, 100% is dense", _percent(learned["recovered"])))
-            cards.append(("nats per token lost to dense", f"{losses['final'] - losses['dense']:.3f}"))
-        if run.benchmark is not None:
-            dense, hybrid = run.benchmark["measurements"][-2:]
-            faster = hybrid["decode_tokens_per_second"] / dense["decode_tokens_per_second"]
-            label = f"decoding speed of dense, {dense['context']:,} tokens"
-            cards.append((label, f"{faster:.2f}\N{MULTIPLICATION SIGN}"))
-        items = "".join(
-            f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in cards
-        )
-        yield f"<dl class=cards>{items}</dl>\n"
-
-    def _allocation(self, index: int, run: Run, behaviour: Behaviour | None) -> Iterator[str]:
-        if run.allocation is None:
-            return
-        allocation = run.allocation
-        unit = "layer" if allocation.granularity == "layer" else "KV head"
-        yield (
-            f"<p>Decided by {unit}. Window {allocation.window:,} tokens, {allocation.num_sink_tokens} sink tokens."
-            " Stronger colours are further from the decision. Point at a unit for its numbers.</p>\n"
-        )
-        data = self._add_data(f"units {index}", charts.units(allocation, behaviour))
-        yield self._figure(charts.heatmap(self.files[index], data, allocation, behaviour))
-        if allocation.full_attention.any():
-            found = depth(allocation)
-            bottom, middle, top = found.thirds
-            bare = "1 layer has" if found.bare == 1 else f"{found.bare} layers have"
-            yield (
-                f"<p>Of the FA units, {bottom:.0%} lie in the bottom third of the layers, {middle:.0%} in the middle"
-                f" and {top:.0%} in the top third. The lowest {bare} no FA (p = {found.p_bare:.3f}). Blocks of layers"
-                f" with more FA than average are {found.mean_run:.2f} layers long, and {found.expected_run:.2f} where"
-                f" the same layers are shuffled (p = {found.p_run:.3f}). p: the share of 1,000 shuffles that are as"
-                " extreme.</p>\n"
-            )
-
-    def _behaviour(self, index: int, run: Run, behaviour: Behaviour | None) -> Iterator[str]:
-        if run.allocation is None or behaviour is None:
-            return
-        relations = relate(behaviour, run.allocation)
-        telling = max(relations, key=lambda relation: abs((relation.auc or 0.5) - 0.5)).measure
-        yield (
-            f"<p>Measured under full attention; window {behaviour.window:,} tokens, {behaviour.num_sink_tokens} sink"
-            " tokens.</p>\n<div class=grid>\n"
-        )
-        yield self._figure(charts.spectrum(self.files[index], f"units {index}", behaviour, telling))
-        data = self._add_data(f"distances {index}", charts.distances(run.allocation, behaviour))
-        yield self._figure(charts.by_distance(self.files[index], data))
-        yield "</div>\n"
-        yield _table(
-            [
-                "measure",
-                "AUC",
-                "\N{GREEK SMALL LETTER RHO} FA",
-                "\N{GREEK SMALL LETTER RHO} score",
-                "what it is",
-            ],
-            [
-                [
-                    relation.measure.replace("_", " "),
-                    _number(relation.auc),
-                    _number(relation.with_decision),
-                    _number(relation.with_scores),
-                    MEASURES[relation.measure],
-                ]
-                for relation in relations
-            ],
-            "AUC: the chance that an FA head measures higher than an SWA head. \N{GREEK SMALL LETTER RHO}: Spearman's"
-            " rank correlation with the decision and with the score.",
-            kind="told",
-        )
-
-    def _losses(self, index: int, run: Run) -> Iterator[str]:
-        if run.summary is None:
-            return
-        summary = run.summary
-        yield (
-            f"<p>{summary['heldout_sequences']:,} sequences of {summary['seq_len']:,} tokens from"
-            f" {summary['heldout_documents']:,} documents; mean from position {summary['start']:,} on.</p>\n"
-        )
-        dense = _row(summary, "dense")["by_position"]
-        lines = {
-            row["name"]: [(x - y, None, None) for x, y in zip(row["by_position"], dense, strict=True)]
-            for row in summary["rows"]
-        }
-        places = [first for first, _ in summary["buckets"]]
-        data = self._add_data(f"positions {index}", _positions(lines, places))
-        yield self._figure(charts.by_position(self.files[index], data, intervals=False))
-        buckets = [f"{first:,}{DASH}{end - 1:,}" for first, end in summary["buckets"]]
-        yield _table(
-            ["allocation", "sparsity", "loss", "recovered", *buckets],
-            [
-                [row["name"], f"{row['sparsity']:.4f}", f"{row['loss']:.4f}", _number(row["recovered"])]
-                + [f"{value:.3f}" for value in row["by_position"]]
-                for row in summary["rows"]
-            ],
-            "Loss overall and by position. Recovered is the share of the gap from all-SWA to dense that is closed.",
-        )
-
-    def _evaluation(self, index: int, run: Run) -> Iterator[str]:
-        if run.evaluation is None:
-            return
-        lines, start = run.evaluation["lines"], run.evaluation["start"]
-        rises = {
-            line["name"]: [(e["mean"], e["low"], e["high"]) for e in line["differences_by_position"].values()]
-            for line in lines
-        }
-        places = [int(first) for first in lines[0]["differences_by_position"]]
-        data = self._add_data(f"evaluated positions {index}", _positions(rises, places))
-        name = f"{self.files[index]}-eval"
-        yield self._figure(charts.by_position(name, data, intervals=True))
-        yield _table(
-            ["allocation", "sparsity", "loss", "to dense", "95 % interval", "recovered"],
-            [
-                [
-                    line["name"],
-                    f"{line['sparsity']:.4f}",
-                    f"{line['loss']['mean']:.4f}",
-                    f"{line['difference']['mean']:+.4f}",
-                    f"{line['difference']['low']:+.4f} to {line['difference']['high']:+.4f}",
-                    _number(line["recovered"]),
-                ]
-                for line in lines
-            ],
-            f"Loss from position {start:,} on.",
-        )
-        found = lines[0]["retrieval"]
-        if found:
-            columns: dict[str, list[Any]] = {
-                key: [] for key in ("allocation", "kind", "task", "length", "share")
-            }
-            for line in lines:
-                for task, lengths in line["retrieval"].items():
-                    for length, share in lengths.items():
-                        row = (line["name"], _kind(line["name"]), task, int(length), share)
-                        for column, value in zip(columns.values(), row, strict=True):
-                            column.append(value)
-            data = self._add_data(f"retrieval {index}", columns)
-            yield "<div class='grid small'>\n"
-            yield from (self._figure(charts.retrieval(name, data, task)) for task in found)
-            yield "</div>\n"
-            yield _table(
-                ["allocation"]
-                + [f"{task} {length}" for task, lengths in found.items() for length in lengths],
-                [
-                    [line["name"]]
-                    + [
-                        _number(share, 2)
-                        for lengths in line["retrieval"].values()
-                        for share in lengths.values()
-                    ]
-                    for line in lines
-                ],
-                "Share of hidden answers found, by task and tokens of text.",
-            )
-        if lines[0]["tasks"]:
-            yield _table(
-                ["allocation", *lines[0]["tasks"]],
-                [[line["name"], *(_number(value, 4) for value in line["tasks"].values())] for line in lines],
-                "lm-eval.",
-            )
-
-    def _benchmark(self, index: int, run: Run) -> Iterator[str]:
-        if run.benchmark is None:
-            return
-        measured = run.benchmark["measurements"]
-        columns = {name: [m[name] for m in measured] for name in measured[0]}
-        columns["cache_mb"] = [m["cache_bytes"] / 1e6 for m in measured]
-        data = self._add_data(f"benchmark {index}", columns)
-        where = "{hardware}, {dtype}".format_map(run.benchmark["where"])
-        yield f"<p>{escape(where)}.</p>\n"
-        yield "<div class='grid small'>\n"
-        yield from (self._figure(chart) for chart in charts.benchmark(self.files[index], data))
-        yield "</div>\n"
-        yield _table(
-            ["model", "context", "batch", "prefill s", "decode tok/s", "KV cache MB", "peak MB"],
-            [
-                [
-                    m["model"],
-                    f"{m['context']:,}",
-                    str(m["batch_size"]),
-                    f"{m['prefill_seconds']:.3f}",
-                    f"{m['decode_tokens_per_second']:.1f}",
-                    f"{m['cache_bytes'] / 1e6:.2f}",
-                    f"{m['peak_bytes'] / 1e6:.0f}",
-                ]
-                for m in measured
-            ],
-        )
-
-    def _learning(self, index: int, run: Run) -> Iterator[str]:
-        if not run.history:
-            return
-        if run.summary is not None and run.summary["losses"]["stochastic"] is not None:
-            losses = run.summary["losses"]
-            yield (
-                f"<p>Held-out loss: dense {losses['dense']:.4f}, stochastic gates {losses['stochastic']:.4f}, final"
-                f" allocation {losses['final']:.4f}; {run.summary['fractional']:.1%} of the gates were still"
-                " fractional at the end.</p>\n"
-            )
-        data = self._add_data(f"history {index}", charts.history(run.history))
-        yield "<div class=grid>\n"
-        yield from (self._figure(chart) for chart in charts.curves(self.files[index], data))
-        yield "</div>\n"
-
-    def _comparison(self) -> Iterator[str]:
-        """Runs of models of one shape, side by side."""
-        shapes: dict[Any, dict[str, Allocation]] = {}
-        for name, run in zip(self.names, self.runs, strict=True):
-            if run.allocation is not None:
-                key = (run.allocation.full_attention.shape, tuple(run.allocation.layers))
-                shapes.setdefault(key, {})[name] = run.allocation
-        for number, allocations in enumerate(group for group in shapes.values() if len(group) > 1):
-            yield "<section><h2>Side by side</h2>\n"
-            data = self._add_data(f"layers {number}", charts.layer_shares(allocations))
-            yield self._figure(charts.side_by_side(data, allocations))
-            rows = []
-            for (first, a), (second, b) in combinations(allocations.items(), 2):
-                alike = agreement(a, b)
-                numbers = (alike.jaccard, alike.expected_jaccard, alike.rank_correlation)
-                rows.append([f"{first} and {second}", *map(_number, numbers)])
-            yield _table(
-                ["allocations", "Jaccard", "by chance", "\N{GREEK SMALL LETTER RHO} of scores"],
-                rows,
-                "Jaccard: FA heads that both have, over those that either has. By chance: about what random allocations"
-                " of these sizes would have.",
-            )
-            yield "</section>\n"
-
-    def _origins(self) -> Iterator[str]:
-        yield "<section><h2>Where it comes from</h2>\n"
-        for name, run in zip(self.names, self.runs, strict=True):
-            yield f"<h3>{escape(name)}</h3>\n"
-            records = [run.summary, (run.evaluation or {}).get("how"), (run.benchmark or {}).get("where")]
-            for command in filter(None, ((record or {}).get("command") for record in records)):
-                yield f"<pre><code>{escape(str(command))}</code></pre>\n"
-            for title, record in (
-                ("Summary", run.summary),
-                ("Allocation", None if run.allocation is None else dict(run.allocation.provenance)),
-                ("Evaluation", (run.evaluation or {}).get("how")),
-                ("Benchmark", (run.benchmark or {}).get("where")),
-                ("Behaviour", None if run.behaviour is None else dict(run.behaviour.provenance)),
-            ):
-                if record:
-                    shown = {key: value for key, value in record.items() if key not in ("rows", "buckets")}
-                    text = escape(json.dumps(shown, indent=1, ensure_ascii=False))
-                    yield f"<details><summary>{title}</summary><pre>{text}</pre></details>\n"
-        yield "</section>\n"
-
-    def _add_data(self, name: str, columns: Columns) -> str:
-        self.data[name] = columns
-        return name
-
-    def _figure(self, chart: Chart) -> str:
-        self.charts.append(chart)
-        return (
-            f"<figure><figcaption>{escape(chart.title)}</figcaption>"
-            f'<div class=plot data-chart="{len(self.charts) - 1}"></div></figure>\n'
-        )
-
-
-@cache
-def _library() -> str:
-    """Vega-Lite with all it needs, 0.9 MB of JavaScript that defines `vegaEmbed`."""
-    return charts.vl_convert().javascript_bundle("window.vegaEmbed = vegaEmbed;")
-
-
-def _table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", *, kind: str = ""
-) -> str:
-    """A table that scrolls by itself where the page is narrow; what was learned stands out.
-
-    Of kind "told", its last column is prose.
-    """
-    head = "".join(f"<th scope=col>{escape(column)}</th>" for column in columns)
-    body = "".join(
-        f"<tr{' class=learned' if row[0] == 'learned' else ''}><th scope=row>{escape(row[0])}</th>"
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
-        + "</tr>\n"
-        for row in rows
     )
-    said = f"<p class=quiet>{escape(caption)}</p>\n" if caption else ""
-    label = escape(caption or ", ".join(columns))
-    return (
-        f'{said}<div class="scroll {kind}" role=region aria-label="{label}" tabindex=0><table>'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
-    )
-
-
-def _positions(lines: dict[str, list[Any]], places: list[int]) -> Columns:
-    """Rises over dense, each with the ends of its interval, as `charts.by_position` wants them."""
-    columns: dict[str, list[Any]] = {key: [] for key in ("allocation", "kind", "from", "rise", "low", "high")}
-    for name, values in lines.items():
-        for place, (mean, low, high) in zip(places, values, strict=True):
-            for column, value in zip(
-                columns.values(), (name, _kind(name), place, mean, low, high), strict=True
-            ):
-                column.append(value)
-    return columns
-
-
-def _fits(behaviour: Behaviour, run: Run) -> bool:
-    return bool(run.allocation) and run.allocation.full_attention.shape == behaviour.by_distance.shape[:2]
-
-
-def _kind(name: str) -> str:
-    return KINDS.get(name, "learned" if name.endswith("allocation.json") else "other")
-
-
-def _row(summary: dict[str, Any], name: str) -> dict[str, Any]:
-    return {row["name"]: row for row in summary["rows"]}[name]
-
-
-def _dense(allocation: Allocation) -> Allocation:
-    full = allocation.full_attention.copy()
-    full[allocation.layers] = True
-    return Allocation(full_attention=full, window=allocation.window, native_windows=allocation.native_windows)
 
 
 def _model_of(run: Run) -> str | None:
@@ -532,21 +87,6 @@ def _model_of(run: Run) -> str | None:
     return None if run.allocation is None else run.allocation.provenance.get("model")
 
 
-def _number(value: float | None, digits: int = 3) -> str:
-    return DASH if value is None else f"{value:.{digits}f}"
-
-
-def _percent(value: float | None) -> str:
-    return DASH if value is None else f"{value:.1%}"
-
-
-def _distinct(names: list[str]) -> list[str]:
-    """The names, those that come again with a number."""
-    return [
-        f"{name} ({names[:i].count(name) + 1})" if name in names[:i] else name for i, name in enumerate(names)
-    ]
-
-
 def _as_script_data(record: Any) -> str:
     """JSON in which nothing can end the script element that holds it."""
     return json.dumps(record, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
@@ -554,30 +94,3 @@ def _as_script_data(record: Any) -> str:
 
 def _sha256(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    return _parse(read_text(path, max_bytes=MAX_FILE_BYTES), path) if path.exists() else None
-
-
-def _parse(text: str, path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConsaError(f"{path} is damaged: not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ConsaError(f"{path} is damaged: it should hold an object, not {type(record).__name__}")
-    return record
-
-
-@contextmanager
-def _saying_where(name: str) -> Iterator[None]:
-    """Files of other programs or versions may lack whatever the page shows."""
-    try:
-        yield
-    except ConsaError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ConsaError(
-            f"the records of run {name!r} are not as consa writes them ({type(error).__name__}: {error}); make it again"
-        ) from error
