@@ -428,6 +428,21 @@ def behaviour(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def behaviour_cost(record: dict[str, Any]) -> list[str]:
+    settings = record["settings"]
+    return [
+        "## What measuring behaviour costs",
+        "",
+        f"SmolLM2-135M-Instruct in float32 on a CPU, window {settings['window']}: one sequence of text, the repeated"
+        " random sequence and four needles. Memory is the rise of the process's peak over that of the loaded model; the"
+        " last column is what the scores of one layer would take if they existed at once.",
+        "",
+        *_table(record["columns"], record["rows"]),
+        "",
+        *_source(record),
+    ]
+
+
 AGREEMENT = ("jaccard", "expected_jaccard", "rank_correlation")
 UNITS = {"kv_head": "KV heads", "layer": "layers"}
 
@@ -480,6 +495,7 @@ SECTIONS = {
     "control": control,
     "methods": methods,
     "behaviour": behaviour,
+    "behaviour_cost": behaviour_cost,
     "inference": inference,
 }
 
