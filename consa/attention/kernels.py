@@ -551,7 +551,8 @@ def backward(
     _backward_q[num_blocks, rows](
         q, *_blocks(blocks.keys, k, v), *_blocks(SINK_BLOCK, k, v), out, difference, dout, dq, dfull, dgates, lse,
         terms, sink_parts, order, gates, *map(_strides, (q, out, dout, dq, dfull)), p.kv_heads, _heads(dfull, p),
-        p.queries, p.keys, p.window, p.num_sink_tokens, p.scaling, scale, SINK_KEYS=SINK_BLOCK, **p.settings(q, blocks, mode),
+        p.queries, p.keys, p.window, p.num_sink_tokens, p.scaling, scale, SINK_KEYS=SINK_BLOCK,
+        **p.settings(q, blocks, mode),
     )  # fmt: skip
     sink_sums = sink_parts.sum(0) if p.num_sink_tokens else sink_parts
     blocks = blocks_for("backward_kv", q)
