@@ -4,7 +4,7 @@
 
 All settings are compiled first, by processes side by side, into Triton's cache on disk, where the launches find them.
 The first row of a shape is the setting that consa ships, and `ratio` is to its time. A time is the median of single
-launches, queued so that the CPU's work does not show; for decoding, of the two launches of a layer, within a CUDA graph.
+launches, queued so that the CPU's work does not show; for decoding, of the two launches of a layer, within a graph.
 TFLOPS count the products that a kernel does, of half the keys for causal attention and of the window's for SWA; GB/s
 count the keys and values that decoding reads. Inputs are random, bf16. Rows are "one pass" (FA and SWA, mixed),
 "sliding" (SWA alone), or "given full" (SWA, mixed with an FA computed elsewhere).
