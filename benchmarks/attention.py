@@ -25,7 +25,7 @@ from common import environment, print_table, write_json
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from consa.attention import branches, fused
+from consa.attention import fused
 from consa.attention.hybrid import Rows, hybrid_attention
 from consa.attention.reference import reference_attention
 
@@ -92,7 +92,7 @@ def hybrid(shape: Shape, sinks: int, z: Tensor, *, one_pass: bool) -> Attention:
     options = {"window": shape[5], "num_sink_tokens": sinks, "scaling": shape[4] ** -0.5}
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        fused.ONE_PASS_WINDOWS = {branches.FUSED_HEAD_DIM: 10**6 if one_pass else 0}
+        fused.ONE_PASS_KEYS = 10**6 if one_pass else 0
         return hybrid_attention(q, k, v, rows, **options)
 
     return attention

@@ -4,9 +4,10 @@
 
 Forward and backward of one or several sequences at once, bf16, weights frozen. "consa" is `learn` over a whole short
 run, from gates almost all open to the target sparsity: all of a step, the gates' own update too. "dense" is the same
-loss and backward pass through plain causal attention of the library, "two attentions" both branches for all heads at every
-step: causal, and under a dense mask of the window, mixed by the gates. Those two have no optimiser. Times are medians
-over steps for them, the mean over the run for consa; the peak is of memory allocated, weights included.
+loss and backward pass through plain causal attention of the library. "two attentions" computes both branches of all
+heads at every step: causal, and under a dense mask of the window, mixed by the gates. Those two have no optimiser.
+Times are medians over steps for them, the mean over the run for consa; the peak is of memory allocated, weights
+included.
 """
 
 from __future__ import annotations

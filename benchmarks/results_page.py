@@ -486,6 +486,51 @@ def _verdict(depths: list[dict[str, Any]], *names: str) -> str:
     return "holds here" if all(shown) else "holds in part" if any(shown) else "not shown here"
 
 
+def attention(record: dict[str, Any]) -> list[str]:
+    return [
+        "## Attention on a GPU: gates and windows beside the library's causal attention",
+        "",
+        "bf16, forward alone and forward + backward; shape is batch x query heads x KV heads x tokens x head_dim, a"
+        " gate for each KV head of each sequence. Times are the GPU's; `ratio` is to the library's faster causal"
+        " attention, in the same run. 75 % of the gates at 0 and the rest at 1 is the prefill of a hybrid; all open is the"
+        " start of learning. One pass gives FA and SWA from the same scores, and repeats bit for bit.",
+        "",
+        *_table(record["columns"], record["rows"]),
+        "",
+        *_source(record),
+    ]
+
+
+def learning(record: dict[str, Any]) -> list[str]:
+    return [
+        "## Learning on a GPU: tokens per second",
+        "",
+        "Forward and backward, bf16, frozen random weights. `dense` is the same loss and backward pass through the"
+        " library's causal attention; `two attentions` computes both branches of every head; `consa` is a whole run of"
+        f" {record['steps']} steps, from gates almost all open to the target, with deterministic kernels. `at once` is"
+        " the micro-batch.",
+        "",
+        *_table(record["columns"], record["rows"]),
+        "",
+        *_source(record),
+    ]
+
+
+def decode(record: dict[str, Any]) -> list[str]:
+    return [
+        "## Decoding on a GPU: a step of a Qwen3-0.6B-shaped model",
+        "",
+        f"bf16, random weights, sparsity {record['sparsity']}, window {record['window']}, 4 sinks; the compiled model"
+        " as one CUDA graph per step; dense is the library's attention over a cache of fixed size. `of copy` is what"
+        " attention reads per second over what a large copy on the device moves"
+        f" ({record['copy_bytes_per_second'] / 1e12:.2f} TB/s); `fits` is the largest batch in 80 GB.",
+        "",
+        *_table(record["columns"], record["rows"]),
+        "",
+        *_source(record),
+    ]
+
+
 SECTIONS = {
     "demo": demo,
     "allocations-kv_head": allocations,
@@ -497,6 +542,9 @@ SECTIONS = {
     "behaviour": behaviour,
     "behaviour_cost": behaviour_cost,
     "inference": inference,
+    "attention": attention,
+    "learning": learning,
+    "decode": decode,
 }
 
 FIGURES = {"methods": frontier}

@@ -90,7 +90,7 @@ def run(case: Case, device: torch.device, dtype: torch.dtype, one_pass: bool) ->
         "scaling": 0.7 * case.head_dim**-0.5,
     }
     with (
-        mock.patch.object(fused, "ONE_PASS_WINDOWS", {256: 1000 if one_pass else 0}),
+        mock.patch.object(fused, "ONE_PASS_KEYS", 10**6 if one_pass else 0),
         mock.patch("torch.empty_like", poisoned(torch.empty_like)),
         mock.patch.object(Tensor, "new_empty", poisoned(Tensor.new_empty)),
     ):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from consa.attention import kernels
-from consa.attention.branches import FUSED_HEAD_DIM, full_attention, must_repeat
+from consa.attention.branches import full_attention, must_repeat
 from consa.attention.kernels import Problem
 from consa.attention.kernels_decode import decode
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["decode", "hybrid_attention", "sliding_attention"]
 
-# Up to this many windows of keys, by the largest head_dim: FA and SWA in one pass of ours are faster than FA from the
-# library and SWA beside it, whose cost per query does not grow with the keys.
-ONE_PASS_WINDOWS = {64: 24, FUSED_HEAD_DIM: 8}
+# The library's FA takes a fifth less time than ours, but its rows have to be taken out first, which costs as much as so
+# many keys would. Up to this share of open rows x keys, one pass of ours is faster (benchmarks/attention.py).
+ONE_PASS_KEYS = 8192
 
 
 def sliding_attention(
@@ -43,7 +43,7 @@ def hybrid_attention(
     """
     problem = _problem(q, k, window, num_sink_tokens, scaling)
     num_open = rows.num_full + rows.num_mixed
-    if must_repeat(q, k, v) or _one_pass_is_faster(problem):
+    if must_repeat(q, k, v) or num_open * problem.keys <= ONE_PASS_KEYS * len(rows.order):
         return _Hybrid.apply(q, k, v, rows.gates, None, rows.order, 0, num_open, problem)
     if rows.num_mixed == len(rows.order):  # all rows, which are in order already
         given = full_attention(q, k, v, scaling=scaling)
@@ -51,11 +51,6 @@ def hybrid_attention(
         *taken, q, k, v = _Take.apply(q, k, v, rows.order[:num_open], rows.num_full)
         given = full_attention(*taken, scaling=scaling)
     return _Hybrid.apply(q, k, v, rows.gates, given, rows.order, rows.num_full, num_open, problem)
-
-
-def _one_pass_is_faster(problem: Problem) -> bool:
-    windows = next(n for head_dim, n in ONE_PASS_WINDOWS.items() if problem.head_dim <= head_dim)
-    return problem.keys <= windows * problem.window
 
 
 def _problem(q: Tensor, k: Tensor, window: int, num_sink_tokens: int, scaling: float) -> Problem:
