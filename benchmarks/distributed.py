@@ -1,7 +1,7 @@
 """The same runs on one process and on several: speed, memory, whether they end alike, and what a dead one leads to.
 
     python benchmarks/distributed.py --train train.npy --processes 1,2,4 --out benchmarks/results/distributed.json
-    python benchmarks/distributed.py --toy --out distributed.json
+    python benchmarks/distributed.py --toy --tokens-per-step 512 --out distributed.json
 
 TRAIN is tokens, int `(num_sequences, seq_len)`. `torchrun` starts each number of processes, one GPU each (NCCL), or
 with `--toy` on the CPU (gloo), on a tiny model and short random text. A step's sequences are the same on any number, so
@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,8 @@ def main() -> None:
     )
     parser.add_argument("--train")
     parser.add_argument("--processes", default="1,2")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--sequences-per-step", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--tokens-per-step", type=int, default=2**17)
     parser.add_argument("--toy", action="store_true", help="on the CPU, tiny")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -134,10 +134,10 @@ def killed(number: int, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
     """Kill one of `number` processes in a run, go on with half as many, and compare with a run left alone."""
     at = settings["steps"] // 2 + 1
     with tempfile.TemporaryDirectory() as folder:
-        there = asdict(case) | {"folder": folder}
-        done, _ = launch(number, [Case(**there | {"kill": at})], settings)
+        there = replace(case, folder=folder)
+        done, _ = launch(number, [replace(there, kill=at)], settings)
         said = [line for line in done.stderr.splitlines() if "SIGKILL" in line or line.startswith("error:")]
-        resumed, found = launch(max(1, number // 2), [Case(**there)], settings)
+        resumed, found = launch(max(1, number // 2), [there], settings)
         if resumed.returncode:
             raise SystemExit(resumed.stderr)
         _, alone = launch(number, [case], settings)
@@ -197,7 +197,7 @@ def run(case: Case, settings: dict[str, Any]) -> dict[str, Any]:
     common: dict[str, Any] = {
         "seq_len": case.seq_len,
         "num_steps": settings["steps"],
-        "sequences_per_step": settings["sequences_per_step"],
+        "sequences_per_step": settings["tokens_per_step"] // case.seq_len,
         "activation_checkpointing": case.model.startswith("qwen"),
         "parallel": case.parallel,
         "checkpoint_every": 2,

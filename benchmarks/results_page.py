@@ -286,6 +286,14 @@ def adaptation(record: dict[str, Any]) -> list[str]:
         if len(chosen) > 1:
             table = [_adapted(ADAPTED[name.partition("/")[0]], row) for name, row in chosen.items()]
             lines += [f"With {sinks or 'no'} sinks:", "", *_table(columns, table), ""]
+        if hybrid := rows.get(f"kv_head/{sinks}"):
+            found = ((n, s - dense["after"]["retrieval"][n]) for n, s in hybrid["after"]["retrieval"].items())
+            needles = ", ".join(f"{100 * less:+.0f} points at {int(n):,} tokens" for n, less in found)
+            lines += [
+                f"Learned KV heads end {hybrid['behind_dense']:+.4f} nats from the dense model trained as long; needles"
+                f" found, against it: {needles}.",
+                "",
+            ]
     return lines + _joint(record) + _source(record)
 
 
@@ -323,7 +331,8 @@ def _joint(record: dict[str, Any]) -> list[str]:
         f"Masks and weights learned together ({steps} steps of {sequences} sequences, the weights at a learning rate of"
         f" {record['settings']['joint_rate']:g}), then the weights under the mask they ended with, against masks first"
         f" on the same text and then the weights: {abs(joint - apart):.4f} nats {which} after as many tokens in all."
-        " In the joint row, the loss before is that of the weights which joint learning ended with.",
+        " The joint row's loss before is that of the weights which joint learning ended with; these have seen more text"
+        " than any other row's.",
         "",
     ]
 
@@ -333,7 +342,7 @@ def distributed(record: dict[str, Any]) -> list[str]:
     lines = [
         "## The same run on several processes",
         "",
-        f"Runs of {settings['steps']} steps of {settings['sequences_per_step']} sequences, whatever the number of"
+        f"Runs of {settings['steps']} steps of {settings['tokens_per_step']:,} tokens, whatever the number of"
         " processes, one GPU each. `speed-up` is to one process, over how many there are; `memory` is the most that any"
         " GPU had allocated; `largest difference` is that of the losses to those of one process, relative. Adapting"
         " keeps its allocation; of Qwen3-0.6B the weights are random.",

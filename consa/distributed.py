@@ -59,7 +59,8 @@ def group(device: str | None = None) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and not any(word in str(error) for word in _LOST):
             raise
         raise ConsaError(
-            f"process {rank()} lost the others of this job: one of them ended; the same command continues where it was"
+            f"process {rank()} lost the others of this job: one of them ended, and may have said why;"
+            " the same command continues where it was"
         ) from error
     finally:
         dist.destroy_process_group()

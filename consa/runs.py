@@ -64,7 +64,7 @@ def run(
     start = where.start_for(config)
     _check_before_loading(where, tensorboard)
     settings = {"run": asdict(where), "learn": asdict(config)}
-    with _joined(where, folder, settings):
+    with _joined(where, config, folder, settings):
         loaded = _load(where)
         units = units_of(loaded.layout, config.granularity)
         sparsity = 1 - target_units(loaded.layout, config) / units.count  # finds a budget that is too small
@@ -171,7 +171,7 @@ def run_adaptation(
     _check_before_loading(where, tensorboard)
     decided = {key: x for key, x in json.loads(allocation.to_json()).items() if key != "provenance"}
     settings = {"run": asdict(where), "adapt": asdict(config), "allocation": decided}
-    with _joined(where, folder, settings):
+    with _joined(where, config, folder, settings):
         loaded = _load(where)
         check_fits(allocation, loaded.layout, type(loaded.model).__name__)
         check_lora(loaded.model, config)
@@ -253,9 +253,12 @@ def run_adaptation(
 
 
 @contextmanager
-def _joined(where: RunConfig, folder: Path, settings: dict[str, Any]) -> Iterator[None]:
+def _joined(
+    where: RunConfig, config: LearnConfig | AdaptConfig, folder: Path, settings: dict[str, Any]
+) -> Iterator[None]:
     """Join the job's other processes; the main one holds the folder, after making sure that it is this run's."""
     with distributed.group(where.device), _claimed(folder) if distributed.is_main() else nullcontext():
+        distributed.check_divides(config.sequences_per_step, config.micro_batch)
         if distributed.is_main():
             _check_same_run(folder, settings)
         yield

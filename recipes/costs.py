@@ -57,7 +57,7 @@ def section(name: str, recipe: ModuleType) -> list[str]:
     """One recipe's part of the page."""
     model = skeleton(recipe.SHAPE)
     total, layers, embeddings = parameters(model)
-    heads = (model.config.num_hidden_layers, model.config.num_key_value_heads)
+    heads = (recipe.SHAPE["num_hidden_layers"], recipe.SHAPE["num_key_value_heads"])
     learn: LearnConfig = recipe.LEARN
     hybrid = rules.interleaved(
         *heads, sparsity=learn.sparsity, window=learn.window, num_sink_tokens=learn.num_sink_tokens
@@ -167,7 +167,7 @@ def layer_bytes(config: Any) -> float:
     small = Qwen3Config(
         **config.to_diff_dict() | {"num_hidden_layers": 1, "vocab_size": 8, "layer_types": None}
     )
-    model = Qwen3ForCausalLM(small).to(torch.bfloat16)
+    model = Qwen3ForCausalLM(small).bfloat16()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from consa import distributed
+from consa import distributed, runs
 from consa.checkpointing import METRICS
-from consa.config import AdaptConfig
+from consa.config import AdaptConfig, LearnConfig, RunConfig
 from consa.errors import ConsaError
 from tests.compare import assert_close
 from tests.distributed_job import job
+from tests.models import allocate, tiny
 
 ROOT = Path(__file__).parent.parent
 ADAPT = {"num_steps": 4, "sequences_per_step": 4, "learning_rate": 3e-3, "checkpoint_every": 2}
@@ -111,11 +112,23 @@ def test_goes_on_with_another_number_of_processes(name: str, two: Path, tmp_path
     assert_alike(results(tmp_path / "one"), results(two / name), verb)
 
 
-def test_more_processes_than_sequences(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_more_processes_than_sequences(
+    tiny_model_folder: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Found before anything is loaded or written."""
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    for verb, settings in (("adapt", ADAPT), ("learn", LEARN)):
+    where = RunConfig(model=str(tiny_model_folder), data=str(text_folder), device="cpu")
+    kept, folder = allocate(tiny(), window=3), tmp_path / "run"
+    one: dict[str, Any] = {"sequences_per_step": 1, "seq_len": 96}
+    for attempt in (
+        lambda: job("adapt", ADAPT | one, str(tmp_path / "out")),
+        lambda: job("learn", LEARN | one, str(tmp_path / "out")),
+        lambda: runs.run_adaptation(where, kept, AdaptConfig(**one), folder, command="c"),
+        lambda: runs.run(where, LearnConfig(window=8, **one), folder, command="c"),
+    ):
         with pytest.raises(ConsaError, match="multiple of 2 processes x micro_batch 1, got 1; start fewer"):
-            job(verb, settings | {"sequences_per_step": 1}, str(tmp_path / "out"))
+            attempt()
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch):
