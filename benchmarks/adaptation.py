@@ -5,8 +5,9 @@
 TRAIN and HELDOUT are tokens, int `(num_sequences, seq_len)`. The learned allocations are those of `--seed` in
 benchmarks/results/allocations-kv_head.json and -layer.json, of 4 sinks; a row's name ends in the sinks that it is
 trained and measured with. Every row trains all weights of the same model by `adapt`, on the same sequences in the same
-order: those of TRAIN that learning, whose settings the files hold, has not seen. `joint` learns its gates and weights
-together on the text that the others learned their gates on, and then trains on with its mask, on as much text as they.
+order: those of TRAIN that learning, whose settings the files hold, has not seen, or all if those are too few. `joint`
+learns its gates and weights together on the text that the others learned their gates on, and then trains on with its
+mask, on as much text as they.
 
 Losses are of the held-out sequences, from `--start` on, before and after the training. `recovered` is the share of the
 gap that a row closes from all-SWA, with the row's sinks, to the dense model: as both were, before the training; after
@@ -120,7 +121,8 @@ class Benchmark:
             micro_batch=options.micro_batch,
             learning_rate=options.learning_rate,
         )
-        self.text = self.train[unseen]
+        needed = self.adapting.num_steps * options.sequences_per_step
+        self.text = self.train[unseen] if len(unseen) >= needed else self.train
         self.questions = {
             length: Questions.make(self.loaded.tokenizer, int(length), options.examples)
             for length in options.lengths.split(",")

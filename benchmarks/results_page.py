@@ -256,7 +256,7 @@ def adaptation(record: dict[str, Any]) -> list[str]:
     dense = rows["dense"]
     tokens = record["steps"] * settings["sequences_per_step"] * record["seq_len"]
     lines = [
-        "## Adaptation: hybrids and the dense model, trained equally long",
+        f"## Adaptation on {tokens / 1e6:.1f} M tokens: hybrids and the dense model, trained equally long",
         "",
         f"SmolLM2-135M-Instruct, every weight trained by `adapt` on {tokens / 1e6:.2f} M tokens"
         f" ({record['steps']} steps of {settings['sequences_per_step']} sequences of {record['seq_len']:,}),"
@@ -266,7 +266,8 @@ def adaptation(record: dict[str, Any]) -> list[str]:
         f" {dense['after']['loss']:.3f} nats and is what `recovered` is 1 at: before the training as it was, after it"
         " as trained. 0 is all-SWA with as many sinks as the row, as it was; for `of trained` it is all-SWA trained"
         " equally long. `behind` is the loss after training less that of the trained dense model. `needles` are the"
-        f" shares of {settings['examples']} single needles found at {settings['lengths'].replace(',', ' and ')} tokens."
+        f" shares of {settings['examples']} single needles found at"
+        f" {settings['lengths'].replace(',', ' and ')} tokens; `tokens/s` are those of the training."
         " The allocations were learned with 4 sinks, whatever they are trained with.",
         "",
     ]
@@ -280,6 +281,7 @@ def adaptation(record: dict[str, Any]) -> list[str]:
         "of trained",
         "behind",
         "needles",
+        "tokens/s",
     ]
     for sinks in (4, 0):
         chosen = {name: row for name, row in rows.items() if row["sinks"] in (None, sinks)}
@@ -316,7 +318,7 @@ def _adapted(name: str, row: dict[str, Any]) -> list[str]:
     needles = [" ".join(f"{x:.2f}" for x in row[when]["retrieval"].values()) for when in ("before", "after")]
     before = [f"{row['before']['loss']:.4f}", text("recovered_before", ".3f"), needles[0]]
     after = [f"{row['after']['loss']:.4f}", text("recovered", ".3f"), text("recovered_of_trained", ".3f")]
-    return [name, *before, *after, text("behind_dense", "+.4f"), needles[1]]
+    return [name, *before, *after, text("behind_dense", "+.4f"), needles[1], f"{row['tokens_per_second']:,}"]
 
 
 def _joint(record: dict[str, Any]) -> list[str]:
@@ -501,8 +503,8 @@ def attention(record: dict[str, Any]) -> list[str]:
         "",
         "bf16, forward alone and forward + backward; shape is batch x query heads x KV heads x tokens x head_dim, a"
         " gate for each KV head of each sequence. Times are the GPU's; `ratio` is to the library's faster causal"
-        " attention, in the same run. 75 % of the gates at 0 and the rest at 1 is the prefill of a hybrid; all open is the"
-        " start of learning. One pass gives FA and SWA from the same scores, and repeats bit for bit.",
+        " attention, in the same run. 75 % of the gates at 0 and the rest at 1 is the prefill of a hybrid; all open is"
+        " the start of learning. One pass gives FA and SWA from the same scores, and repeats bit for bit.",
         "",
         *_table(record["columns"], record["rows"]),
         "",
@@ -545,6 +547,7 @@ SECTIONS = {
     "allocations-kv_head": allocations,
     "allocations-layer": allocations,
     "adaptation": adaptation,
+    "adaptation-long": adaptation,
     "distributed": distributed,
     "control": control,
     "methods": methods,
