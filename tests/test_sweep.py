@@ -143,6 +143,28 @@ def test_more_may_be_asked_of_a_folder_but_nothing_else(
         sweep(where, small, MEASURED, tmp_path, command="c")
 
 
+def test_a_ranking_runs_once_for_all_sparsities_and_again_for_what_is_added(
+    where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked, method = [], methods.METHODS["lazy_layers"]
+    counted = lambda *given: asked.append(given[2]) or method(*given)  # noqa: E731
+    monkeypatch.setitem(methods.METHODS, "lazy_layers", counted)
+    config = replace(CONFIG, methods="lazy_layers,top", evaluation_sequences=1)
+    sweep(where, config, MEASURED, tmp_path, command="c")
+    assert [(c.granularity, c.sparsity, c.seed) for c in asked] == [
+        (granularity, 0.75, seed) for granularity in ("layer", "kv_head") for seed in (0, 1)
+    ]
+    names = [f"lazy_layers-kv_head-{sparsity}-seed0" for sparsity in (0.5, 0.75)]
+    half, quarter = (Allocation.load(tmp_path / "allocations" / f"{name}.json") for name in names)
+    assert (half.sparsity, quarter.sparsity) == (0.5, 0.75)
+    assert (quarter.full_attention <= half.full_attention).all()
+    assert half.provenance["cost"] == quarter.provenance["cost"]
+    kept = (tmp_path / "allocations" / f"{names[0]}.json").stat().st_mtime_ns
+    sweep(where, replace(config, sparsity="0.5,0.25", seeds=1), MEASURED, tmp_path, command="c")
+    assert [c.sparsity for c in asked[4:]] == [0.5, 0.5]
+    assert (tmp_path / "allocations" / f"{names[0]}.json").stat().st_mtime_ns == kept
+
+
 def test_all_rules_by_one_word_each_once():
     config = SweepConfig(sparsity="0.5", granularity="layer,kv_head", methods="rules,middle", seeds=3)
     wanted = list(choices(config, MEASURED))
