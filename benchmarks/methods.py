@@ -9,7 +9,7 @@ that begins later than that, and the same command goes on from there.
 
 `--estimate` prints what every run will cost, and runs nothing. `--share 1/4` to `--share 4/4`, each with its own --out,
 are four processes side by side on one GPU, each with about a quarter of the estimated seconds;
-benchmarks/merge.py makes one file of theirs.
+benchmarks/merge.py makes one file of theirs. `--budget micro_batch=4` computes four sequences at once.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ PLAN = {
     "retrieval_score": Entry(BOTH, False, {}),
     "lazy_layers": Entry(BOTH, False, {}),
 }
-# SmolLM2-135M on one H100, for the estimates alone: tokens per second, and seconds of a row's answers.
+# SmolLM2-135M on one H100, four sequences at once, for the estimates alone: tokens per second, and seconds of a row's
+# answers.
 FORWARD, FORWARD_AND_BACKWARD = 450_000, 150_000
 ANSWERING = 1.5
 

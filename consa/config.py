@@ -353,6 +353,7 @@ class SweepConfig:
     sequences_per_step: int | None = _option(None, "sequences of each of these steps")
     evaluations: int | None = _option(None, "forward evaluations of methods that search")
     evaluation_sequences: int | None = _option(None, "sequences of each of these evaluations")
+    micro_batch: int | None = _option(None, "sequences computed at once while choosing; 1 unless given")
 
     def __post_init__(self) -> None:
         if not isinstance(self.seeds, int) or self.seeds < 1:
@@ -381,7 +382,7 @@ class SweepConfig:
     @property
     def budget(self) -> dict[str, int]:
         """What was given of the methods' budgets."""
-        names = ("num_steps", "sequences_per_step", "evaluations", "evaluation_sequences")
+        names = ("num_steps", "sequences_per_step", "evaluations", "evaluation_sequences", "micro_batch")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 

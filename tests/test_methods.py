@@ -193,6 +193,10 @@ def test_the_loss_of_a_problem_is_that_of_its_answers_under_the_allocation(token
             ].tolist()
     assert problem.loss(full, texts) == pytest.approx(np.mean(losses), rel=1e-5)
     assert (problem.forward_tokens, problem.backward_tokens) == (140, 0)
+    problem.config = replace(problem.config, micro_batch=2)
+    texts = [texts[0], texts[2], texts[1]]
+    assert [len(batch) for batch in problem.batches(texts)] == [2, 1]
+    assert problem.loss(full, texts) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_questions_end_with_their_answers(tokenizer: Any):
@@ -222,6 +226,18 @@ def test_nested_allocations_are_nested_and_exact_after_one_run(granularity: Any,
             "backward_tokens": 12 * 2 * 40,
         }
     assert len({str(allocation.scores) for allocation in found.values()}) == 1
+
+
+@pytest.mark.parametrize("name", ["prulong", "bosch", "greedy", "consa"])
+def test_sequences_computed_at_once_change_nothing_but_rounding(name: str, tokenizer: Any):
+    loaded = loaded_from(tiny(), tokenizer)
+    sequences = np.random.default_rng(0).integers(2, 61, (5, 50)).astype(np.uint16)
+    alone, together = (
+        METHODS[name](loaded, sequences, ChoiceConfig(micro_batch=size, **SMALL)) for size in (1, 2)
+    )
+    assert alone.scores is not None and together.scores is not None
+    np.testing.assert_allclose(together.scores, alone.scores, atol=1e-3)
+    assert together.provenance["cost"] == alone.provenance["cost"]
 
 
 @pytest.mark.parametrize("name", METHODS)

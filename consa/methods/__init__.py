@@ -38,6 +38,7 @@ class ChoiceConfig:
         sequences_per_step: sequences, or questions, of each of them.
         evaluations: budget of a method that searches, in forward evaluations.
         evaluation_sequences: sequences, or questions, of each of them, and of what measures attention.
+        micro_batch: sequences of one length computed at once; on a GPU, as many as fit.
 
     Raises:
         ConsaError: a value out of range; the message names it.
@@ -52,6 +53,7 @@ class ChoiceConfig:
     sequences_per_step: int = 4
     evaluations: int = 340
     evaluation_sequences: int = 8
+    micro_batch: int = 1
 
     def __post_init__(self) -> None:
         for name in ("evaluations", "evaluation_sequences"):
@@ -71,6 +73,7 @@ class ChoiceConfig:
             num_steps=self.num_steps,
             sequences_per_step=self.sequences_per_step,
             refine_sequences=self.evaluation_sequences,
+            micro_batch=self.micro_batch,
             **more,
         )
 

@@ -46,6 +46,7 @@ def greedy(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) -> 
         problem.decide("greedy", worth, full),
         np.stack([text.tokens for text in texts]),
         max_evaluations=config.evaluations - problem.units.count - 1,
+        batch_size=config.micro_batch,
         on_exchange=exchanges.append,
     )
     evaluations = exchanges[-1].evaluations if exchanges else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from itertools import count, islice
+from itertools import count, groupby, islice
 from typing import Any
 
 import numpy as np
@@ -101,9 +101,16 @@ class Problem:
             found.append(Text(np.array(prompt + answer), len(prompt)))
         return found
 
-    def tensor(self, text: Text) -> Tensor:
-        """The text's tokens, int64 `(1, seq_len)` on the model's device."""
-        return torch.from_numpy(text.tokens.astype(np.int64))[None].to(self.loaded.model.device)
+    def tensor(self, *texts: Text) -> Tensor:
+        """The tokens of texts of one length, int64 `(texts, seq_len)` on the model's device."""
+        tokens = np.stack([text.tokens for text in texts]).astype(np.int64)
+        return torch.from_numpy(tokens).to(self.loaded.model.device)
+
+    def batches(self, texts: list[Text]) -> Iterator[list[Text]]:
+        """Neighbours of one length, as many as are computed at once."""
+        for _, alike in groupby(texts, key=lambda text: len(text.tokens)):
+            while batch := list(islice(alike, self.config.micro_batch)):
+                yield batch
 
     def allocation(self, full: np.ndarray, **more: Any) -> Allocation:
         """The allocation in which the units of `full`, bool `(units,)`, keep full attention."""
@@ -125,10 +132,11 @@ class Problem:
         """Mean loss per predicted token of `texts` with the units of `full` on full attention, nats."""
         total = 0.0
         with attached(self.loaded.model, self.allocation(full)):
-            for text in texts:
-                losses = loss.token_losses(self.loaded.model, self.tensor(text))
-                total += float(losses[0, text.start - 1 :].double().sum())
-                self.forward_tokens += len(text.tokens)
+            for batch in self.batches(texts):
+                losses = loss.token_losses(self.loaded.model, self.tensor(*batch))
+                for text, own in zip(batch, losses, strict=True):
+                    total += float(own[text.start - 1 :].double().sum())
+                    self.forward_tokens += len(text.tokens)
         return total / sum(len(text.tokens) - text.start for text in texts)
 
     def without_ties(self, scores: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ the number of steps (1,000 there).
 from __future__ import annotations
 
 import math
+from itertools import islice
 
 import numpy as np
 import torch
@@ -45,14 +46,15 @@ def prulong(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) ->
         model.requires_grad_(False)
         for step in range(config.num_steps):
             target = problem.target_sparsity * min(1, step / math.ceil(SPARSITY_WARMUP * config.num_steps))
-            for _ in range(config.sequences_per_step):
-                tokens = problem.tensor(next(text))
-                z = gates.sample(log_alpha, torch.rand(units.count, generator=generator))
-                rows = units.spread(z[None], elsewhere=1)  # (layers, 1, kv_heads)
+            for batch in problem.batches(list(islice(text, config.sequences_per_step))):
+                tokens = problem.tensor(*batch)
+                draws = [torch.rand(units.count, generator=generator) for _ in batch]
+                z = gates.sample(log_alpha, torch.stack(draws))
+                rows = units.spread(z, elsewhere=1)  # (layers, sequences, kv_heads)
                 with plan.gated(rows, model.device) as leaf:
-                    loss.backward(model, tokens, scale=1 / config.sequences_per_step)
-                violation = 1 - z.mean() - target
-                penalty = multipliers[0] * violation + multipliers[1] * violation**2
+                    loss.backward(model, tokens, scale=len(batch) / config.sequences_per_step)
+                violation = 1 - z.mean(1) - target
+                penalty = (multipliers[0] * violation + multipliers[1] * violation**2).sum()
                 gradient = torch.zeros_like(rows) if leaf.grad is None else leaf.grad.cpu()
                 torch.autograd.backward([penalty / config.sequences_per_step, rows], [None, gradient])
                 problem.forward_tokens += tokens.numel()
