@@ -80,6 +80,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _quieten() -> None:
     """Keep the libraries' own talk off the terminal; consa's warnings become one line each."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its talk of retries, where there is no network
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks; consa uses threads
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 from consa.errors import ConsaError
@@ -36,19 +36,18 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make sure, without making anything, that files can be put into a folder, which need not exist yet.
+    """Make sure that files can be put into a folder, which need not exist yet; leaves nothing there.
 
     Raises:
         ConsaError: something is in the way.
     """
     try:
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        problem = 0 if os.access(nearest, os.R_OK | os.W_OK | os.X_OK) else errno.EACCES
-        problem = problem if nearest.is_dir() else errno.ENOTDIR
-    except OSError as error:  # a name that is too long, or a folder that may not be entered
-        problem = error.errno
-    if problem:
-        raise ConsaError(f"cannot write {folder}: {os.strerror(problem)}; choose another folder")
+        tempfile.TemporaryDirectory(prefix=".", dir=nearest).cleanup()
+    except OSError as error:
+        raise ConsaError(
+            f"cannot write {folder}: {error.strerror or error}; choose another folder"
+        ) from error
 
 
 def read_text(path: Path, *, max_bytes: int) -> str:
