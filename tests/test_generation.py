@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from consa import Allocation, ConsaError, HybridCache, attached, convert, load, rules
 from consa.cache import GROWTH, HybridLayer, StaticHybridLayer, allocated_bytes
@@ -102,11 +102,6 @@ def test_every_family_generates_thousands_of_tokens(family):
         ).logits[:, 49:]
     torch.testing.assert_close(torch.stack(out.logits, 1), logits, atol=1e-6, rtol=0)
     assert torch.equal(out.sequences[:, 50:], logits[:, :, 1:].argmax(-1) + 1)
-    print(
-        family,
-        [len(set(x[-500:].tolist())) for x in out.sequences],
-        (torch.stack(out.logits, 1) - logits).abs().max(),
-    )
 
 
 def test_a_sequence_does_not_notice_its_padding(hybrid):
@@ -252,24 +247,46 @@ def real_allocation():
     return Allocation(full_attention=full, window=128, num_sink_tokens=4)
 
 
+CHUNKS_OF_TEXT = [600, 130, 1, 400, *[1] * 30, 40, 170, *[1] * 29]
+
+
+def through(cache, model, ids):
+    """Logits of a text in uneven chunks and token by token."""
+    out, done = [], 0
+    for chunk in CHUNKS_OF_TEXT:
+        out.append(model(ids[:, done : done + chunk], past_key_values=cache).logits)
+        done += chunk
+    assert done == ids.shape[1]
+    return torch.cat(out, 1)
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_real_model_decodes_the_exact_hybrid(real, real_allocation):
-    """Over a thousand tokens past the window, in uneven chunks and token by token."""
-    model = real.model
+    """Over a thousand tokens past the window.
+
+    In float32 the order of the model's own sums moves its logits, which reach 40, by nearly 1e-4, without consa too: so
+    the limit is what transformers' own cache does to the unmodified model, and float64 shows that the rest is exact.
+    """
     assert real_allocation.sparsity >= 0.75
     text = inspect.getsource(argparse)
-    ids = real.tokenizer(text, return_tensors="pt")["input_ids"][:, :1400]
-    with torch.no_grad(), exact(model, real_allocation):
-        logits = model(ids, use_cache=False).logits
-    cache, out, done = HybridCache(real_allocation), [], 0
-    with torch.no_grad(), attached(model, real_allocation):
-        for chunk in [600, 130, 1, 400, *[1] * 30, 40, 170, *[1] * 29]:
-            out.append(model(ids[:, done : done + chunk], past_key_values=cache).logits)
-            done += chunk
-    assert done == ids.shape[1]
-    got = torch.cat(out, 1)
-    torch.testing.assert_close(got, logits, atol=1e-4, rtol=0)
-    assert torch.equal(got.argmax(-1), logits.argmax(-1))
+    ids = real.tokenizer(text, return_tensors="pt")["input_ids"][:, : sum(CHUNKS_OF_TEXT)]
+    model = copy.deepcopy(real.model)
+    errors = {}
+    with torch.no_grad():
+        dense = model(ids, use_cache=False).logits
+        floor = float((through(DynamicCache(config=model.config), model, ids) - dense).abs().max())
+        for dtype in (torch.float32, torch.float64):
+            model.to(dtype)
+            with exact(model, real_allocation):
+                wanted = model(ids, use_cache=False).logits
+            with attached(model, real_allocation):
+                got = through(HybridCache(real_allocation), model, ids)
+            assert torch.equal(got.argmax(-1), wanted.argmax(-1))
+            errors[dtype] = float((got - wanted).abs().max())
+    print(f"largest difference of a logit: dense float32 {floor:.2e}, hybrid {errors}")
+    assert errors[torch.float32] <= 1.5 * floor
+    assert errors[torch.float64] <= 5e-5  # transformers' norms are in float32 whatever the model is
 
 
 @pytest.mark.slow
