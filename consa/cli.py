@@ -24,6 +24,13 @@ from consa.options import command_line, described, from_options, number, with_fi
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it, and its click may be its own
 
 
+# What helps against too little memory in commands that do not train.
+LIGHTER = {
+    "bench": "choose shorter --contexts or smaller --batch-sizes",
+    "generate": "shorten the prompt",
+}
+
+
 class _Commands(TyperGroup):
     """Turns whatever a user can cause into one line on stderr and an exit code."""
 
@@ -47,7 +54,10 @@ class _Commands(TyperGroup):
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-            advice = "lower --micro-batch or --seq-len, or turn on --activation-checkpointing"
+            advice = LIGHTER.get(
+                ctx.invoked_subcommand,
+                "lower --micro-batch or --seq-len, or turn on --activation-checkpointing",
+            )
             raise typer.Exit(_fail(f"out of memory; {advice}", 2)) from None
 
 

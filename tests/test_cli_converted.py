@@ -239,6 +239,28 @@ def test_what_cannot_be_measured_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "advice"),
+    [("bench", [], "--contexts"), ("generate", ["--prompt", "a"], "the prompt")],
+)
+def test_too_little_memory_is_said(
+    command: str,
+    options: list[str],
+    advice: str,
+    converted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("consa.benchmark.benchmark", fail)
+    monkeypatch.setattr("consa.generation.generate_text", fail)
+    monkeypatch.chdir(tmp_path)
+    line = refused(command, converted / "hybrid", *options)
+    assert "out of memory" in line and advice in line and "--micro-batch" not in line
+
+
 def test_nothing_is_measured_in_vain(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("consa.checkpoint.load", lambda *_: pytest.fail("loaded"))
     (tmp_path / "file").touch()
