@@ -46,6 +46,7 @@ def test_eval_measures_what_is_named(tmp_path: Path, tiny_model_folder: Path, te
     assert [line["sparsity"] for line in record["lines"]] == [0, 1, 0.5, 0.25]
     again = consa_cli(*shlex.split(record["how"]["command"])[1:], "--out", tmp_path / "out")
     assert again.exit_code == 0 and again.stdout == result.stdout and "Measuring" not in again.stderr
+    assert not (tmp_path / "out" / "config.json").exists()  # a folder of `consa learn` keeps its own
 
 
 def test_sweep_draws_the_frontier(tmp_path: Path, tiny_model_folder: Path, text_folder: Path):
