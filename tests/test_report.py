@@ -425,6 +425,15 @@ def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str, width: int):
     tooltip.wait_for()
     for text in ("layer 0, KV head 1", "log_alpha", "needle"):
         assert text in tooltip.inner_text()
+    points = opened.locator(
+        "section[data-run='0']:has-text('sequences of 128 tokens') .mark-symbol.role-mark path"
+    )
+    told = []
+    for point in points.all():  # some lie below others
+        point.hover(force=True)
+        told.append(opened.locator("#vg-tooltip-element").inner_text())
+    assert any(HOSTILE in text for text in told)  # as text: nothing of it is an element of the page
+    assert not opened.locator("#vg-tooltip-element :is(script, img)").count()
     opened.mouse.move(0, 0)
     opened.locator("section[data-run='0'] .vega-bindings select").select_option("copy")
     heights = opened.locator(".plot:has(select):visible svg .mark-rect path").evaluate_all(

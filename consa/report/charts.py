@@ -13,11 +13,8 @@ from consa.relations import MEASURES, Behaviour
 from consa.report.figures import shades
 from consa.report.vega import Chart, Columns, Spec
 
-FA, SWA, OTHER = (
-    "#2868ad",
-    "#d9952b",
-    "#84878c",
-)  # told apart by colour-blind readers, and seen on light and dark
+# Told apart by colour-blind readers, and seen on light and dark.
+FA, SWA, OTHER = "#2868ad", "#d9952b", "#84878c"
 DECISIONS = {"FA": FA, "SWA": SWA}
 KINDS = {"learned": FA, "dense": "#4f9d69", "all-SWA": SWA, "other": OTHER}
 MAX_POINTS = 400  # of a curve
