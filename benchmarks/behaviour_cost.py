@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
-    columns = ["tokens", "seconds", "MiB beyond the model", "MiB of one layer's S x S scores"]
+    columns = ["tokens", "seconds", "CPU seconds", "MiB beyond the model", "MiB of one layer's S x S scores"]
     rows: list[list[Any]] = []
     for length in map(int, options.lengths.split(",")):
         with multiprocessing.get_context("spawn").Pool(1) as fresh:
@@ -49,11 +49,11 @@ def _measured(model: str, text: str, length: int, window: int) -> list[Any]:
     """A row of the table; memory is the rise of the process's peak."""
     loaded = load_model(model, device="cpu")
     sequence = np.load(text, mmap_mode="r", allow_pickle=False)[:1, :length]
-    before, began = _peak_mib(), time.perf_counter()
+    before, began, busy = _peak_mib(), time.perf_counter(), time.process_time()
     measure(loaded.model, sequence, window=window, tokenizer=loaded.tokenizer)
-    seconds, rise = time.perf_counter() - began, _peak_mib() - before
+    seconds, busy, rise = time.perf_counter() - began, time.process_time() - busy, _peak_mib() - before
     scores = loaded.model.config.num_attention_heads * length**2 * 4 / 2**20
-    return [length, round(seconds, 1), round(rise), round(scores)]
+    return [length, round(seconds, 1), round(busy, 1), round(rise), round(scores)]
 
 
 def _peak_mib() -> float:

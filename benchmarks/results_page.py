@@ -445,8 +445,9 @@ def behaviour_cost(record: dict[str, Any]) -> list[str]:
         "## What measuring behaviour costs",
         "",
         f"SmolLM2-135M-Instruct in float32 on a CPU, window {settings['window']}: one sequence of text, the repeated"
-        " random sequence and four needles. Memory is the rise of the process's peak over that of the loaded model; the"
-        " last column is what the scores of one layer would take if they existed at once.",
+        " random sequence and four needles. Seconds by the clock, and those of all cores together. Memory is the rise"
+        " of the process's peak over that of the loaded model; the last column is what the scores of one layer would"
+        " take if they existed at once.",
         "",
         *_table(record["columns"], record["rows"]),
         "",
