@@ -15,12 +15,10 @@ import time
 from itertools import combinations
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
-from common import environment, print_table, write_json
+from common import environment, learned_allocations, print_table, write_json
 
-from consa.allocation import Allocation
 from consa.behaviour import measure
 from consa.model import load_model
 from consa.relations import agreement, depth, rank_correlation, relate
@@ -40,7 +38,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
 
-    learned = [_learned(json.loads(path.read_text())) for path in options.allocations]
+    learned = [learned_allocations(json.loads(path.read_text())) for path in options.allocations]
     example = learned[0][0]
     loaded = load_model(options.model)
     text = np.load(options.text, mmap_mode="r", allow_pickle=False)
@@ -108,23 +106,6 @@ def main() -> None:
     }
     write_json(options.out, environment() | record)
     print(f"{seconds:.0f} s of measuring")
-
-
-def _learned(record: dict[str, Any]) -> list[Allocation]:
-    """What was learned, a seed each, with its scores."""
-    settings = record["settings"]
-    return [
-        Allocation(
-            full_attention=np.array([[unit == "1" for unit in layer] for layer in row["allocation"]]),
-            granularity=settings["granularity"],
-            window=settings["window"],
-            num_sink_tokens=settings["num_sink_tokens"],
-            scores=np.array(row["scores"]),
-            provenance={"name": row["name"]},
-        )
-        for row in record["rows"]
-        if row["scores"] is not None and not row["name"].endswith("gates alone")
-    ]
 
 
 def _median(values: list[float | None]) -> str:

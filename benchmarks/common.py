@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from consa.allocation import Allocation
 from consa.files import write_atomically
 from consa.provenance import hardware, versions
 
@@ -47,3 +50,20 @@ def overrides(items: list[str]) -> dict[str, Any]:
         except ValueError:
             found[name] = value
     return found
+
+
+def learned_allocations(record: dict[str, Any]) -> list[Allocation]:
+    """What benchmarks/allocations.py recorded as learned, a seed each, after the refinement and with its scores."""
+    settings = record["settings"]
+    return [
+        Allocation(
+            full_attention=np.array([[unit == "1" for unit in layer] for layer in row["allocation"]]),
+            granularity=settings["granularity"],
+            window=settings["window"],
+            num_sink_tokens=settings["num_sink_tokens"],
+            scores=np.array(row["scores"]),
+            provenance={"method": "consa", "model": "smollm2-135m", "name": row["name"]},
+        )
+        for row in record["rows"]
+        if row["scores"] is not None and not row["name"].endswith("gates alone")
+    ]
