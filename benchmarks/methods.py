@@ -154,9 +154,8 @@ def planned(options: argparse.Namespace) -> Iterator[list[Choice]]:
             for granularity in entry.granularities:
                 if (seed and not entry.draws) or (name, granularity) == ("uniform_heads", "layer"):
                     continue
-                settings = (
-                    {"granularity": granularity, "seed": seed} | entry.budget | overrides(options.budget)
-                )
+                settings: dict[str, Any] = {"granularity": granularity, "seed": seed} | entry.budget
+                settings |= overrides(options.budget)
                 runs: dict[Any, list[Choice]] = {}
                 for sparsity in sparsities:
                     choice = Choice(method=name, config=ChoiceConfig(sparsity=sparsity, **settings))

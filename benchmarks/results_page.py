@@ -137,7 +137,8 @@ def methods(record: dict[str, Any]) -> list[str]:
             if processes == [1]
             else f"beside others: {' or '.join(map(str, processes))} processes shared the GPU"
         )
-        + "; Mtokens went forward / of them backward too. * one run for all sparsities.",
+        + f", {settings['budget']['micro_batch']} sequences at once; Mtokens went forward / of them backward too."
+        " * one run for all sparsities.",
         "",
         "`nll_guided`, `duo_attention` and `retrieval_score` choose by questions for several numbers hidden in the text"
         " that the needles are hidden in too, a sibling of what the retrieval columns score; no other method sees any"
