@@ -240,10 +240,10 @@ def sweep(
     read_layout(where.model)
     settings = {"run": asdict(where), "sweep": asdict(config), "eval": asdict(measured), "command": command}
     _check_same_sweep(folder, settings)
-    write_atomically(folder / "config.json", (json.dumps(settings, indent=1) + "\n").encode())
     loaded = suite.load(where, measured)
     harness = suite.find_harness(measured, loaded)
     heldout = suite.load_heldout(where, measured.seq_len, loaded)
+    write_atomically(folder / "config.json", (json.dumps(settings, indent=1) + "\n").encode())
     allocations = _choose(wanted, loaded, where, measured.seq_len, folder)
     table = suite.evaluate(
         loaded, allocations, heldout, measured, folder, start=start, harness=harness, how=settings

@@ -60,10 +60,10 @@ def run(
     allocations = {name: named(name, where.model, layout, config) for name in dict.fromkeys(names)}
     start = start_of(where, config, allocations)
     settings = {"run": asdict(where), "eval": asdict(config), "allocations": list(names), "command": command}
-    write_atomically(folder / "eval-config.json", (json.dumps(settings, indent=1) + "\n").encode())
     loaded = load(where, config)
     harness = find_harness(config, loaded)
     heldout = load_heldout(where, config.seq_len, loaded)
+    write_atomically(folder / "eval-config.json", (json.dumps(settings, indent=1) + "\n").encode())
     table = evaluate(loaded, allocations, heldout, config, folder, start=start, harness=harness, how=settings)
     return table, table.write(folder)
 
