@@ -277,9 +277,10 @@ class SinkImpl(AttentionImpl[SinkMetadata]):
     def _prefill(self, query: Tensor, kv_cache: Tensor, batch: SinkMetadata, sequence: int) -> Tensor:
         """Several new tokens of one sequence."""
         length = int(batch.lengths[sequence])
-        first = max(self.num_sink_tokens, length - len(query) - self.window + 1)
-        kept = torch.cat([torch.arange(self.num_sink_tokens), torch.arange(first, length)])[None, -length:]
-        k, v = self._read(kv_cache, batch.pages[sequence, None], kept.to(query.device))
+        sinks = min(self.num_sink_tokens, length)
+        near = max(sinks, length - len(query) - self.window + 1)
+        kept = torch.cat([torch.arange(sinks), torch.arange(near, length)]).to(query.device)
+        k, v = self._read(kv_cache, batch.pages[sequence, None], kept[None])
         out = sliding_attention(
             query.transpose(0, 1)[None],
             k,
