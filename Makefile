@@ -5,13 +5,14 @@ PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 # One thread of torch per worker: workers that each use every core are slower than one that does.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 STYLE := $(BIN)/python -m ruff check && $(BIN)/python -m ruff format --check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu lint format docs clean distclean
+.PHONY: help install demo test test-slow test-gpu test-vllm lint format docs clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -22,15 +23,18 @@ install: $(VENV)/.dev  ## Make .venv with consa, the demo's model and the develo
 demo: $(VENV)/.runtime  ## Learn, convert and measure a small hybrid of a real 135M model, on the CPU
 	$(BIN)/consa demo
 
-test: $(VENV)/.dev  ## Check style and run the tests, save the slow ones and those for a GPU
+test: $(VENV)/.dev  ## Check style and run the tests, save the slow ones and those for a GPU or vLLM
 	@# Both, whatever the first says: who broke the style wants to know about the tests too.
-	@status=0; $(STYLE) || status=$$?; $(PYTEST) -m "not gpu and not slow" || status=$$?; exit $$status
+	@status=0; $(STYLE) || status=$$?; $(PYTEST) -m "not gpu and not slow and not vllm" || status=$$?; exit $$status
 
 test-slow: $(VENV)/.dev  ## Run the slow tests
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu and not vllm"
 
 test-gpu: $(VENV)/.dev  ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+test-vllm: $(VLLM)/.ready  ## Make .venv-vllm with vLLM for CPUs, and run the tests that need the real engine
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving
 
 lint: $(VENV)/.dev  ## Check style and types
 	$(STYLE) && $(BIN)/python -m pyright
@@ -46,8 +50,8 @@ clean:  ## Delete caches and builds; runs/ and .venv stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
 	find consa tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean  ## Delete .venv too
-	rm -rf $(VENV)
+distclean: clean  ## Delete .venv and .venv-vllm too
+	rm -rf $(VENV) $(VLLM)
 
 # Stamps: made once their step has succeeded, older than what the step depends on when it has to be done again.
 
@@ -68,4 +72,12 @@ $(VENV)/.runtime: $(VENV)/.created pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(PIP) -e ".[dev,gguf,lm-eval,lora,report]"
+	@touch $@
+
+# torch by itself, with what its build for this machine needs; all else is listed.
+$(VLLM)/.ready: $(VENV)/.created pyproject.toml requirements-vllm.txt
+	$(BIN)/python -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -c requirements-vllm.txt torch
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-deps -r requirements-vllm.txt
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
 	@touch $@

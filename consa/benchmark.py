@@ -118,14 +118,9 @@ def benchmark(
         raise ConsaError(
             "there is nothing to compare: the model is no hybrid; make one with consa convert --kind hybrid"
         )
-    if decode_tokens < 1 or repeats < 1 or not contexts or not batch_sizes or min(contexts + batch_sizes) < 1:
-        raise ConsaError("contexts, batch sizes, decoded tokens and repeats must all be at least 1")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and max(contexts) + decode_tokens > longest:
-        raise ConsaError(
-            f"context {max(contexts)} and {decode_tokens} decoded tokens are more than the {longest} positions of the"
-            " model; choose shorter ones"
-        )
+    check_settings(
+        contexts, batch_sizes, decode_tokens, repeats, getattr(model.config, "max_position_embeddings", None)
+    )
     models = {"dense": dense_twin(model), "hybrid": model}
     measurements, done = [], 0
     for context in contexts:
@@ -157,6 +152,19 @@ def benchmark(
         "repeats": repeats,
     }
     return Benchmark(allocation.sparsity, tuple(measurements), where)
+
+
+def check_settings(
+    contexts: list[int], batch_sizes: list[int], decode_tokens: int, repeats: int, longest: int | None
+) -> None:
+    """Raise a ConsaError unless they can be measured on a model of `longest` positions, None for any number."""
+    if decode_tokens < 1 or repeats < 1 or not contexts or not batch_sizes or min(contexts + batch_sizes) < 1:
+        raise ConsaError("contexts, batch sizes, decoded tokens and repeats must all be at least 1")
+    if longest is not None and max(contexts) + decode_tokens > longest:
+        raise ConsaError(
+            f"context {max(contexts)} and {decode_tokens} decoded tokens are more than the {longest} positions of the"
+            " model; choose shorter ones"
+        )
 
 
 def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -238,7 +246,7 @@ def _measure(model: PreTrainedModel, context: int, batch_size: int, decode_token
     for _ in range(decode_tokens):
         token, seconds = forward(token)
         steps.append(seconds)
-    return _Run(prefill, steps, allocated_bytes(cache), _peak(model.device))
+    return _Run(prefill, steps, allocated_bytes(cache), peak_bytes(model.device))
 
 
 def _wait(device: torch.device) -> None:
@@ -259,7 +267,7 @@ def _reset_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the high-water mark
 
 
-def _peak(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
     """Bytes; where the mark cannot be reset, the highest since the process started."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -28,7 +28,7 @@ from consa.attention.plan import Plan
 from consa.errors import ConsaError, UnsupportedModelError
 from consa.files import check_writable, read_text, sha256_of
 from consa.model import attention_layout, check_fits, inspect_attention, quiet
-from consa.register import PREFIX, TAKEN
+from consa.register import ARCHITECTURE_PREFIX, PREFIX, TAKEN
 
 SCHEMA = "consa.checkpoint/1"
 MANIFEST = "consa.json"
@@ -247,7 +247,7 @@ def _hybrid_config(model: PreTrainedModel, written: dict[str, Any], allocation: 
     return {PREFIX + name: written[name] for name in TAKEN if name in written} | {
         "model_type": interface.NAME,  # AutoModel looks at it
         "layer_types": [interface.NAME] * allocation.num_layers,  # the classes of any family do
-        "architectures": [f"ConSA{type(model).__name__}"],  # vLLM and others do
+        "architectures": [ARCHITECTURE_PREFIX + type(model).__name__],  # vLLM and others do
         "consa": _record(allocation),
     }
 

@@ -299,6 +299,9 @@ def bench(
     batch_sizes: Annotated[str, typer.Option(metavar="N,N,...", help="sequences at once")] = "1",
     decode_tokens: Annotated[int, number(help="steps after each prefill")] = 32,
     repeats: Annotated[int, number(help="of each measurement; their median counts")] = 3,
+    engine: Annotated[
+        str, typer.Option(metavar="transformers|vllm", help="what computes; KV cache is what vllm plans")
+    ] = "transformers",
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="for bench.json and bench.png", show_default=False)
     ] = None,
@@ -310,15 +313,19 @@ def bench(
             lists.append([int(number) for number in text.split(",")])
         except ValueError:
             raise ConsaError(f"{name} must be integers with commas between, got {text!r}") from None
+    if engine not in ("transformers", "vllm"):
+        raise ConsaError(f"engine must be transformers or vllm, got {engine!r}")
     from consa import benchmark
     from consa.checkpoint import load
     from consa.progress import progress
+    from consa.serving import bench as serving
 
     out = out or folder.parent / f"{folder.name}-bench"
     check_writable(out)
-    model = load(folder)
+    measure: Any = serving.benchmark if engine == "vllm" else benchmark.benchmark
+    model = folder if engine == "vllm" else load(folder)
     with progress("measuring", len(lists[0]) * len(lists[1]) * repeats * 2) as tell:
-        result = benchmark.benchmark(
+        result = measure(
             model,
             contexts=lists[0],
             batch_sizes=lists[1],
@@ -327,8 +334,25 @@ def bench(
             on_run=tell,
         )
     _show(*result.table())
+    if engine == "vllm":
+        print(serving.requests_line(result))
     for path in benchmark.write(result, out):
         print(path)
+
+
+@app.command()
+def serve(
+    folder: Converted,
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- OPTION...]", help="what `vllm serve` takes, after --")
+    ] = None,
+) -> None:
+    """Serve a converted model with vLLM: an OpenAI-compatible server, with the small KV cache; see docs/SERVING.md."""
+    from consa.serving import server
+
+    command = server.command(folder, options or [])
+    print(shlex.join(command), flush=True)
+    os.execv(command[0], command)
 
 
 @app.command("eval")

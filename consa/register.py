@@ -33,6 +33,7 @@ TAKEN = (
     "layer_types",
 )  # a hybrid's config.json keeps its family's own under names that begin with:
 PREFIX = "consa_"  # and not in an object, since transformers takes one with a model_type for a whole config
+ARCHITECTURE_PREFIX = "ConSA"  # of the family's class, in a hybrid's config.json
 
 _stock_layer_types = cache_utils.get_layer_types_and_kwargs
 _stock_save = PreTrainedConfig.save_pretrained
@@ -53,9 +54,13 @@ class HybridConfig(PreTrainedConfig):
         asked = kwargs.pop("attn_implementation", None)
         if asked not in (None, interface.NAME):
             raise ConsaError(_another_attention(asked))
-        own = {name.removeprefix(PREFIX): x for name, x in config_dict.items() if name not in TAKEN}
-        own["attn_implementation"] = interface.NAME
+        own = family_config(config_dict) | {"attn_implementation": interface.NAME}
         return CONFIG_MAPPING[own["model_type"]].from_dict(own, **kwargs)
+
+
+def family_config(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """A hybrid's config.json in the words of its family; the allocation and the architecture's name stay."""
+    return {name.removeprefix(PREFIX): x for name, x in config_dict.items() if name not in TAKEN}
 
 
 def save_config(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:

@@ -13,6 +13,9 @@ PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN = "consa"
 # Classes of transformers that vLLM has a class of the same name for, whose attention the plugin splits.
 SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+NATIVE_PLAIN = "ministral"  # the model_type of plain folders that vLLM's own classes read
+CHUNKS = (512, 8192)  # tokens; fewer at once would slow prefill, more is no faster
+CHUNK_SHARE = 0.05  # of what a request holds, up to which its SWA heads may hold more while its prompt is read
 
 
 def vllm_version() -> str | None:
@@ -25,13 +28,19 @@ def vllm_version() -> str | None:
     return None
 
 
-def engine_obstacle() -> str | None:
-    """Why the vLLM that is installed here cannot serve a hybrid, in one line; None if it can."""
+def engine_obstacle(*, plugin: bool = True) -> str | None:
+    """Why the vLLM that is installed here cannot serve, in one line; None if it can.
+
+    Args:
+        plugin: whether a hybrid is to be served, which takes consa's plugin.
+    """
     version = vllm_version()
     if version is None:
         return "vLLM is not installed; install consa[vllm]"
     if version.split(".")[:2] != VERSION.split("."):
-        return f"this consa serves hybrids with vLLM {VERSION}, and {version} is installed; install consa[vllm]"
+        return f"this consa serves with vLLM {VERSION}, and {version} is installed; install consa[vllm]"
+    if not plugin:
+        return None
     names = {point.name for point in importlib.metadata.entry_points(group=PLUGIN_GROUP)}
     if PLUGIN not in names:
         return "vLLM cannot find consa's plugin: consa is imported but not installed; run pip install ."
@@ -56,3 +65,28 @@ def hybrid_obstacle(architecture: str, allocation: Allocation, *, tensor_paralle
     if lacking := violation(allocation, Constraint(tensor_parallel=tensor_parallel)):
         return f"{lacking}; learn with --tensor-parallel {tensor_parallel}, or serve on fewer ranks"
     return None
+
+
+def plain_needs_transformers(model_type: str) -> bool:
+    """Whether vLLM reads a plain folder right only through transformers: its own class would not slide its layers."""
+    return model_type != NATIVE_PLAIN
+
+
+def prefill_chunk(allocation: Allocation, context: int) -> int:
+    """Tokens that vLLM should compute at once.
+
+    Until a step is done, SWA heads hold all of its tokens on top of their window, and vLLM keeps room for two steps in
+    every request. So many tokens are chosen, a power of two, that this stays small beside what the allocation needs.
+
+    Args:
+        allocation: which KV heads keep full attention.
+        context: tokens of the longest request.
+    """
+    lowest, highest = CHUNKS
+    sparsity = allocation.sparsity
+    kept = min(context, allocation.window + allocation.num_sink_tokens)
+    held = (1 - sparsity) * context + sparsity * kept
+    chunk = highest
+    while chunk > lowest and 2 * chunk * sparsity > CHUNK_SHARE * held:
+        chunk //= 2
+    return chunk

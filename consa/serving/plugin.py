@@ -15,10 +15,10 @@ from transformers import AutoConfig
 
 from consa.attention import interface
 from consa.errors import ConsaError
-from consa.register import HybridConfig
+from consa.register import ARCHITECTURE_PREFIX, HybridConfig
 from consa.serving.limits import SERVED, engine_obstacle, hybrid_obstacle
 
-ARCHITECTURES = {f"ConSA{name}": name for name in SERVED}  # as `consa convert` names them
+ARCHITECTURES = {ARCHITECTURE_PREFIX + name: name for name in SERVED}  # as `consa convert` names them
 
 
 def register() -> None:

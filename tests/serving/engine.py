@@ -34,7 +34,7 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     defaults = {"dtype": "float32", "max_model_len": 2048, "max_num_batched_tokens": 256}
-    llm: Any = LLM(str(folder), enforce_eager=True, **defaults | options)
+    llm: Any = LLM(str(folder), enforce_eager=True, skip_tokenizer_init=True, **defaults | options)
     try:
         yield llm
     finally:
@@ -48,16 +48,24 @@ def served(family: str, **changes: Any) -> PreTrainedModel:
     return tiny(family, **SHAPE | changes)
 
 
-def generate(llm: Any, prompts: list[list[int]], num_tokens: int = 24) -> list[list[int]]:
+class Continued(list[list[int]]):
+    """New tokens of each prompt, and how many of the prompt's were in the prefix cache."""
+
+    def __init__(self, tokens: list[list[int]], from_cache: list[int]) -> None:
+        super().__init__(tokens)
+        self.from_cache = from_cache
+
+
+def generate(llm: Any, prompts: list[list[int]], num_tokens: int = 24) -> Continued:
     """Greedy continuations of all prompts, handed in at once."""
     from vllm import SamplingParams
 
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
-        SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False),
-        use_tqdm=False,
+    sampling = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    return Continued(
+        [list(output.outputs[0].token_ids) for output in outputs],
+        from_cache=[output.num_cached_tokens for output in outputs],
     )
-    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def same_tokens(folder: Path | PreTrainedModel, prompts: list[list[int]], found: list[list[int]]) -> bool:
@@ -83,6 +91,14 @@ def _same(model: PreTrainedModel, prompt: list[int], found: list[int]) -> bool:
     return bool((short <= TIE * logits.abs().amax(-1)).all())
 
 
-def cached_blocks(llm: Any) -> Any:
-    """The scheduler's KV cache configuration."""
-    return llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+def groups(llm: Any) -> list[tuple[int, int, int | None]]:
+    """Of the engine's KV cache groups: modules, KV heads of each, window."""
+    cache = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    return [
+        (
+            len(group.layer_names),
+            group.kv_cache_spec.num_kv_heads,
+            getattr(group.kv_cache_spec, "sliding_window", None),
+        )
+        for group in cache.kv_cache_groups
+    ]

@@ -1,0 +1,72 @@
+"""What `consa serve` runs: vLLM's OpenAI-compatible server, with what a converted folder needs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+from consa.checkpoint import verify
+from consa.errors import ConsaError
+from consa.register import ARCHITECTURE_PREFIX
+from consa.serving.limits import engine_obstacle, hybrid_obstacle, plain_needs_transformers, prefill_chunk
+
+TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")
+CHUNK = "--max-num-batched-tokens"
+CONTEXT = "--max-model-len"
+IMPLEMENTATION = "--model-impl"
+
+
+def command(folder: Path, options: list[str]) -> list[str]:
+    """The command line that serves a converted folder.
+
+    Args:
+        folder: what `consa convert` wrote, of either kind.
+        options: for `vllm serve`; they win over what is chosen here, save where the result would not be exact.
+
+    Returns:
+        Program and arguments.
+
+    Raises:
+        ConsaError: the folder is damaged, vLLM is missing or of another version, or it cannot serve the allocation
+            exactly; the message says why.
+    """
+    kind, allocation = verify(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    ranks = _number(options, *TENSOR_PARALLEL) or 1
+    chosen: list[str] = []
+    if reason := engine_obstacle(plugin=kind == "hybrid"):
+        raise ConsaError(f"cannot serve {folder}: {reason}")
+    if kind == "hybrid":
+        architecture = config["architectures"][0].removeprefix(ARCHITECTURE_PREFIX)
+        if reason := hybrid_obstacle(architecture, allocation, tensor_parallel=ranks):
+            raise ConsaError(f"cannot serve {folder}: {reason}")
+    elif plain_needs_transformers(config["model_type"]):
+        given = _value(options, IMPLEMENTATION)
+        if given not in (None, "transformers"):
+            raise ConsaError(
+                f"cannot serve {folder}: vLLM's own {config['model_type']} does not slide single layers;"
+                f" leave {IMPLEMENTATION} {given} out"
+            )
+        chosen += [IMPLEMENTATION, "transformers"] if given is None else []
+    if _value(options, CHUNK) is None:
+        context = _number(options, CONTEXT) or config["max_position_embeddings"]
+        chosen += [CHUNK, str(prefill_chunk(allocation, context))]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *chosen, *options]
+
+
+def _value(options: list[str], *names: str) -> str | None:
+    """What was given last for an option of vLLM's, as `--name value` or `--name=value`; None if it was not."""
+    found = None
+    for option, following in pairwise([*options, ""]):
+        name, equals, value = option.partition("=")
+        if name.replace("_", "-") in names:
+            found = value if equals else following
+    return found
+
+
+def _number(options: list[str], *names: str) -> int | None:
+    """The same as a number; None if it is none, for vLLM to judge."""
+    value = _value(options, *names)
+    return int(value) if value is not None and value.isdecimal() else None
