@@ -66,11 +66,14 @@ def benchmark(
     architecture = config["architectures"][0].removeprefix(ARCHITECTURE_PREFIX)
     if reason := engine_obstacle() or hybrid_obstacle(architecture, allocation):
         raise ConsaError(f"cannot measure {folder}: {reason}")
-    settings = {"contexts": contexts, "batch_sizes": batch_sizes}
+    settings: dict[str, Any] = {"contexts": contexts, "batch_sizes": batch_sizes}
     settings |= {"decode_tokens": decode_tokens, "repeats": repeats}
     check_settings(**settings, longest=config.get("max_position_embeddings"))
     longest = max(contexts) + decode_tokens
-    engine: dict[str, Any] = {"max_model_len": longest, "max_num_batched_tokens": prefill_chunk(allocation, longest)}
+    engine: dict[str, Any] = {
+        "max_model_len": longest,
+        "max_num_batched_tokens": prefill_chunk(allocation, longest),
+    }
     if dtype := config.get("dtype"):  # vLLM would make bfloat16 of float32
         engine["dtype"] = dtype
     found = {}

@@ -15,7 +15,9 @@ PLUGIN = "consa"
 SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 NATIVE_PLAIN = "ministral"  # the model_type of plain folders that vLLM's own classes read
 CHUNKS = (512, 8192)  # tokens; fewer at once would slow prefill, more is no faster
-CHUNK_SHARE = 0.05  # of what a request holds, up to which its SWA heads may hold more while its prompt is read
+CHUNK_SHARE = (
+    0.05  # of what a request holds, up to which its SWA heads may hold more while its prompt is read
+)
 
 
 def vllm_version() -> str | None:

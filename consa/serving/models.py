@@ -81,7 +81,8 @@ class SplitAttention(nn.Module):
         order = [head - first for module in modules for head in module.heads]
         self.sizes = [len(module.heads) for module in modules]
         self.sorted = order == list(range(len(order)))
-        # To where heads lie part by part, and back.
+        self.there: Tensor  # to where heads lie part by part
+        self.back: Tensor
         self.register_buffer("there", torch.tensor(order), persistent=False)
         self.register_buffer("back", torch.tensor(order).argsort(), persistent=False)
         self.parts = nn.ModuleList()
@@ -109,7 +110,9 @@ class SplitAttention(nn.Module):
         outputs = [part(*inputs) for part, *inputs in zip(self.parts, *split, strict=True)]
         if self.sorted:
             return torch.cat(outputs, dim=-1)
-        heads = torch.cat([out.unflatten(-1, (size, -1)) for out, size in zip(outputs, self.sizes, strict=True)], 1)
+        heads = torch.cat(
+            [out.unflatten(-1, (size, -1)) for out, size in zip(outputs, self.sizes, strict=True)], 1
+        )
         return heads.index_select(1, self.back).flatten(1)
 
     def _by_part(self, x: Tensor) -> list[Tensor]:

@@ -53,7 +53,15 @@ def command(folder: Path, options: list[str]) -> list[str]:
     if _value(options, CHUNK) is None:
         context = _number(options, CONTEXT) or config["max_position_embeddings"]
         chosen += [CHUNK, str(prefill_chunk(allocation, context))]
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *chosen, *options]
+    return [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder),
+        *chosen,
+        *options,
+    ]
 
 
 def _value(options: list[str], *names: str) -> str | None:

@@ -127,7 +127,13 @@ class SinkManager(SlidingWindowManager):
 
     @classmethod
     def reachable_block_mask(
-        cls, start_block: int, end_block: int, alignment_tokens: int | None, kv_cache_spec: Any, *args: Any, **kwargs: Any
+        cls,
+        start_block: int,
+        end_block: int,
+        alignment_tokens: int | None,
+        kv_cache_spec: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> list[bool] | None:
         """vLLM's choice of pages that a later request may take over, and the sinks'."""
         mask = super().reachable_block_mask(
@@ -139,7 +145,9 @@ class SinkManager(SlidingWindowManager):
         return mask
 
 
-KVCacheSpecRegistry.check_kv_cache_spec_registry({})  # fills it, which vLLM leaves out once something is in it
+KVCacheSpecRegistry.check_kv_cache_spec_registry(
+    {}
+)  # fills it, which vLLM leaves out once something is in it
 KVCacheSpecRegistry.register(SinkSpec, SinkManager)
 
 
@@ -164,7 +172,9 @@ class SinkMetadataBuilder(AttentionMetadataBuilder[SinkMetadata]):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> SinkMetadata:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> SinkMetadata:
         """See `SinkMetadata`."""
         return SinkMetadata(
             common_attn_metadata.query_start_loc_cpu,
@@ -218,7 +228,12 @@ class SinkImpl(AttentionImpl[SinkMetadata]):
         *,
         num_sink_tokens: int,
     ) -> None:
-        self.num_heads, self.head_size, self.scale, self.num_kv_heads = num_heads, head_size, scale, num_kv_heads
+        self.num_heads, self.head_size, self.scale, self.num_kv_heads = (
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+        )
         self.window, self.num_sink_tokens = sliding_window, num_sink_tokens
         self.kv_cache_dtype = kv_cache_dtype
 
@@ -236,7 +251,9 @@ class SinkImpl(AttentionImpl[SinkMetadata]):
         """
         slots = slot_mapping.clamp(min=0)  # page 0 belongs to nobody
         size = kv_cache.shape[2]
-        kv_cache[slots // size, :, slots % size] = torch.cat([key, value], -1)[: len(slots)].to(kv_cache.dtype)
+        kv_cache[slots // size, :, slots % size] = torch.cat([key, value], -1)[: len(slots)].to(
+            kv_cache.dtype
+        )
 
     def forward(
         self,

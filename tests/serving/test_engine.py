@@ -1,4 +1,4 @@
-"""The real engine serves hybrids and plain folders: tokens of `consa.load(folder).generate()`, in the memory planned."""
+"""The real engine serves what `consa convert` writes: with the tokens of `generate()`, in the memory planned."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM; run make test-vllm")
 
-from consa import Allocation, convert, load, rules
+from transformers import AutoConfig
+
+from consa import Allocation, convert, rules
 from consa.model import load_model
+from consa.register import HybridConfig
+from consa.serving import limits, plugin
 from consa.serving.bench import dense_folder, planned_bytes
 from consa.serving.plan import plan
-from tests.models import allocate, tokens
+from tests.models import allocate, tiny, tokens
 from tests.serving.engine import engine, generate, groups, same_tokens, served
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
@@ -29,7 +33,9 @@ LENGTHS = (3, 39, 40, 41, 130, 700, 1500)  # around the window, the page of 128 
 PROMPTS = [tokens(1, length, seed=length, vocab_size=257)[0].tolist() for length in LENGTHS]
 
 
-def job(folder: Path, prompts: list[list[int]], environment: dict[str, str] | None = None, **options: Any) -> Any:
+def job(
+    folder: Path, prompts: list[list[int]], environment: dict[str, str] | None = None, **options: Any
+) -> Any:
     """What tests/serving/job.py finds."""
     text = json.dumps(
         {"folder": str(folder), "prompts": prompts, "environment": environment or {}, "options": options}
@@ -71,7 +77,11 @@ def test_sinks_of_several_pages_in_a_pool_too_small_for_all(rows: list[list[int]
     convert(served("llama"), allocation, tmp_path / "hybrid", kind="hybrid")
     with engine(tmp_path / "hybrid", block_size=32, max_model_len=800, num_gpu_blocks_override=130) as llm:
         for order in (slice(0, 6), slice(5, None, -1), slice(0, 6)):
-            prompts = [*PROMPTS[:6], *([7, *prompt] for prompt in PROMPTS[:6]), *(p[:600] for p in PROMPTS[5:])]
+            prompts = [
+                *PROMPTS[:6],
+                *([7, *prompt] for prompt in PROMPTS[:6]),
+                *(p[:600] for p in PROMPTS[5:]),
+            ]
             prompts = prompts[order] + prompts[6:]
             assert same_tokens(tmp_path / "hybrid", prompts, generate(llm, prompts))
 
@@ -130,7 +140,7 @@ def test_memory(name: str, allocation: Allocation, long_model: Any, dense_plan: 
     """What the engine plans is what `plan` says and no request in prefill holds more than a chunk on top."""
     convert(long_model, allocation, tmp_path / "hybrid")
     with long_engine(tmp_path / "hybrid") as llm:
-        planned, requests, pool = planned_bytes(llm, CONTEXT)
+        planned, requests, _ = planned_bytes(llm, CONTEXT)
         block_size = llm.llm_engine.vllm_config.cache_config.block_size
     wanted = plan(allocation, context=CONTEXT, head_dim=128, block_size=block_size)
     assert wanted.planned_bytes <= 1.05 * wanted.ideal_bytes
@@ -203,8 +213,6 @@ def test_what_would_not_be_exact_is_refused(hybrid: Path, options: dict[str, Any
 
 
 def test_a_family_that_is_not_served_is_refused(tmp_path: Path):
-    from tests.models import tiny
-
     model = tiny("olmo2")
     convert(model, allocate(model), tmp_path / "hybrid")
     with pytest.raises(ValueError, match="ConSAOlmo2ForCausalLM"), engine(tmp_path / "hybrid"):
@@ -219,16 +227,12 @@ def test_without_the_plugin_a_hybrid_is_refused(hybrid: Path):
 
 
 def test_another_version_of_vllm_refuses_hybrids_and_says_why(hybrid: Path, monkeypatch: pytest.MonkeyPatch):
-    from consa.serving import limits, plugin
-
     with monkeypatch.context() as patch:
         patch.setattr(limits, "VERSION", "0.1")
         plugin.register()
-        with pytest.raises(ValueError, match=r"serves with vLLM 0\.1, and 0\.32\.0 is installed"), engine(hybrid):
+        with (
+            pytest.raises(ValueError, match=r"serves with vLLM 0\.1, and 0\.32\.0 is installed"),
+            engine(hybrid),
+        ):
             pass
-    from consa.register import HybridConfig
-
-    from transformers import AutoConfig
-
-    AutoConfig.register("consa", HybridConfig, exist_ok=True)
-    assert load(hybrid)
+    AutoConfig.register("consa", HybridConfig, exist_ok=True)  # as it was, for the tests to come
