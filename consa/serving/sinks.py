@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,23 +151,31 @@ KVCacheSpecRegistry.check_kv_cache_spec_registry(
 KVCacheSpecRegistry.register(SinkSpec, SinkManager)
 
 
+class Places(NamedTuple):
+    """Where tokens lie in a group's pages, `(sequences, tokens)` each."""
+
+    pages: Tensor
+    offsets: Tensor
+
+
 @dataclass
 class SinkMetadata(AttentionMetadata):
-    """A batch: sequences with their newest tokens side by side.
+    """What the new tokens of a batch attend to; the same for all layers.
 
     Attributes:
-        starts: `(sequences + 1,)` on the CPU, first new token of each sequence.
-        lengths: `(sequences,)` tokens of each sequence, the new ones included.
-        pages: `(sequences, pages)` page table.
+        decoding: rows of sequences with one new token, `(sequences,)`; where sinks and window lie; and what of that is
+            there, bool `(sequences, sinks + window)`.
+        prefills: of each other sequence its rows, and where the sinks, the window and the new tokens lie, in order.
     """
 
-    starts: Tensor
-    lengths: Tensor
-    pages: Tensor
+    decoding: tuple[Tensor, Places, Tensor] | None
+    prefills: list[tuple[slice, Places]]
 
 
 class SinkMetadataBuilder(AttentionMetadataBuilder[SinkMetadata]):
     """Makes it from what vLLM says of a batch."""
+
+    kv_cache_spec: SinkSpec
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -176,11 +184,32 @@ class SinkMetadataBuilder(AttentionMetadataBuilder[SinkMetadata]):
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> SinkMetadata:
         """See `SinkMetadata`."""
-        return SinkMetadata(
-            common_attn_metadata.query_start_loc_cpu,
-            common_attn_metadata.seq_lens,
-            common_attn_metadata.block_table_tensor,
-        )
+        starts, lengths = common_attn_metadata.query_start_loc_cpu, common_attn_metadata.seq_lens
+        tables = common_attn_metadata.block_table_tensor
+        window, num_sinks = self.kv_cache_spec.sliding_window, self.kv_cache_spec.num_sink_tokens
+        new, decoding, prefills = starts.diff(), None, []
+        ones = (new == 1).nonzero()[:, 0]
+        if len(ones):
+            sequences = ones.to(tables.device)
+            newest = lengths[sequences, None].long() - 1
+            sinks = torch.arange(num_sinks, device=tables.device).expand(len(ones), -1)
+            near = newest - torch.arange(window, device=tables.device)
+            visible = torch.cat([sinks <= newest, near >= num_sinks], dim=1)
+            places = self._places(tables[sequences], torch.cat([sinks, near], dim=1) * visible)
+            decoding = starts[ones].to(tables.device), places, visible
+        for sequence in (new > 1).nonzero()[:, 0].tolist():
+            length = int(lengths[sequence])
+            sinks = min(num_sinks, length)
+            near = max(sinks, length - int(new[sequence]) - window + 1)
+            kept = torch.cat([torch.arange(sinks), torch.arange(near, length)]).to(tables.device)
+            rows = slice(int(starts[sequence]), int(starts[sequence + 1]))
+            prefills.append((rows, self._places(tables[sequence, None], kept[None])))
+        return SinkMetadata(decoding, prefills)
+
+    def _places(self, tables: Tensor, positions: Tensor) -> Places:
+        """Of positions in sequences, by their page tables `(sequences, pages)`."""
+        size = self.kv_cache_spec.block_size
+        return Places(tables.gather(1, positions // size).long(), positions % size)
 
 
 class SinkBackend(AttentionBackend):
@@ -270,50 +299,32 @@ class SinkImpl(AttentionImpl[SinkMetadata]):
         """Write attention of `query`, `(tokens, heads, head_dim)`, to `output`."""
         if attn_metadata is None:  # vLLM warms up
             return output
-        starts = attn_metadata.starts
-        new = starts.diff()
-        decoding = (new == 1).nonzero()[:, 0]
-        if len(decoding):
-            rows = starts[decoding].to(query.device)
-            output[rows] = self._decode(query[rows], kv_cache, attn_metadata, decoding.to(query.device))
-        for sequence in (new > 1).nonzero()[:, 0].tolist():
-            rows = slice(int(starts[sequence]), int(starts[sequence + 1]))
-            output[rows] = self._prefill(query[rows], kv_cache, attn_metadata, sequence)
+        if attn_metadata.decoding is not None:
+            rows, places, visible = attn_metadata.decoding
+            heads = query[rows].unflatten(
+                1, (self.num_kv_heads, -1)
+            )  # a KV head's queries: rows of one product
+            k, v = _read(kv_cache, places)
+            output[rows] = attend(heads, k, v, visible[:, None, None], self.scale, None).flatten(1, 2)
+        for rows, places in attn_metadata.prefills:
+            k, v = _read(kv_cache, places)
+            found = sliding_attention(
+                query[rows].transpose(0, 1)[None],
+                k,
+                v,
+                window=self.window,
+                num_sink_tokens=self.num_sink_tokens,
+                scaling=self.scale,
+            )
+            output[rows] = found[0].transpose(0, 1)
         return output
 
-    def _decode(self, query: Tensor, kv_cache: Tensor, batch: SinkMetadata, sequences: Tensor) -> Tensor:
-        """One new token of each of some sequences."""
-        newest = batch.lengths[sequences, None].long() - 1
-        sinks = torch.arange(self.num_sink_tokens, device=query.device).expand(len(query), -1)
-        near = newest - torch.arange(self.window, device=query.device)
-        visible = torch.cat([sinks <= newest, near >= self.num_sink_tokens], dim=1)
-        k, v = self._read(kv_cache, batch.pages[sequences], torch.cat([sinks, near], dim=1) * visible)
-        heads = query.unflatten(1, (self.num_kv_heads, -1))
-        return attend(heads, k, v, visible[:, None, None], self.scale, None).flatten(1, 2)
 
-    def _prefill(self, query: Tensor, kv_cache: Tensor, batch: SinkMetadata, sequence: int) -> Tensor:
-        """Several new tokens of one sequence."""
-        length = int(batch.lengths[sequence])
-        sinks = min(self.num_sink_tokens, length)
-        near = max(sinks, length - len(query) - self.window + 1)
-        kept = torch.cat([torch.arange(sinks), torch.arange(near, length)]).to(query.device)
-        k, v = self._read(kv_cache, batch.pages[sequence, None], kept[None])
-        out = sliding_attention(
-            query.transpose(0, 1)[None],
-            k,
-            v,
-            window=self.window,
-            num_sink_tokens=self.num_sink_tokens,
-            scaling=self.scale,
-        )
-        return out[0].transpose(0, 1)
-
-    def _read(self, kv_cache: Tensor, pages: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of tokens, `(sequences, kv_heads, tokens, head_dim)`, from `(sequences, tokens)`."""
-        size = kv_cache.shape[2]
-        found = kv_cache[pages.gather(1, positions // size).long(), :, positions % size]
-        k, v = found.transpose(1, 2).chunk(2, dim=-1)
-        return k, v
+def _read(kv_cache: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+    """Keys and values, `(sequences, kv_heads, tokens, head_dim)` each."""
+    found = kv_cache[places.pages, :, places.offsets].transpose(1, 2)
+    k, v = found.chunk(2, dim=-1)
+    return k, v
 
 
 class SinkAttention(Attention):
