@@ -65,37 +65,38 @@ def main() -> None:
     )
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(config).bfloat16()
+    chunks = [int(chunk) for chunk in options.chunks.split(",")]
     rows: list[list[Any]] = []
     dense: dict[str, Any] = {}
+    planned, requests = 0, 0.0  # of the dense model
     with tempfile.TemporaryDirectory() as temporary:
         for index, (name, allocation) in enumerate(_allocations(options)):
             hybrid = Path(temporary, str(index))
             kind = convert(model, allocation, hybrid).kind
-            if not dense:
-                folder = dense_folder(hybrid, Path(temporary, "dense"))
-                dense = _planned(folder, options.context, 8192, Path(temporary))
-                mebibytes = f"{dense['planned_bytes'] / 2**20:.1f}"
+            if not dense:  # the first is a hybrid
+                dense_model = dense_folder(hybrid, Path(temporary, "dense"))
+                dense = _measured(dense_model, options.context, chunks[:1], Path(temporary))
+                (planned, requests), *_ = dense["plans"]
                 rows.append(
-                    ["dense", "", "", "any", mebibytes, "1.000", "", f"{dense['requests']:.1f}", "1.00"]
+                    ["dense", "", "", "any", f"{planned / 2**20:.1f}", "1.000", "", f"{requests:.1f}", "1.00"]
                 )
             per_layer = allocation.full_attention.sum(1)
             counts = f"{per_layer.min()} to {per_layer.max()}" if np.ptp(per_layer) else str(per_layer[0])
             ideal = plan(allocation, context=options.context, head_dim=HEAD_DIM).ideal_bytes
-            for chunk in map(int, options.chunks.split(",")):
-                engine = {} if kind == "hybrid" else {"model_impl": "transformers"}
-                found = _planned(hybrid, options.context, chunk, Path(temporary), **engine)
-                planned, requests = found["planned_bytes"], found["requests"]
+            engine = {} if kind == "hybrid" else {"model_impl": "transformers"}
+            found = _measured(hybrid, options.context, chunks, Path(temporary), **engine)
+            for chunk, (bytes_of_request, fit) in zip(chunks, found["plans"], strict=True):
                 rows.append(
                     [
                         name if kind == "hybrid" else f"{name} (plain folder)",
                         counts,
                         allocation.num_sink_tokens,
                         chunk,
-                        f"{planned / 2**20:.1f}",
-                        f"{planned / dense['planned_bytes']:.3f}",
-                        f"{planned / ideal:.3f}",
-                        f"{requests:.1f}",
-                        f"{requests / dense['requests']:.2f}",
+                        f"{bytes_of_request / 2**20:.1f}",
+                        f"{bytes_of_request / planned:.3f}",
+                        f"{bytes_of_request / ideal:.3f}",
+                        f"{fit:.1f}",
+                        f"{fit / requests:.2f}",
                     ]
                 )
                 print(rows[-1], flush=True)
@@ -123,9 +124,11 @@ def _allocations(options: argparse.Namespace) -> list[tuple[str, Allocation]]:
     return [*found.items(), ("any", replace(found["any"], num_sink_tokens=4)), ("layers", whole)]
 
 
-def _planned(folder: Path, context: int, chunk: int, temporary: Path, **options: Any) -> dict[str, Any]:
-    engine = {"max_model_len": context, "max_num_batched_tokens": chunk, "dtype": "bfloat16"} | options
-    job = {"folder": str(folder), "options": engine, "contexts": [], "batch_sizes": []}
+def _measured(
+    folder: Path, context: int, chunks: list[int], temporary: Path, **options: Any
+) -> dict[str, Any]:
+    engine = {"max_model_len": context, "max_num_batched_tokens": chunks[0], "dtype": "bfloat16"} | options
+    job = {"folder": str(folder), "options": engine, "contexts": [], "batch_sizes": [], "chunks": chunks}
     return run_job(job | {"decode_tokens": 1, "repeats": 1}, temporary)
 
 

@@ -145,8 +145,9 @@ def measure(
     batch_sizes: list[int],
     decode_tokens: int,
     repeats: int,
+    chunks: list[int] | None = None,
 ) -> dict[str, Any]:
-    """Measure one model; see `benchmark`."""
+    """Measure one model; see `benchmark`. With `chunks`, also what is planned for other numbers of tokens at once."""
     from vllm import LLM
     from vllm.platforms import current_platform
 
@@ -171,19 +172,20 @@ def measure(
                     "peak_bytes": peak_bytes(device),
                 }
             )
-    planned, requests, pool = planned_bytes(llm, options["max_model_len"])
+    _, requests, pool = planned_bytes(llm, options["max_model_len"])
+    plans = [planned_bytes(llm, options["max_model_len"], chunk)[:2] for chunk in chunks or ()]
     dtype = str(llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch.")
     return {
         "measurements": rows,
         "requests": requests,
-        "planned_bytes": planned,
+        "plans": plans,
         "pool_bytes": pool,
         "hardware": hardware(),
         "dtype": dtype,
     }
 
 
-def planned_bytes(llm: Any, context: int) -> tuple[int, float, int]:
+def planned_bytes(llm: Any, context: int, chunk: int | None = None) -> tuple[int, float, int]:
     """What vLLM plans for one request of a context in bytes, how many of them fit, and the pool's bytes.
 
     These are the numbers that vLLM logs and admits requests by.
@@ -191,6 +193,7 @@ def planned_bytes(llm: Any, context: int) -> tuple[int, float, int]:
     Args:
         llm: with its engine in this process.
         context: tokens.
+        chunk: tokens that the engine computes at once, its own number unless given.
     """
     from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 
@@ -198,6 +201,9 @@ def planned_bytes(llm: Any, context: int) -> tuple[int, float, int]:
     config = copy.copy(llm.llm_engine.vllm_config)
     config.model_config = copy.copy(config.model_config)
     config.model_config.max_model_len = context
+    if chunk is not None:
+        config.scheduler_config = copy.copy(config.scheduler_config)
+        config.scheduler_config.max_num_batched_tokens = chunk
     requests = get_max_concurrency_for_kv_cache_config(config, cache)
     pool = cache.kv_cache_tensors[0].size  # of all: they lie in the same memory
     return round(pool / requests), requests, pool

@@ -14,7 +14,7 @@ PLUGIN = "consa"
 # Classes of transformers that vLLM has a class of the same name for, whose attention the plugin splits.
 SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 NATIVE_PLAIN = "ministral"  # the model_type of plain folders that vLLM's own classes read
-CHUNKS = (512, 8192)  # tokens; fewer at once would slow prefill, more is no faster
+CHUNKS = (512, 8192)  # tokens; the upper one is vLLM's own number on large GPUs
 CHUNK_SHARE = (
     0.05  # of what a request holds, up to which its SWA heads may hold more while its prompt is read
 )
