@@ -84,7 +84,8 @@ def main() -> None:
             counts = f"{per_layer.min()} to {per_layer.max()}" if np.ptp(per_layer) else str(per_layer[0])
             ideal = plan(allocation, context=options.context, head_dim=HEAD_DIM).ideal_bytes
             engine = {} if kind == "hybrid" else {"model_impl": "transformers"}
-            found = _measured(hybrid, options.context, chunks, Path(temporary), **engine)
+            found = _measured(hybrid, options.context, [*chunks, 1], Path(temporary), **engine)
+            decoding, _ = found["plans"].pop()
             for chunk, (bytes_of_request, fit) in zip(chunks, found["plans"], strict=True):
                 rows.append(
                     [
@@ -94,7 +95,7 @@ def main() -> None:
                         chunk,
                         f"{bytes_of_request / 2**20:.1f}",
                         f"{bytes_of_request / planned:.3f}",
-                        f"{bytes_of_request / ideal:.3f}",
+                        f"{decoding / ideal:.3f}",
                         f"{fit:.1f}",
                         f"{fit / requests:.2f}",
                     ]
