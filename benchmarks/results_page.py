@@ -559,6 +559,24 @@ def decode(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def serving(record: dict[str, Any]) -> list[str]:
+    settings = record["settings"]
+    return [
+        "## Serving: what vLLM plans",
+        "",
+        f"{settings['layers']} layers of the shape of Qwen3-0.6B's ({settings['kv_heads']} KV heads of"
+        f" {settings['head_dim']}), bfloat16, sparsity {settings['sparsity']}, window {settings['window']}, requests of"
+        f" {settings['context']:,} tokens, {settings['pool_bytes'] / 2**30:.0f} GiB for the cache, random allocations."
+        " `tokens at once` is `--max-num-batched-tokens`: vLLM keeps room for so many new tokens in every request."
+        " `decoding, of ideal` is what vLLM plans for a request with one new token at a time, over the bytes of the"
+        " allocation itself, without pages.",
+        "",
+        *_table(record["columns"], record["rows"]),
+        "",
+        *_source(record),
+    ]
+
+
 SECTIONS = {
     "demo": demo,
     "allocations-kv_head": allocations,
@@ -571,6 +589,7 @@ SECTIONS = {
     "behaviour": behaviour,
     "behaviour_cost": behaviour_cost,
     "inference": inference,
+    "serving": serving,
     "attention": attention,
     "learning": learning,
     "decode": decode,
