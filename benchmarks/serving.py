@@ -35,9 +35,10 @@ COLUMNS = [
     "tokens at once",
     "KV MiB of a request",
     "of dense",
-    "of ideal",
+    "decoding, of ideal",
+    "requests that fit",
+    "over dense",
 ]
-COLUMNS += ["requests that fit", "over dense"]
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from consa import Allocation, ConsaError, convert, load
 from consa.attention.interface import allocation_of
-from consa.benchmark import Measurement, _peak, _reset_peak, benchmark, dense_twin, write
+from consa.benchmark import Measurement, _reset_peak, benchmark, dense_twin, peak_bytes, write
 from consa.cache import GROWTH
 from tests.models import allocate, tiny, tokens
 
@@ -137,13 +137,13 @@ def test_a_peak_is_that_of_one_run():
     blocks = [torch.ones(2**18) for _ in range(256)]  # 1 MB each
     last = blocks[-1]  # above the others, so that their place stays with the heap
     del blocks
-    before = _peak(cpu)
+    before = peak_bytes(cpu)
     _reset_peak(cpu)
-    rest = _peak(cpu)
+    rest = peak_bytes(cpu)
     assert rest < before - 200 * 2**20
     big = torch.ones(2**26)
     del big
-    assert _peak(cpu) > rest + 200 * 2**20  # freed again, but it was there
+    assert peak_bytes(cpu) > rest + 200 * 2**20  # freed again, but it was there
     assert last.sum() == 2**18
 
 
