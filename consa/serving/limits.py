@@ -78,7 +78,8 @@ def prefill_chunk(allocation: Allocation, context: int) -> int:
     """Tokens that vLLM should compute at once.
 
     Until a step is done, SWA heads hold all of its tokens on top of their window, and vLLM keeps room for two steps in
-    every request. So many tokens are chosen, a power of two, that this stays small beside what the allocation needs.
+    every request. So many tokens are chosen, a power of two, that this stays small beside what the allocation needs;
+    where none does, the lowest of `CHUNKS`.
 
     Args:
         allocation: which KV heads keep full attention.
