@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ def main() -> None:
     parser.add_argument("--heldout", required=True)
     parser.add_argument("--sparsity", default="0.733")
     parser.add_argument("--granularity", default="kv_head,layer")
+    parser.add_argument(
+        "--full-heads-per-layer", default="any", help="constraints to learn under, such as any,uniform"
+    )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rules", action="store_true", help="also evaluate every rule")
     parser.add_argument("--num-heldout", type=int, default=48)
@@ -101,15 +105,17 @@ def main() -> None:
                             **shape,
                         )
                         add(f"{name}/{granularity}", allocation, 0.0, [])
-            for seed in range(options.seeds):
+            for constraint, seed in product(options.full_heads_per_layer.split(","), range(options.seeds)):
                 config = LearnConfig(
                     **settings
                     | {"sparsity": sparsity, "granularity": granularity, "seed": settings.get("seed", seed)}
+                    | {"full_heads_per_layer": constraint}
                 )
                 began = time.perf_counter()
                 result = learn(loaded.model, train, config)
                 seconds = time.perf_counter() - began
                 name = f"{options.name}/{granularity}/seed{config.seed}"
+                name += "" if constraint == "any" else f"/{constraint}"
                 add(name, result.allocation, seconds, result.history)
                 if config.refine_evaluations:
                     add(f"{name}, gates alone", _by_scores(result.allocation), seconds, result.history)

@@ -116,6 +116,26 @@ def allocations(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def constraints(record: dict[str, Any]) -> list[str]:
+    settings, rows = record["settings"], record["rows"]
+    return [
+        "## The price of a constraint for serving",
+        "",
+        f"SmolLM2-135M-Instruct, weights frozen, KV heads, window {settings['window']},"
+        f" {settings['num_sink_tokens']} sinks; {settings['num_steps']} steps of {settings['sequences_per_step']}"
+        f" sequences of {settings['seq_len']:,} tokens; {record['heldout_sequences']} held-out sequences, positions from"
+        f" {record['start']:,} on: dense {record['dense']:.3f}, all-SWA {record['all_swa']:.3f} nats. `uniform` has as"
+        " many FA heads in every layer; a layer has three KV heads here, so `even` has no meaning.",
+        "",
+        *_table(
+            ["learned", "sparsity", "loss", "recovered"],
+            [[row["name"], row["sparsity"], row["loss"], row["recovered"]] for row in rows],
+        ),
+        "",
+        *_source(record),
+    ]
+
+
 def methods(record: dict[str, Any]) -> list[str]:
     settings = record["settings"]
     ends, rows = (
@@ -584,6 +604,7 @@ SECTIONS = {
     "adaptation": adaptation,
     "adaptation-long": adaptation,
     "distributed": distributed,
+    "constraints": constraints,
     "control": control,
     "methods": methods,
     "behaviour": behaviour,
