@@ -124,8 +124,8 @@ def constraints(record: dict[str, Any]) -> list[str]:
         f"SmolLM2-135M-Instruct, weights frozen, KV heads, window {settings['window']},"
         f" {settings['num_sink_tokens']} sinks; {settings['num_steps']} steps of {settings['sequences_per_step']}"
         f" sequences of {settings['seq_len']:,} tokens; {record['heldout_sequences']} held-out sequences, positions"
-        f" from {record['start']:,} on: dense {record['dense']:.3f}, all-SWA {record['all_swa']:.3f} nats. `uniform` has as"
-        " many FA heads in every layer; a layer has three KV heads here, so `even` has no meaning.",
+        f" from {record['start']:,} on: dense {record['dense']:.3f}, all-SWA {record['all_swa']:.3f} nats."
+        " `uniform` has as many FA heads in every layer; a layer has three KV heads here, so `even` has no meaning.",
         "",
         *_table(
             ["learned", "sparsity", "loss", "recovered"],
