@@ -102,8 +102,8 @@ def test_every_family_generates_thousands_of_tokens(family):
         logits = model(
             out.sequences[:, :-1], attention_mask=mask, position_ids=positions, use_cache=False
         ).logits[:, 49:]
-    logits = logits.float()  # as `generate` chooses by them
-    torch.testing.assert_close(torch.stack(out.logits, 1), logits, atol=1e-6, rtol=0)
+    logits = logits.float()  # as `generate` chooses by them; norms are float32 in every family
+    torch.testing.assert_close(torch.stack(out.logits, 1), logits, atol=1e-5, rtol=0)
     assert torch.equal(out.sequences[:, 50:], logits[:, :, 1:].argmax(-1) + 1)
 
 
