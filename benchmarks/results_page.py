@@ -123,7 +123,8 @@ def constraints(record: dict[str, Any]) -> list[str]:
         "",
         f"SmolLM2-135M-Instruct, weights frozen, KV heads, window {settings['window']},"
         f" {settings['num_sink_tokens']} sinks; {settings['num_steps']} steps of {settings['sequences_per_step']}"
-        f" sequences of {settings['seq_len']:,} tokens; {record['heldout_sequences']} held-out sequences, positions"
+        f" sequences of {settings['seq_len']:,} tokens of Python's standard library, one of each file (its own file of"
+        f" tokens, not that of the other sections); {record['heldout_sequences']} held-out sequences, positions"
         f" from {record['start']:,} on: dense {record['dense']:.3f}, all-SWA {record['all_swa']:.3f} nats."
         " `uniform` has as many FA heads in every layer; a layer has three KV heads here, so `even` has no meaning.",
         "",
@@ -635,7 +636,8 @@ def _spread(values: list[float | None]) -> str:
 
 def _source(record: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return [f"`{record['command']}` on {record['hardware']}, {record['date']}; {versions}.", ""]
+    remark = f" {record['remark']}" if "remark" in record else ""
+    return [f"`{record['command']}` on {record['hardware']}, {record['date']}; {versions}.{remark}", ""]
 
 
 if __name__ == "__main__":
