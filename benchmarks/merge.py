@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from common import write_json
@@ -27,6 +28,8 @@ def main() -> None:
             if record[name] != first[name]:
                 raise SystemExit(f"{part}: {name} is {record[name]}, but {first[name]} in {options.parts[0]}")
         first["rows"] |= record["rows"]
+    first["command"] = re.sub(r"--share \d+/(\d+)", r"--share I/\1", first["command"])
+    first["command"] = re.sub(r"--out \S+", f"--out {options.out}", first["command"])
     write_json(options.out, first)
     print(f"{len(first['rows'])} rows in {options.out}")
 

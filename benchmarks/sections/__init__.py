@@ -1,0 +1,1 @@
+"""How each kind of result is told in docs/RESULTS.md."""

@@ -1,0 +1,130 @@
+"""Every way to choose, side by side."""
+
+from __future__ import annotations
+
+import statistics
+from statistics import median
+from typing import Any
+
+from consa.evaluation.table import png
+from consa.methods import METHODS
+from sections.text import source, table
+
+
+def methods(record: dict[str, Any]) -> list[str]:
+    settings = record["settings"]
+    ends, rows = (
+        [row for name, row in record["rows"].items() if (name in ("dense", "all_swa")) == is_end]
+        for is_end in (True, False)
+    )
+    processes = sorted({row["processes"] for row in rows})
+    page = [
+        "## Every other way to choose an allocation, beside ConSA",
+        "",
+        f"SmolLM2-135M-Instruct, weights frozen, window {settings['budget']['window']},"
+        f" {settings['budget']['num_sink_tokens']} sinks, sequences of {settings['seq_len']:,} tokens."
+        f" `recovered`: of {settings['num_heldout']} held-out sequences, positions from {settings['start']:,} on, the"
+        " median over the seeds, and their range where a method draws. Retrieval: share of"
+        f" {settings['examples']} single needles found at {' / '.join(settings['lengths'].split(','))} tokens, mean"
+        " over the seeds. Best of a sparsity in bold. Seconds are those of choosing alone, wall-clock, "
+        + (
+            "the process alone on its GPU"
+            if processes == [1]
+            else f"beside others: {' or '.join(map(str, processes))} processes shared the GPU"
+        )
+        + f", {settings['budget']['micro_batch']} sequences at once; Mtokens went forward / of them backward too."
+        " * one run for all sparsities.",
+        "",
+        "`nll_guided`, `duo_attention` and `retrieval_score` choose by questions for several numbers hidden in the text"
+        " that the needles are hidden in too, a sibling of what the retrieval columns score; no other method sees any"
+        " of it.",
+        "",
+        "![Quality over KV cache](methods.png)",
+        "",
+        *table(
+            ["", "loss, nats", "retrieval"],
+            [[row["method"], f"{row['loss']:.3f}", _retrieval([row])] for row in ends],
+        ),
+        "",
+    ]
+    for sparsity in sorted({row["sparsity"] for row in rows}):
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["sparsity"] == sparsity:
+                groups.setdefault((row["method"], row["granularity"]), []).append(row)
+        ordered = sorted(groups.values(), key=lambda group: -_median(group, "recovered"))
+        best = _median(ordered[0], "recovered")
+        entries = [_method(group, is_best=_median(group, "recovered") == best) for group in ordered]
+        columns = ["method", "unit", "recovered", "range", "retrieval", "seconds", "Mtokens"]
+        page += [f"Sparsity {sparsity:g}:", "", *table(columns, entries), ""]
+    return page + source(record)
+
+
+def _method(group: list[dict[str, Any]], *, is_best: bool) -> list[str]:
+    """A line of the table: one method at one granularity and sparsity, over its seeds."""
+    values = [row["recovered"] for row in group]
+    spent = [statistics.mean(row["cost"][name] for row in group) / 1e6 for name in COSTS]
+    cells = [
+        group[0]["method"],
+        group[0]["granularity"],
+        f"{median(values):.3f}",
+        f"{min(values):.3f} to {max(values):.3f}" if len(group) > 1 else "",
+        _retrieval(group),
+        f"{_median(group, 'seconds'):.0f}" + ("*" if group[0]["of_one_run"] > 1 else ""),
+        " / ".join(f"{value:.1f}" for value in spent),
+    ]
+    return [f"**{cell}**" if cell and is_best else cell for cell in cells]
+
+
+COSTS = ("forward_tokens", "backward_tokens")
+
+
+def _median(group: list[dict[str, Any]], name: str) -> float:
+    return median(row[name] for row in group)
+
+
+def _retrieval(group: list[dict[str, Any]]) -> str:
+    lengths = group[0]["retrieval"]
+    return " / ".join(
+        f"{statistics.mean(row['retrieval'][length] for row in group):.2f}" for length in lengths
+    )
+
+
+def frontier(record: dict[str, Any]) -> bytes:
+    """Quality over KV cache, a line per method and granularity, as PNG."""
+    from matplotlib.figure import Figure
+
+    dense = record["rows"]["dense"]["cache_bytes"]
+    rows = [row for row in record["rows"].values() if "recovered" in row]
+    kinds = dict.fromkeys((row["method"], row["granularity"]) for row in rows)
+    drawing = Figure(figsize=(9, 5), layout="constrained")
+    axes = drawing.subplots()
+    peers = [name for name in METHODS if name in {method for method, _ in kinds}]
+    colours = {name: f"C{place}" for place, name in enumerate(peers)}
+    for method, granularity in kinds:
+        own = [row for row in rows if (row["method"], row["granularity"]) == (method, granularity)]
+        points = sorted(
+            (
+                statistics.mean(row["cache_bytes"] for row in at) / dense,
+                _median(at, "recovered"),
+            )
+            for sparsity in {row["sparsity"] for row in own}
+            for at in [[row for row in own if row["sparsity"] == sparsity]]
+        )
+        axes.plot(
+            *zip(*points, strict=True),
+            color=colours.get(method, "#bbbbbb"),
+            linestyle="-" if granularity == "kv_head" else "--",
+            marker="o",
+            markersize=5 if method == "consa" else 3,
+            linewidth=2.5 if method == "consa" else 1,
+            label=f"{method}, {granularity}" if method in colours else None,
+        )
+    axes.plot([], [], color="#bbbbbb", marker="o", markersize=3, linewidth=1, label="rules")
+    axes.set(
+        xlabel=f"KV cache at {record['settings']['seq_len']:,} tokens, share of the dense model's",
+        ylabel="recovered, median over the seeds",
+        ylim=(-0.1, 1.02),
+    )
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return png(drawing)

@@ -1,0 +1,28 @@
+"""Pieces that every section is made of."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+UNITS = {"kv_head": "KV heads", "layer": "layers"}
+
+
+def table(columns: list[str], rows: list[list[Any]]) -> list[str]:
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
+
+
+def spread(values: list[float | None]) -> str:
+    """Median, lowest and highest of what is known."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    low, middle, high = (f"{value:.2f}" for value in (min(known), median(known), max(known)))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def source(record: dict[str, Any]) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    remark = f" {record['remark']}" if "remark" in record else ""
+    return [f"`{record['command']}` on {record['hardware']}, {record['date']}; {versions}.{remark}", ""]
