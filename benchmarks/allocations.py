@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import environment, overrides, print_table, write_json
+from common import environment, gates_alone, overrides, print_table, write_json
 
 from consa.allocation import Allocation
 from consa.config import LearnConfig
@@ -118,19 +118,9 @@ def main() -> None:
                 name += "" if constraint == "any" else f"/{constraint}"
                 add(name, result.allocation, seconds, result.history)
                 if config.refine_evaluations:
-                    add(f"{name}, gates alone", _by_scores(result.allocation), seconds, result.history)
+                    add(f"{name}, gates alone", gates_alone(result.allocation), seconds, result.history)
     columns = ["name", "sparsity", "loss", "recovered", "seconds", "expected_sparsity", "fractional"]
     print_table(columns, [[row[column] for column in columns] for row in rows])
-
-
-def _by_scores(allocation: Allocation) -> Allocation:
-    """As many units on FA, those of the highest scores."""
-    assert allocation.scores is not None
-    heads = allocation.num_kv_heads if allocation.granularity == "layer" else 1
-    scores = allocation.scores.reshape(-1, heads)[:, 0]
-    full = np.zeros(len(scores), dtype=bool)
-    full[np.argsort(-scores, kind="stable")[: allocation.full_attention.sum() // heads]] = True
-    return replace(allocation, full_attention=full.repeat(heads).reshape(allocation.full_attention.shape))
 
 
 def _sequences(source: str, tokenizer, seq_len: int) -> np.ndarray:

@@ -7,6 +7,7 @@ import json
 import platform
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,13 @@ def learned_allocations(record: dict[str, Any]) -> list[Allocation]:
         for row in record["rows"]
         if row["scores"] is not None and not row["name"].endswith("gates alone")
     ]
+
+
+def gates_alone(allocation: Allocation) -> Allocation:
+    """What the gates decided before the refinement: as many units on FA, those of the highest scores."""
+    assert allocation.scores is not None
+    heads = allocation.num_kv_heads if allocation.granularity == "layer" else 1
+    scores = allocation.scores.reshape(-1, heads)[:, 0]
+    full = np.zeros(len(scores), dtype=bool)
+    full[np.argsort(-scores, kind="stable")[: allocation.full_attention.sum() // heads]] = True
+    return replace(allocation, full_attention=full.repeat(heads).reshape(allocation.full_attention.shape))

@@ -2,7 +2,8 @@
 
     python benchmarks/tokens.py TEXT --seq-len 8192 --out train.npy
 
-TEXT is anything `consa learn --data` takes. Documents shorter than a sequence are left out.
+TEXT is anything `consa learn --data` takes. Documents shorter than a sequence are left out. The sequences' domains go
+to train.domains.txt beside it, a line each.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def main() -> None:
     found = load_sequences(options.text, load_model(options.model).tokenizer, options.seq_len)
     chosen = found.spread(len(np.unique(found.documents)))
     np.save(options.out, chosen.tokens)
+    options.out.with_suffix(".domains.txt").write_text("".join(f"{name}\n" for name in chosen.domains))
     print(f"{len(chosen.tokens)} sequences of {options.seq_len} tokens in {options.out}")
 
 
