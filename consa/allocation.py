@@ -15,6 +15,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
+from consa import published
 from consa.errors import ConsaError, InvalidAllocationError
 from consa.files import read_text, write_atomically
 
@@ -234,13 +235,17 @@ class Allocation:
 
     @classmethod
     def load(cls, path: str | Path) -> Allocation:
-        """Read an allocation from JSON.
+        """Read an allocation from JSON: a file, or one of those that come with consa by its name (`consa.published`).
 
         Raises:
             InvalidAllocationError: the file does not hold a valid allocation; the message names file and field.
             ConsaError: the file cannot be read.
         """
-        text = read_text(Path(path), max_bytes=MAX_FILE_BYTES)
+        found = published.resolve(path)
+        if not found.exists():
+            known = ", ".join(published.names())
+            raise ConsaError(f"allocation {str(path)!r} is no file, and none of those published: {known}")
+        text = read_text(found, max_bytes=MAX_FILE_BYTES)
         try:
             return cls.from_json(text)
         except InvalidAllocationError as error:

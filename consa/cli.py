@@ -161,7 +161,9 @@ def demo(
 @with_fields_of(RunConfig, AdaptConfig)
 def adapt(
     *,
-    allocation: Annotated[Path, typer.Option("--allocation", metavar="FILE", help="an allocation.json")],
+    allocation: Annotated[
+        Path, typer.Option("--allocation", metavar="FILE", help="an allocation.json, or one published")
+    ],
     out: Out = None,
     tensorboard: Tensorboard = False,
     **options: Any,
@@ -228,7 +230,9 @@ def rules(
 def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="as in learn")],
     *,
-    allocation: Annotated[Path, typer.Option("--allocation", metavar="FILE", help="an allocation.json")],
+    allocation: Annotated[
+        Path, typer.Option("--allocation", metavar="FILE", help="an allocation.json, or one published")
+    ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="a new folder for the checkpoint")],
     kind: Annotated[
         str,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import random
+import sys
 from importlib import import_module
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from consa.config import AdaptConfig, LearnConfig, RunConfig
 from consa.learning import target_units, units_of
-from consa.model import attention_layout
-from recipes import costs, run
+from consa.model import attention_layout, load_model
+from recipes import costs, from_scratch, run
 
 
 def test_no_recipe_is_left_out():
@@ -47,3 +52,33 @@ def test_sharding_divides_what_belongs_to_layers():
     _, layers, _ = costs.parameters(model)
     eight, sixteen = (costs.memory(model, recipe.ADAPT, gpus)["masters, gradients, Adam"] for gpus in (8, 16))
     assert eight - sixteen == layers * 16 / 16
+
+
+def test_a_small_model_from_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = "the old captain of a ship went home to see his 12 friends and what they had become"
+    for name, documents in (("train", 4), ("heldout", 1)):
+        made = (" ".join(random.Random(seed).choices(words.split(), k=3000)) for seed in range(documents))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in made))
+
+    def call(*given: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["from_scratch", *given])
+        from_scratch.main()
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    monkeypatch.setitem(from_scratch.SIZES, "30m", size)
+    monkeypatch.setitem(from_scratch.HEADS, "head_dim", 8)
+    text, prepared, out = tmp_path / "train.jsonl", tmp_path / "prepared", tmp_path / "model"
+    few = ("--needles", "3", "--seq-len", "768", "--vocabulary", "700")
+    call("prepare", str(text), str(tmp_path / "heldout.jsonl"), *few, "--out", str(prepared))
+    needles = np.load(prepared / "needles.npy")
+    assert needles.shape == (3, 768) and (np.load(prepared / "train.npy") < 700).all()
+    tokens = ("--tokens", "24576", "--sequences-per-step", "4", "--micro-batch", "2", "--evaluate-every", "4")
+    call("train", str(prepared), "--size", "30m", *tokens, "--out", str(out))
+    record = json.loads((out / "training.json").read_text())
+    assert [row["step"] for row in record["measured"]] == [4, 8]
+    assert record["measured"][1]["heldout_loss"] < record["measured"][0]["heldout_loss"]
+    loaded = load_model(str(out))
+    assert loaded.layout.num_kv_heads == 8 and loaded.layout.num_layers == 2
+    said = loaded.tokenizer.decode(needles[0])
+    assert said.count("special magic number") > 3
+    assert len(loaded.tokenizer("1234567")["input_ids"]) == 7, "every digit by itself"

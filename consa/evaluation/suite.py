@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from consa import retrieval, rules
+from consa import published, retrieval, rules
 from consa.allocation import Allocation
 from consa.config import EvalConfig, LearnConfig, RunConfig
 from consa.data import SequenceSet, check_data, load_sequences
@@ -90,11 +90,10 @@ def named(name: str, model: str, layout: AttentionLayout, config: EvalConfig) ->
     if name in rules.RULES:
         seed = {"seed": config.seed} if name == "random_units" else {}
         return rules.RULES[name](*shape, sparsity=config.sparsity, **seed, **options)
-    path = Path(name)
+    path = published.resolve(name)
     if not path.is_file():
-        raise ConsaError(
-            f"allocation {name!r} is no file, and none of {', '.join((DENSE, ALL_SWA, *rules.RULES))}"
-        )
+        known = (DENSE, ALL_SWA, *rules.RULES, *published.names())
+        raise ConsaError(f"allocation {name!r} is no file, and none of {', '.join(known)}")
     if path.suffix == ".tsv":
         allocation = read_tsv(path, num_layers=shape[0], num_kv_heads=shape[1], **limits)
     else:

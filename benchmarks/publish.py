@@ -1,0 +1,47 @@
+"""Write the allocations that come with consa from what the benchmarks learned, each with its command and seed.
+
+    python benchmarks/publish.py
+
+Of benchmarks/results/allocations-*.json the first seed, and of study.json every cell of the group `published`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common import learned_allocations
+
+from consa.allocation import Allocation
+from consa.published import FOLDER
+
+RESULTS = Path(__file__).parent / "results"
+MODEL = "smollm2-135m"
+
+
+def main() -> None:
+    for path in sorted(RESULTS.glob("allocations-*.json")):
+        record = json.loads(path.read_text())
+        allocation = learned_allocations(record)[0]
+        publish(allocation, record, record["settings"] | {"seed": 0})
+    path = RESULTS / "study.json"
+    record = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    for name, row in record["rows"].items():
+        if name.startswith("published/"):
+            allocation = Allocation.from_json(json.dumps(row["allocation"]))
+            publish(allocation, record, dict(allocation.provenance["config"]))
+
+
+def publish(allocation: Allocation, record: dict[str, Any], config: dict[str, Any]) -> None:
+    """Under the name of its granularity and the sparsity it was learned for."""
+    how = {name: record[name] for name in ("command", "hardware", "date", "versions")}
+    provenance = {"method": "consa", "model": MODEL, "config": config, **how}
+    path = FOLDER / MODEL / f"{allocation.granularity}-{config['sparsity']:g}.json"
+    replace(allocation, provenance=provenance).save(path)
+    print(path.relative_to(FOLDER), round(allocation.sparsity, 4))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""Allocations that come with consa, learned on real models: `smollm2-135m/kv_head-0.733` is the name of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "allocations"
+
+
+def names() -> list[str]:
+    """All of them: the model, then granularity and sparsity."""
+    return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.glob("*/*.json"))
+
+
+def resolve(name: str | Path) -> Path:
+    """The path itself, or the file of the allocation published under that name where there is nothing at the path."""
+    path = Path(name)
+    if not path.exists() and path.as_posix() in names():
+        return FOLDER / f"{path}.json"
+    return path
