@@ -13,6 +13,7 @@ from sections.allocations import allocations, constraints, control, demo, recove
 from sections.behaviour import behaviour, behaviour_cost
 from sections.methods import frontier, methods
 from sections.speed import attention, decode, inference, learning, serving
+from sections.study import places_figure, study
 from sections.text import source
 
 from consa.files import write_atomically
@@ -55,6 +56,7 @@ SECTIONS = {
     "constraints": constraints,
     "control": control,
     "methods": methods,
+    "study": study,
     "behaviour": behaviour,
     "behaviour_cost": behaviour_cost,
     "inference": inference,
@@ -65,7 +67,7 @@ SECTIONS = {
     "decode-short": decode,
 }
 
-FIGURES = {"methods": frontier}
+FIGURES = {"methods": frontier, "study": places_figure}
 
 
 if __name__ == "__main__":

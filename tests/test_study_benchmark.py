@@ -66,6 +66,28 @@ def test_every_cell_is_measured_once(study: Any, capsys: pytest.CaptureFixture[s
     capsys.readouterr()
     assert study("--groups", groups)["rows"] == first["rows"]
     assert capsys.readouterr().out.strip() == "complete"
+    page = "\n".join(import_module("sections.study").study(first))
+    for shown in (
+        "| 0.00 | 100 |",
+        "| base |",
+        "| text: code |",
+        "| two multipliers | 2 |",
+        "| 1 sinks | 1 |",
+    ):
+        assert shown in page, page
+    assert import_module("sections.study").places_figure(first).startswith(b"\x89PNG")
+
+
+def test_gains_are_paired(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rows = {"dense": 1.0, "all_swa/128/4": 2.0, "methods/interleaved-kv_head-0.5-seed0": 1.6}
+    rows |= {f"methods/consa-kv_head-0.5-seed{seed}": 1.2 + 0.1 * seed for seed in range(2)}
+    rows |= {"methods/top-kv_head-0.5-seed0": 1.9, "methods/consa-layer-0.5-seed0": 1.45}
+    document = np.array([0.0, 0.3, 0.9])  # harder or easier for all alike
+    record = {"rows": {name: {"losses": (document + loss).tolist()} for name, loss in rows.items()}}
+    page = "\n".join(import_module("sections.study")._advantages(record))
+    assert "| 0.5 | KV heads | interleaved, the best rule | 0.350 [0.350, 0.350] |" in page
+    assert "| 0.5 | KV heads | layers, learned | 0.200 [0.200, 0.200] |" in page
 
 
 def test_a_variant_changes_what_is_learned_and_leaves_no_trace(study: Any):

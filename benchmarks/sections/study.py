@@ -1,0 +1,275 @@
+"""What moves a learned allocation."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from consa.allocation import Allocation
+from consa.evaluation.intervals import bootstrap
+from consa.evaluation.table import png
+from consa.relations import agreement, depth
+from consa.rules import RULES
+from sections.text import UNITS, source, table
+
+BASE = "steps/100"
+PLACES = ("published", "window", "sinks", "length", "domain", "seed")  # cells that say where FA lies
+TITLES = {
+    "published": "target",
+    "window": "window of",
+    "sinks": "sinks:",
+    "length": "sequences of",
+    "domain": "text:",
+    "seed": "seed",
+}
+
+
+def study(record: dict[str, Any]) -> list[str]:
+    return [
+        "## What moves a learned allocation",
+        "",
+        "SmolLM2-135M-Instruct, weights frozen. Unless a row says otherwise: KV heads at target sparsity 0.733, window"
+        " 128, 4 sinks, 100 steps of 4 sequences of 8,192 tokens, seed 0, and the refinement. Measured on"
+        f" {len(record['domains'])} held-out sequences of 8,192 tokens, positions from"
+        f" {int(record['settings']['start']):,} on; `recovered` is relative to all-SWA with the row's own window"
+        " and sinks.",
+        "",
+        *_advantages(record),
+        *_budget(record),
+        *_places(record),
+        *_domains(record),
+        *_parts(record),
+        *source(record),
+    ]
+
+
+def _recovered(record: dict[str, Any], name: str, which: str = "losses", only: str = "") -> float | None:
+    """Of a cell, on the held-out sequences of a domain or all."""
+    rows = record["rows"]
+    if name not in rows:
+        return None
+    row = rows[name]
+    settings = row.get("allocation", {"window": 128, "num_sink_tokens": 4})
+    floor = rows[f"all_swa/{settings['window']}/{settings['num_sink_tokens']}"]
+    chosen = [place for place, domain in enumerate(record["domains"]) if only in ("", domain)]
+    low, loss, high = (
+        float(np.mean(np.array(x)[chosen])) for x in (floor["losses"], row[which], rows["dense"]["losses"])
+    )
+    return (low - loss) / (low - high)
+
+
+def _text(value: float | None, form: str = ".3f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def _budget(record: dict[str, Any]) -> list[str]:
+    names = sorted((n for n in record["rows"] if n.startswith("steps/")), key=lambda n: int(n.split("/")[1]))
+    rows = [
+        [
+            f"{record['rows'][name]['tokens'] / 1e6:.2f}",
+            name.split("/")[1],
+            _text(_recovered(record, name, "gates_losses")),
+            _text(_recovered(record, name)),
+            f"{record['rows'][name]['fractional']:.2f}",
+        ]
+        for name in names
+    ]
+    lengths = [name for name in record["rows"] if name.startswith("length/")]
+    shorter = [
+        f"{name.split('/')[1]} tokens: {_text(_recovered(record, name))}"
+        for name in sorted(lengths, key=lambda n: int(n.split("/")[1]))
+    ]
+    shown = "; ".join([*shorter, f"8192 tokens: {_text(_recovered(record, BASE))}"])
+    return [
+        "### How much text is needed",
+        "",
+        "The refinement's 40 evaluations of 8 sequences read 2.6 M tokens more.",
+        "",
+        "![Recovered over tokens, and where FA lies](study.png)",
+        "",
+        *table(["M tokens", "steps", "recovered by gates", "refined", "gates fractional"], rows),
+        "",
+        *(
+            [f"Learned on as many tokens in shorter sequences, measured at 8,192: {shown}.", ""]
+            if shorter
+            else []
+        ),
+    ]
+
+
+def _allocation(row: dict[str, Any]) -> Allocation:
+    return Allocation.from_json(json.dumps(row["allocation"]))
+
+
+def _located(record: dict[str, Any]) -> dict[str, Allocation]:
+    """Cells that say where FA lies, by what differs in them, the base first."""
+    found = {"base": _allocation(record["rows"][BASE])}
+    for group in PLACES:
+        for name, row in record["rows"].items():
+            if name.startswith(f"{group}/"):
+                found[f"{TITLES[group]} {name.partition('/')[2]}"] = _allocation(row)
+    return found
+
+
+def _places(record: dict[str, Any]) -> list[str]:
+    located = _located(record)
+    base, rows = located["base"], []
+    names = {
+        f"{TITLES[group]} {name.partition('/')[2]}": name
+        for group in PLACES
+        for name in record["rows"]
+        if name.startswith(f"{group}/")
+    }
+    for title, allocation in located.items():
+        alike, where = agreement(base, allocation), depth(allocation)
+        rows.append(
+            [
+                title,
+                f"{allocation.sparsity:.3f}",
+                _text(_recovered(record, names.get(title, BASE))),
+                f"{alike.jaccard:.2f} / {alike.expected_jaccard:.2f}",
+                " / ".join(f"{share:.0%}" for share in where.thirds),
+                f"{where.bare} (p {where.p_bare:.3f})",
+                f"{where.mean_run:.2f} / {where.expected_run:.2f} (p {where.p_run:.3f})",
+            ]
+        )
+    columns = [
+        "learned with",
+        "sparsity",
+        "recovered",
+        "Jaccard with base / by chance",
+        "bottom / middle / top",
+    ]
+    return [
+        "### Where full attention lies, and what moves it",
+        "",
+        "Jaccard of FA heads; shares of the FA heads in each third of the layers; layers at the bottom without FA; mean"
+        " length of blocks of layers with more FA than average. p is the share of 1,000 random orders of the same"
+        " layers that are as extreme.",
+        "",
+        *table([*columns, "bare bottom", "run / by chance"], rows),
+        "",
+    ]
+
+
+def _domains(record: dict[str, Any]) -> list[str]:
+    learned = [name for name in record["rows"] if name.startswith("domain/")]
+    if not learned:
+        return []
+    domains = [name for name in dict.fromkeys(record["domains"]) if record["domains"].count(name) > 2]
+    rows = [
+        [
+            title,
+            *(_text(_recovered(record, name, only=domain)) for domain in domains),
+            _text(_recovered(record, name)),
+        ]
+        for title, name in [("all", BASE), *((name.partition("/")[2], name) for name in learned)]
+    ]
+    return [
+        "Recovered by the text learned on (rows) and measured on (columns):",
+        "",
+        *table(["learned on", *domains, "all"], rows),
+        "",
+    ]
+
+
+def _parts(record: dict[str, Any]) -> list[str]:
+    runs: dict[str, list[str]] = {"as it is": [BASE, "seed/1", "seed/2"]}
+    for name in record["rows"]:
+        if name.startswith("part/"):
+            runs.setdefault(name.split("/")[1], []).append(name)
+    for sinks in ("0", "1", "16"):
+        runs[f"{sinks} sinks"] = [f"sinks/{sinks}"]
+    rows = []
+    for title, names in runs.items():
+        measured = [record["rows"][name] for name in names if name in record["rows"]]
+        if measured:
+            away = [
+                row["expected_sparsity"] - row["allocation"]["provenance"]["target_sparsity"]
+                for row in measured
+            ]
+            rows.append(
+                [
+                    title,
+                    len(measured),
+                    *(
+                        " ".join(
+                            _text(_recovered(record, name, which)) for name in names if name in record["rows"]
+                        )
+                        for which in ("gates_losses", "losses")
+                    ),
+                    f"{max(away, key=abs):+.3f}",
+                    f"{max(row['fractional'] for row in measured):.2f}",
+                ]
+            )
+    return [
+        "### What each part of the algorithm gives",
+        "",
+        "One part changed at a time, a number for each seed. `off target` is the averaged gates' expected sparsity less"
+        " the target, the largest over seeds; `fractional` the largest share of gates neither 0 nor 1 without noise.",
+        "",
+        *table(["learned with", "seeds", "recovered by gates", "refined", "off target", "fractional"], rows),
+        "",
+    ]
+
+
+def _advantages(record: dict[str, Any]) -> list[str]:
+    """What learning gains over the best rule, and KV heads over layers, from the cells of benchmarks/methods.py."""
+    losses: dict[tuple[str, ...], list[np.ndarray]] = {}
+    for name, row in record["rows"].items():
+        if name.startswith("methods/"):
+            method, granularity, sparsity, _ = name.removeprefix("methods/").rsplit("-", 3)
+            losses.setdefault((sparsity, granularity, method), []).append(np.array(row["losses"]))
+    means = {key: np.mean(found, axis=0) for key, found in losses.items()}
+    rows = []
+    for sparsity in sorted({key[0] for key in means}, key=float):
+        for unit in ("kv_head", "layer"):
+            ours = means.get((sparsity, unit, "consa"))
+            rules = [(s, g, m) for s, g, m in means if (s, g) == (sparsity, unit) and m in RULES]
+            if ours is not None and rules:
+                best = min(rules, key=lambda key: float(means[key].mean()))
+                gain = _gain(record, means[best], ours)
+                rows.append([sparsity, UNITS[unit], f"{best[2]}, the best rule", gain])
+        heads, layers = (means.get((sparsity, unit, "consa")) for unit in ("kv_head", "layer"))
+        if heads is not None and layers is not None:
+            rows.append([sparsity, UNITS["kv_head"], "layers, learned", _gain(record, layers, heads)])
+    if not rows:
+        return []
+    return [
+        "### Learned against the best rule, and KV heads against layers",
+        "",
+        "Difference of `recovered`, learned ones the mean over their seeds, with its paired 95 % interval over the"
+        " held-out documents.",
+        "",
+        *table(["sparsity", "learned", "against", "recovered more"], rows),
+        "",
+    ]
+
+
+def _gain(record: dict[str, Any], theirs: np.ndarray, ours: np.ndarray) -> str:
+    ends = (np.array(record["rows"][name]["losses"]) for name in ("all_swa/128/4", "dense"))
+    gap = float(np.subtract(*ends).mean())
+    return str(bootstrap((theirs - ours) / gap, np.arange(len(ours))))
+
+
+def places_figure(record: dict[str, Any]) -> bytes:
+    """Recovered over tokens, and the share of each layer's KV heads on FA, a line per cell, as PNG."""
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(11, 5.5), layout="constrained")
+    left, right = drawing.subplots(1, 2, width_ratios=(1, 1.6))
+    names = sorted((n for n in record["rows"] if n.startswith("steps/")), key=lambda n: int(n.split("/")[1]))
+    tokens = [record["rows"][name]["tokens"] for name in names]
+    for which, label, style in (("losses", "refined", "-"), ("gates_losses", "gates alone", "--")):
+        values = [_recovered(record, name, which) for name in names]
+        left.plot(tokens, values, style, color="C0", marker="o", markersize=4, label=label)
+    left.set(xscale="log", xlabel="tokens of learning", ylabel="recovered")
+    left.legend(frameon=False)
+    located = _located(record)
+    shares = np.stack([allocation.full_attention.mean(1) for allocation in located.values()])
+    right.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="none")
+    right.set_yticks(range(len(located)), list(located), fontsize=7)
+    right.set(xlabel="layer", title="share of KV heads on FA")
+    return png(drawing)
