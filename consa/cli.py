@@ -537,17 +537,13 @@ def _show_losses(summary: dict[str, Any], folder: Path, *names: str) -> None:
     """What a run found, and where it is; nothing from the other processes of a distributed run."""
     if not summary:
         return
-    from consa.runs import recovered_text
+    from consa.summary import losses
 
     print(
         f"Held-out loss (nats) from position {summary['start']} on, and the share of the gap from all-SWA to dense"
         " that is recovered:"
     )
-    rows = [
-        [row["name"], f"{row['sparsity']:.4f}", f"{row['loss']:.4f}", recovered_text(row)]
-        for row in summary["rows"]
-    ]
-    _show(["allocation", "sparsity", "loss", "recovered"], rows)
+    _show(*losses(summary))
     for name in names:
         print(folder / name)
 

@@ -6,7 +6,12 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from consa.refinement import Exchange
 
 SECONDS_BETWEEN_LINES = 10
 
@@ -79,3 +84,69 @@ def memory() -> str:
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     unit = 1 if sys.platform == "darwin" else 1024
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
+
+
+class Display:
+    """Shows a loop's steps, and then exchanges, as they are reported; writes the former for TensorBoard if asked to.
+
+    Args:
+        title: of the steps.
+        num_steps: in all, those done before included.
+        describe: text about a step's record, besides its loss.
+        tensorboard: folder for the records, or None.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        num_steps: int,
+        describe: Callable[[dict[str, float]], str],
+        tensorboard: Path | None,
+    ) -> None:
+        self.title = title
+        self.num_steps = num_steps
+        self.describe = describe
+        self.tensorboard = tensorboard
+        self.shown = ExitStack()
+        self.shown_title = ""
+        self.since = time.monotonic()  # of the last report
+        self.update: Callable[[int, str], None] | None = None
+        self.writer: Any = None
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shown.close()
+        if self.writer:
+            self.writer.close()
+
+    def on_step(self, record: dict[str, float]) -> None:
+        """Show a step."""
+        step = int(record["step"])
+        text = (
+            f"loss {record['loss']:.3f}, {self.describe(record)}, {record['tokens_per_second']:.0f} tokens/s"
+        )
+        self._show(self.title, self.num_steps, step, f"{text}, {memory()}")
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What a killed run wrote past its last checkpoint is done again: purge it.
+            self.writer = self.writer or SummaryWriter(str(self.tensorboard), purge_step=step)
+            for name in record.keys() - {"step"}:
+                self.writer.add_scalar(name, record[name], step)
+
+    def on_exchange(self, budget: int, exchange: Exchange) -> None:
+        """Show an evaluation of the refinement, which makes `budget` of them at most."""
+        kind = "probe" if None in (exchange.closed, exchange.opened) else "exchange"
+        text = f"loss {exchange.change:+.5f}: {kind} {'kept' if exchange.accepted else 'dropped'}"
+        self._show("Refining", budget, exchange.evaluations, text)
+
+    def _show(self, title: str, total: int, done: int, text: str) -> None:
+        if title != self.shown_title:  # one bar at a time
+            self.shown.close()
+            self.shown_title = title
+            self.update = self.shown.enter_context(progress(title, total, began=self.since))
+        assert self.update
+        self.update(done, text)
+        self.since = time.monotonic()

@@ -8,8 +8,8 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from consa import distributed, loop, rules
+from consa import distributed, loop, rules, summary
 from consa.adaptation import adapt, check_lora
 from consa.allocation import Allocation
 from consa.checkpoint import convert
@@ -28,13 +28,12 @@ from consa.checkpointing import first_difference
 from consa.config import AdaptConfig, LearnConfig, RunConfig
 from consa.data import SequenceSet, check_data, load_sequences
 from consa.errors import ConsaError
-from consa.evaluation.perplexity import Comparison, compare, heldout_losses, sampled_losses
+from consa.evaluation.perplexity import compare, heldout_losses, sampled_losses
 from consa.files import read_text, write_atomically
-from consa.learning import learn, target_units, units_of
+from consa.learning import LearnResult, learn, target_units, units_of
 from consa.model import LoadedModel, check_device, check_fits, load_model
-from consa.progress import memory, note, progress
+from consa.progress import Display, note, progress
 from consa.provenance import hardware, versions
-from consa.refinement import Exchange
 from consa.report import figures
 
 # What may differ when a run is continued: none of these changes what is learned.
@@ -69,38 +68,28 @@ def run(
         units = units_of(loaded.layout, config.granularity)
         sparsity = 1 - target_units(loaded.layout, config) / units.count  # finds a budget that is too small
         train, heldout = _load_text(where, config, loaded)
-        record = settings | {"command": command, "hardware": hardware(), "versions": versions()}
-        if distributed.is_main():
-            _write_json(folder / "config.json", record)
-
+        record = _record(settings, command, folder)
         began = time.monotonic()
-        with _Progress(
-            "Learning", config.num_steps, folder / "tensorboard" if tensorboard else None
-        ) as shown:
+        board = folder / "tensorboard" if tensorboard else None
+        with Display("Learning", config.num_steps, _learning_text, board) as shown:
+            on_exchange = partial(shown.on_exchange, config.refine_evaluations)
             result = learn(
                 loaded.model,
                 train.tokens,
                 config,
                 identity=loaded.identity,
                 run_dir=folder,
-                on_step=partial(shown.on_step, _learning_text) if distributed.is_main() else None,
-                on_exchange=partial(shown.on_exchange, config.refine_evaluations)
-                if distributed.is_main()
-                else None,
+                on_step=shown.on_step if distributed.is_main() else None,
+                on_exchange=on_exchange if distributed.is_main() else None,
             )
         if not distributed.is_main():
             return {}
         learned = time.monotonic()
-        result.allocation.save(folder / "allocation.json")
-        figures.heatmap(result.allocation, folder / "heatmap.png")
-        if result.history:
-            figures.curves(result.history, folder / "curves.png")
-
-        allocations = _competitors(loaded, config, sparsity) | {"learned": result.allocation}
+        _save_learned(result, folder)
         losses = _measure(
             loaded,
             heldout.tokens,
-            allocations,
+            _competitors(loaded, config, sparsity) | {"learned": result.allocation},
             folder,
             batch_size=config.micro_batch,
             weights=asdict(config) if config.mode == "joint" else None,
@@ -108,35 +97,23 @@ def run(
         )
         sampled = losses.pop("sampled", None)
         comparison = compare(losses, start=start)
-        summary = {
-            "model": loaded.identity,
-            "granularity": config.granularity,
-            "sparsity": result.allocation.sparsity,
-            "window": config.window,
-            "num_sink_tokens": config.num_sink_tokens,
-            "seq_len": config.seq_len,
-            "seed": config.seed,
-            "heldout_sequences": len(heldout.tokens),
-            "heldout_documents": len(np.unique(heldout.documents)),
-            **_comparison_record(comparison),
+        last = result.history[-1] if result.history else {}
+        found = {
             "losses": {
                 "dense": comparison.rows[0].loss,
                 "stochastic": None if sampled is None else float(sampled[1][:, start:].mean()),
                 "final": comparison.rows[-1].loss,
             },
-            "expected_sparsity": result.history[-1]["expected_sparsity"] if result.history else None,
-            "fractional": result.history[-1]["fractional"] if result.history else None,
-            "seconds": {
-                "learning": round(learned - began, 1),
-                "evaluation": round(time.monotonic() - learned, 1),
-            },
-            **record,
+            "expected_sparsity": last.get("expected_sparsity"),
+            "fractional": last.get("fractional"),
+            "seconds": _seconds("learning", began, learned),
         }
-        _write_json(folder / "summary.json", summary)
-        write_atomically(folder / "summary.md", _as_markdown(summary).encode())
+        shared = summary.measured(loaded.identity, result.allocation, config, heldout, comparison)
+        whole = shared | found | record
+        _write_summary(folder, whole, summary.of_learning(whole))
         if config.mode == "joint":
             _convert(loaded, result.allocation, folder / "model", kind="hybrid")
-    return summary
+    return whole
 
 
 def run_adaptation(
@@ -176,36 +153,33 @@ def run_adaptation(
         check_fits(allocation, loaded.layout, type(loaded.model).__name__)
         check_lora(loaded.model, config)
         train, heldout = _load_text(where, config, loaded)
-        record = settings | {"command": command, "hardware": hardware(), "versions": versions()}
+        record = _record(settings, command, folder)
+        measure = partial(_measure, loaded, heldout.tokens, folder=folder, batch_size=config.micro_batch)
         losses, means = {}, {}
         if distributed.is_main():
-            _write_json(folder / "config.json", record)
-            shape = loaded.layout.num_layers, loaded.layout.num_kv_heads
+            layout = loaded.layout
             all_swa = rules.bottom(
-                *shape,
+                layout.num_layers,
+                layout.num_kv_heads,
                 sparsity=1.0,
                 window=allocation.window,
                 num_sink_tokens=allocation.num_sink_tokens,
-                native_windows=loaded.layout.native_windows,
+                native_windows=layout.native_windows,
             )
-            ends = {"dense": None, "all_swa": all_swa, "hybrid": allocation}
-            losses = _measure(loaded, heldout.tokens, ends, folder, batch_size=config.micro_batch)
-            means = {name: float(losses[name][1][:, start:].mean()) for name in ends}
+            losses = measure({"dense": None, "all_swa": all_swa, "hybrid": allocation})
+            means = {name: float(values[:, start:].mean()) for name, (_, values) in losses.items()}
 
         def evaluate(hybrid: PreTrainedModel) -> dict[str, float]:
             found = heldout_losses(hybrid, heldout.tokens, batch_size=config.micro_batch)
-            if (
-                not means
-            ):  # on another process than the main one, which computes along where layers are sharded
+            if not means:  # another process than the main one: it computes along where layers are sharded
                 return {}
             mean, dense, floor = float(found[:, start:].mean()), means["dense"], means["all_swa"]
             recovered = {"recovered": (floor - mean) / (floor - dense)} if floor != dense else {}
             return {"heldout_loss": mean} | recovered
 
         began = time.monotonic()
-        with _Progress(
-            "Adapting", config.num_steps, folder / "tensorboard" if tensorboard else None
-        ) as shown:
+        board = folder / "tensorboard" if tensorboard else None
+        with Display("Adapting", config.num_steps, _adaptation_text, board) as shown:
             history = adapt(
                 loaded.model,
                 train.tokens,
@@ -214,42 +188,18 @@ def run_adaptation(
                 identity=loaded.identity,
                 run_dir=folder,
                 evaluate=evaluate,
-                on_step=partial(shown.on_step, _adaptation_text) if distributed.is_main() else None,
+                on_step=shown.on_step if distributed.is_main() else None,
             )
         if not distributed.is_main():
             return {}
         adapted = time.monotonic()
         figures.adaptation_curves(history, means, folder / "curves.png")
-        losses |= _measure(
-            loaded,
-            heldout.tokens,
-            {"adapted": allocation},
-            folder,
-            batch_size=config.micro_batch,
-            weights=asdict(config),
-        )
+        losses |= measure({"adapted": allocation}, weights=asdict(config))
         _convert(loaded, allocation, folder / "model")
-        comparison = compare(losses, start=start)
-        summary = {
-            "model": loaded.identity,
-            "granularity": allocation.granularity,
-            "sparsity": allocation.sparsity,
-            "window": allocation.window,
-            "num_sink_tokens": allocation.num_sink_tokens,
-            "seq_len": config.seq_len,
-            "seed": config.seed,
-            "heldout_sequences": len(heldout.tokens),
-            "heldout_documents": len(np.unique(heldout.documents)),
-            **_comparison_record(comparison),
-            "seconds": {
-                "adapting": round(adapted - began, 1),
-                "evaluation": round(time.monotonic() - adapted, 1),
-            },
-            **record,
-        }
-        _write_json(folder / "summary.json", summary)
-        write_atomically(folder / "summary.md", _adaptation_as_markdown(summary).encode())
-    return summary
+        shared = summary.measured(loaded.identity, allocation, config, heldout, compare(losses, start=start))
+        whole = shared | {"seconds": _seconds("adapting", began, adapted)} | record
+        _write_summary(folder, whole, summary.of_adaptation(whole))
+    return whole
 
 
 @contextmanager
@@ -262,6 +212,14 @@ def _joined(
         if distributed.is_main():
             _check_same_run(folder, settings)
         yield
+
+
+def _record(settings: dict[str, Any], command: str, folder: Path) -> dict[str, Any]:
+    """What the run is and computes on; the main process keeps it in the folder."""
+    record = settings | {"command": command, "hardware": hardware(), "versions": versions()}
+    if distributed.is_main():
+        _write_json(folder / "config.json", record)
+    return record
 
 
 def _check_before_loading(where: RunConfig, tensorboard: bool) -> None:
@@ -366,56 +324,6 @@ def _load_text(
     return train, heldout.spread(where.num_heldout)
 
 
-class _Progress:
-    """Shows steps, and then exchanges, as they are reported, and writes the former for TensorBoard if asked to."""
-
-    def __init__(self, name: str, num_steps: int, tensorboard: Path | None) -> None:
-        self.name = name
-        self.num_steps = num_steps
-        self.tensorboard = tensorboard
-        self.shown = ExitStack()
-        self.title = ""
-        self.since = time.monotonic()  # of the last report
-        self.update: Callable[[int, str], None] | None = None
-        self.writer: Any = None
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shown.close()
-        if self.writer:
-            self.writer.close()
-
-    def on_step(self, describe: Callable[[dict[str, float]], str], record: dict[str, float]) -> None:
-        """Show a step."""
-        step = int(record["step"])
-        text = f"loss {record['loss']:.3f}, {describe(record)}, {record['tokens_per_second']:.0f} tokens/s, {memory()}"
-        self._show(self.name, self.num_steps, step, text)
-        if self.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # What a killed run wrote past its last checkpoint is done again: purge it.
-            self.writer = self.writer or SummaryWriter(str(self.tensorboard), purge_step=step)
-            for name in record.keys() - {"step"}:
-                self.writer.add_scalar(name, record[name], step)
-
-    def on_exchange(self, budget: int, exchange: Exchange) -> None:
-        """Show an evaluation of the refinement."""
-        kind = "probe" if None in (exchange.closed, exchange.opened) else "exchange"
-        text = f"loss {exchange.change:+.5f}: {kind} {'kept' if exchange.accepted else 'dropped'}"
-        self._show("Refining", budget, exchange.evaluations, text)
-
-    def _show(self, title: str, total: int, done: int, text: str) -> None:
-        if title != self.title:  # one bar at a time
-            self.shown.close()
-            self.title = title
-            self.update = self.shown.enter_context(progress(title, total, began=self.since))
-        assert self.update
-        self.update(done, text)
-        self.since = time.monotonic()
-
-
 def _learning_text(record: dict[str, float]) -> str:
     sparsity = f"sparsity {record['expected_sparsity']:.3f} (target {record['target']:.3f})"
     return f"{sparsity}, multiplier {record['multiplier']:.2f}"
@@ -503,110 +411,21 @@ def _load_losses(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
     return values if values.shape == shape and values.dtype == np.float32 else None
 
 
-def _comparison_record(comparison: Comparison) -> dict[str, Any]:
-    return {
-        "start": comparison.start,
-        "buckets": [list(bucket) for bucket in comparison.buckets],
-        "rows": [
-            asdict(row)
-            | {
-                "recovered": row.recovered if np.isfinite(row.recovered) else None,
-                "by_position": list(row.by_position),
-            }
-            for row in comparison.rows
-        ],
-    }
+def _save_learned(result: LearnResult, folder: Path) -> None:
+    result.allocation.save(folder / "allocation.json")
+    figures.heatmap(result.allocation, folder / "heatmap.png")
+    if result.history:
+        figures.curves(result.history, folder / "curves.png")
 
 
-def _as_markdown(summary: dict[str, Any]) -> str:
-    losses, seconds = summary["losses"], summary["seconds"]
-    three = _table(
-        ["", "loss"],
-        [
-            [label, f"{losses[key]:.4f}"]
-            for label, key in (
-                ("dense", "dense"),
-                ("stochastic gates, drawn per sequence at the averaged log_alpha", "stochastic"),
-                ("final allocation", "final"),
-            )
-            if losses[key] is not None
-        ],
-    )
-    fractional = "none learned" if summary["fractional"] is None else f"{summary['fractional']:.1%}"
-    return f"""{_measured_as_markdown(summary, "learned allocation")}
-## From gates to a decision
-
-Losses on the same text and positions. Fractional gates at the end: {fractional}.
-
-{three}
-
-{_how_as_markdown(summary)} The process that finished the run learned for {seconds["learning"]:.0f} s and measured \
-for {seconds["evaluation"]:.0f} s.
-
-![which units keep full attention](heatmap.png)
-"""
+def _seconds(name: str, began: float, ended: float) -> dict[str, float]:
+    """How long this process took for the loop, and since its end."""
+    return {name: round(ended - began, 1), "evaluation": round(time.monotonic() - ended, 1)}
 
 
-def _adaptation_as_markdown(summary: dict[str, Any]) -> str:
-    config, seconds = summary["adapt"], summary["seconds"]
-    return f"""{_measured_as_markdown(summary, "hybrid adapted")}
-`hybrid` is the allocation with the weights as they were, `adapted` with those trained: method {config["method"]}, \
-{config["num_steps"]} steps of {config["sequences_per_step"]} sequences; cross-entropy {config["cross_entropy"]:g}, \
-distillation {config["distillation"]:g}, hidden states {config["hidden_loss"]:g}. `model` loads and generates.
-
-{_how_as_markdown(summary)} The process that finished the run trained for {seconds["adapting"]:.0f} s and measured \
-for {seconds["evaluation"]:.0f} s.
-
-![losses and learning rate by step](curves.png)
-"""
-
-
-def _measured_as_markdown(summary: dict[str, Any], title: str) -> str:
-    rows = summary["rows"]
-    overall = _table(
-        ["allocation", "sparsity", "loss", "recovered"],
-        [[row["name"], f"{row['sparsity']:.4f}", f"{row['loss']:.4f}", recovered_text(row)] for row in rows],
-    )
-    by_position = _table(
-        ["allocation", *(f"{first}-{end - 1}" for first, end in summary["buckets"])],
-        [[row["name"], *(f"{value:.3f}" for value in row["by_position"])] for row in rows],
-    )
-    return f"""# {Path(summary["model"]["model"]).name}: {title} at sparsity {summary["sparsity"]:.4g}
-
-Granularity {summary["granularity"]}, window {summary["window"]}, {summary["num_sink_tokens"]} sink tokens, \
-seed {summary["seed"]}. Measured on {summary["heldout_sequences"]} held-out sequences of {summary["seq_len"]} tokens \
-from {summary["heldout_documents"]} documents.
-
-## Loss on held-out text
-
-Mean cross-entropy (nats) from position {summary["start"]} on. `recovered` is the share of the gap from all-SWA to \
-dense that is closed.
-
-{overall}
-
-## By position
-
-{by_position}
-"""
-
-
-def _how_as_markdown(summary: dict[str, Any]) -> str:
-    used = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
-    return f"""## How
-
-    {summary["command"]}
-
-{summary["hardware"]}; {used}."""
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def recovered_text(row: dict[str, Any]) -> str:
-    """A row's `recovered` for people; a dash where dense and all-SWA do not differ."""
-    return "-" if row["recovered"] is None else f"{row['recovered']:.3f}"
+def _write_summary(folder: Path, found: dict[str, Any], markdown: str) -> None:
+    _write_json(folder / "summary.json", found)
+    write_atomically(folder / "summary.md", markdown.encode())
 
 
 def _write_json(path: Path, record: dict[str, Any]) -> None:
