@@ -24,7 +24,8 @@ from consa import loss
 from consa.allocation import Allocation
 from consa.attention import masks
 from consa.config import RunConfig
-from consa.data import check_data, load_sequences
+from consa.data import load_sequences
+from consa.documents import check_data
 from consa.errors import ConsaError
 from consa.model import attached, attention_layout, load_model
 from consa.progress import note, progress

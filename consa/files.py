@@ -72,7 +72,7 @@ def read_text(path: Path, *, max_bytes: int) -> str:
 
 def cache_dir() -> Path:
     """Where converted models and tokenised text are kept: $CONSA_CACHE, else ~/.cache/consa."""
-    return Path(os.environ.get("CONSA_CACHE") or Path.home() / ".cache" / "consa")
+    return Path(os.environ.get("CONSA_CACHE") or "~/.cache/consa").expanduser()
 
 
 def sha256_of(path: Path) -> str:

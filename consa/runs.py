@@ -26,7 +26,8 @@ from consa.allocation import Allocation
 from consa.checkpoint import convert
 from consa.checkpointing import first_difference
 from consa.config import AdaptConfig, LearnConfig, RunConfig
-from consa.data import SequenceSet, check_data, load_sequences
+from consa.data import SequenceSet, load_sequences
+from consa.documents import check_data
 from consa.errors import ConsaError
 from consa.evaluation.perplexity import compare, heldout_losses, sampled_losses
 from consa.files import read_text, write_atomically

@@ -18,7 +18,8 @@ from consa import rules
 from consa.allocation import Allocation
 from consa.checkpointing import first_difference
 from consa.config import EvalConfig, LearnConfig, RunConfig, SweepConfig, words_of
-from consa.data import check_data, load_sequences
+from consa.data import load_sequences
+from consa.documents import check_data
 from consa.errors import ConsaError
 from consa.evaluation import suite
 from consa.evaluation.table import Line, Table, number, png

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from consa import data
+from consa import data, documents
 from consa.data import SequenceSet, load_sequences
 from consa.errors import ConsaError
 
@@ -257,7 +257,7 @@ def test_progress_reaches_the_whole_input(tokenizer, tmp_path):
     (tmp_path / "b.txt").write_text(TEXT)
     (tmp_path / "c.txt.zst").write_bytes(zstandard.compress(TEXT.encode()))
     jsonl(tmp_path / "a.jsonl", numbered(3))
-    for source in data._find_sources(str(tmp_path), "text"):
+    for source in documents.find_sources(str(tmp_path), "text"):
         seen = []
         assert list(source.read(seen.append))
         assert sum(seen) == source.size
@@ -332,7 +332,7 @@ def test_jsonl_fields_blank_lines_and_byte_order_mark(load, tokenizer, tmp_path)
 def test_stdlib_is_there_and_leaves_out_installed_packages(load):
     files = [
         file
-        for file in data._walk(Path(json.__file__).parents[1], ("site-packages",))
+        for file in documents._walk(Path(json.__file__).parents[1], ("site-packages",))
         if file.suffix == ".py"
     ]
     assert Path(json.__file__) in files
@@ -487,14 +487,6 @@ def test_a_failed_write_leaves_nothing_that_loads(load, tmp_path, monkeypatch):
         load(source)
 
 
-def test_cache_dir(monkeypatch):
-    monkeypatch.setenv("CONSA_CACHE", "/some/where")
-    assert data.cache_dir() == Path("/some/where")
-    monkeypatch.delenv("CONSA_CACHE")
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert data.cache_dir() == Path("/home/someone/.cache/consa")
-
-
 def test_default_cache_is_used(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("CONSA_CACHE", str(tmp_path / "own"))
     load_sequences(str(jsonl(tmp_path / "a.jsonl", numbered(2))), tokenizer, 8, progress=False)
@@ -569,7 +561,7 @@ def test_unreadable_file(load, tmp_path, monkeypatch):
     def refuse(path, *_):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(data, "open", refuse, raising=False)  # file modes do not stop a test run as root
+    monkeypatch.setattr(documents, "open", refuse, raising=False)  # file modes do not stop a test run as root
     with pytest.raises(ConsaError, match=rf"cannot read {source}: Permission denied"):
         load(source)
 
@@ -589,7 +581,7 @@ def test_split_without_documents_names_how_many_there_are(load, tmp_path):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.zst", "a.jsonl.zst"])
 def test_document_over_the_limit(load, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(data, "MAX_DOCUMENT_BYTES", 2**20)
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 2**20)
     content = bytes(2**20 + 1)
     (tmp_path / name).write_bytes(zstandard.compress(content) if name.endswith("zst") else content)
     with pytest.raises(ConsaError, match="more than 1048576 bytes"):
@@ -597,7 +589,7 @@ def test_document_over_the_limit(load, tmp_path, monkeypatch, name):
 
 
 def test_small_compressed_file_cannot_fill_the_memory(load, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MAX_DOCUMENT_BYTES", 2**20)
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 2**20)
     bomb = zstandard.compress(bytes(2**29))
     assert len(bomb) < 2**15
     (tmp_path / "a.jsonl.zst").write_bytes(bomb)

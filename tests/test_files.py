@@ -123,6 +123,8 @@ def test_read_text_says_why_not(tmp_path: Path):
 def test_cache_dir_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("CONSA_CACHE", str(tmp_path))
     assert cache_dir() == tmp_path
+    monkeypatch.setenv("CONSA_CACHE", "~/elsewhere")
+    assert cache_dir() == Path.home() / "elsewhere"
     for unset in ("", None):
         monkeypatch.setenv("CONSA_CACHE", "") if unset == "" else monkeypatch.delenv("CONSA_CACHE")
         assert cache_dir() == Path.home() / ".cache" / "consa"

@@ -17,7 +17,8 @@ import torch
 from consa import published, retrieval, rules
 from consa.allocation import Allocation
 from consa.config import EvalConfig, LearnConfig, RunConfig
-from consa.data import SequenceSet, check_data, load_sequences
+from consa.data import SequenceSet, load_sequences
+from consa.documents import check_data
 from consa.errors import ConsaError
 from consa.evaluation.cells import Cell, run_cells
 from consa.evaluation.intervals import bootstrap
