@@ -6,63 +6,21 @@ import inspect
 import os
 import re
 import shlex
-import sys
-import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from typer.core import TyperGroup
 
 import consa
 from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig, SweepConfig
 from consa.errors import ConsaError
 from consa.files import check_writable, read_text
 from consa.options import command_line, described, from_options, number, with_fields_of
-
-UsageError: Any = typer.BadParameter.__base__  # typer does not export it, and its click may be its own
-
-
-# What helps against too little memory in commands that do not train.
-LIGHTER = {
-    "bench": "choose shorter --contexts or smaller --batch-sizes",
-    "generate": "shorten the prompt",
-}
-
-
-class _Commands(TyperGroup):
-    """Turns whatever a user can cause into one line on stderr and an exit code."""
-
-    def main(self, *args: Any, **options: Any) -> Any:
-        _quieten()
-        try:
-            status = super().main(*args, **options | {"standalone_mode": False})
-        except UsageError as error:
-            status = _fail(str(error.format_message()).rstrip("."), 2)
-        except typer.Abort:
-            status = 1
-        sys.exit(status if isinstance(status, int) else 0)
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ConsaError as error:
-            raise typer.Exit(_fail(str(error), 2)) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(_fail("interrupted; the same command continues where it was", 130)) from None
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            advice = LIGHTER.get(
-                ctx.invoked_subcommand,
-                "lower --micro-batch or --seq-len, or turn on --activation-checkpointing",
-            )
-            raise typer.Exit(_fail(f"out of memory; {advice}", 2)) from None
-
+from consa.terminal import Commands, show
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -73,31 +31,6 @@ app = typer.Typer(
 def main() -> None:
     """The entry point of `consa`."""
     app(prog_name="consa")
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return status
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch.OutOfMemoryError by name, since torch is not imported here; the CPU's allocator has no class of its own.
-    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(
-        error
-    )
-
-
-def _quieten() -> None:
-    """Keep the libraries' own talk off the terminal; consa's warnings become one line each."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its talk of retries, where there is no network
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks; consa uses threads
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("default", module=r"consa\b")
-        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
 
 
 Out = Annotated[
@@ -222,7 +155,7 @@ def rules(
         replace(allocation, provenance=origin | dict(allocation.provenance)).save(out / f"{name}.json")
         taken = allocation.kv_cache_bytes(tokens, head_dim=head_dim)
         rows.append([name, f"{allocation.sparsity:.4f}", f"{taken / 2**20:.1f} MiB", f"{taken / dense:.1%}"])
-    _show(["rule", "sparsity", f"KV cache at {tokens} tokens", "of dense"], rows)
+    show(["rule", "sparsity", f"KV cache at {tokens} tokens", "of dense"], rows)
     print(f"{len(allocations)} allocations in {out}")
 
 
@@ -337,7 +270,7 @@ def bench(
             repeats=repeats,
             on_run=tell,
         )
-    _show(*result.table())
+    show(*result.table())
     if engine == "vllm":
         print(serving.requests_line(result))
     for path in benchmark.write(result, out):
@@ -386,7 +319,7 @@ def evaluate(
     )
     for title, columns, rows in table.sections():
         print(f"{title}:")
-        _show(columns, rows)
+        show(columns, rows)
     for path in paths:
         print(path)
 
@@ -406,7 +339,7 @@ def sweep(*, out: Out = None, **options: Any) -> None:
     from consa.sweep import sweep as run_sweep
 
     frontier, paths = run_sweep(where, config, measured, folder, command=command)
-    _show(*frontier.for_terminal())
+    show(*frontier.for_terminal())
     for path in paths:
         print(path)
 
@@ -463,7 +396,7 @@ def behaviour(
         for row, relation in zip(rows, relate(found, allocation), strict=True):
             pair = (relation.auc, relation.with_scores)
             row += ["-" if value is None else f"{value:.3f}" for value in pair]
-    _show(columns, rows)
+    show(columns, rows)
     print(path)
 
 
@@ -543,20 +476,6 @@ def _show_losses(summary: dict[str, Any], folder: Path, *names: str) -> None:
         f"Held-out loss (nats) from position {summary['start']} on, and the share of the gap from all-SWA to dense"
         " that is recovered:"
     )
-    _show(*losses(summary))
+    show(*losses(summary))
     for name in names:
         print(folder / name)
-
-
-def _show(columns: list[str], rows: list[list[str]]) -> None:
-    """A table on stdout; what was learned stands out."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(columns[0], box=box.SIMPLE_HEAD)
-    for column in columns[1:]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*row, style="bold" if row[0] == "learned" else None)
-    Console().print(table)

@@ -1,0 +1,93 @@
+"""How commands speak on a terminal: what a user can cause in one line, libraries kept quiet, results as tables."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from consa.errors import ConsaError
+
+UsageError: Any = typer.BadParameter.__base__  # typer does not export it, and its click may be its own
+
+
+# What helps against too little memory in commands that do not train.
+LIGHTER = {
+    "bench": "choose shorter --contexts or smaller --batch-sizes",
+    "generate": "shorten the prompt",
+}
+
+
+class Commands(TyperGroup):
+    """Turns whatever a user can cause into one line on stderr and an exit code."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Parse, run, exit: 2 for what a command line gets wrong."""
+        _quieten()
+        try:
+            status = super().main(*args, **options | {"standalone_mode": False})
+        except UsageError as error:
+            status = _fail(str(error.format_message()).rstrip("."), 2)
+        except typer.Abort:
+            status = 1
+        sys.exit(status if isinstance(status, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; what it raises becomes a line."""
+        try:
+            return super().invoke(ctx)
+        except ConsaError as error:
+            raise typer.Exit(_fail(str(error), 2)) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(_fail("interrupted; the same command continues where it was", 130)) from None
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            advice = LIGHTER.get(
+                ctx.invoked_subcommand,
+                "lower --micro-batch or --seq-len, or turn on --activation-checkpointing",
+            )
+            raise typer.Exit(_fail(f"out of memory; {advice}", 2)) from None
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch.OutOfMemoryError by name, since torch is not imported here; the CPU's allocator has no class of its own.
+    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(
+        error
+    )
+
+
+def _quieten() -> None:
+    """Keep the libraries' own talk off the terminal; consa's warnings become one line each."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its talk of retries, where there is no network
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks; consa uses threads
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module=r"consa\b")
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+
+
+def show(columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table; what was learned stands out."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(columns[0], box=box.SIMPLE_HEAD)
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == "learned" else None)
+    Console().print(table)
