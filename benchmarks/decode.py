@@ -26,7 +26,8 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from consa import Allocation, HybridCache, attached, rules
-from consa.cache import StaticHybridLayer, allocated_bytes
+from consa.cache import allocated_bytes
+from consa.cache_static import StaticHybridLayer
 
 DEVICE = torch.device("cuda")
 LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM = 28, 16, 8, 128

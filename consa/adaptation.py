@@ -64,11 +64,7 @@ def adapt(
     Raises:
         ConsaError: unusable settings or text, a loss that is not finite, or a folder that cannot be written.
     """
-    if len(sequences) == 0 or sequences.shape[1] < 2:
-        raise ConsaError(
-            f"no training text: got sequences of shape {sequences.shape}; give longer or more documents"
-        )
-    distributed.check_divides(config.sequences_per_step, config.micro_batch)
+    loop.check(config, sequences)
     decided = {**loop.fingerprint(config, sequences, identity), "allocation": _record(allocation)}
     run = Checkpoint(run_dir, decided) if run_dir else None
     with ExitStack() as stack:

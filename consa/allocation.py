@@ -93,17 +93,7 @@ class Allocation:
             raise InvalidAllocationError(
                 f"full_attention mixes FA and SWA in layer {layer}, which granularity 'layer' does not allow"
             )
-        scores = None
-        if self.scores is not None:
-            try:
-                scores = np.array(self.scores, dtype=np.float64)
-            except (TypeError, ValueError, OverflowError) as error:
-                raise InvalidAllocationError(f"scores are not numbers: {error}") from error
-            if scores.shape != mask.shape or not np.isfinite(scores).all():
-                raise InvalidAllocationError(
-                    f"scores must be finite numbers of shape {mask.shape}, got shape {scores.shape}"
-                )
-            scores.flags.writeable = False
+        scores = None if self.scores is None else _checked_scores(self.scores, mask.shape)
         mask.flags.writeable = False
         native_windows = {
             int(layer): int(self.native_windows[layer]) for layer in sorted(self.native_windows)
@@ -321,6 +311,19 @@ def check_sparsity(sparsity: float) -> None:
 
 def _sorted_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(sorted(pairs, key=lambda pair: pair[0]))
+
+
+def _checked_scores(given: Any, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        scores = np.array(given, dtype=np.float64)  # a copy too
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidAllocationError(f"scores are not numbers: {error}") from error
+    if scores.shape != shape or not np.isfinite(scores).all():
+        raise InvalidAllocationError(
+            f"scores must be finite numbers of shape {shape}, got shape {scores.shape}"
+        )
+    scores.flags.writeable = False
+    return scores
 
 
 def _is_int(value: object) -> bool:

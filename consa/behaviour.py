@@ -32,6 +32,7 @@ from consa.progress import note, progress
 from consa.provenance import hardware, versions
 from consa.relations import Behaviour
 from consa.retrieval import examples
+from consa.rules import bottom
 
 MAX_BLOCK_SCORES = 2**22  # scores of one layer that exist at once; 16 MiB, which suit a CPU's caches
 GPU_BLOCKS = 16  # as many of those at once; a GPU wants fewer and larger steps
@@ -83,14 +84,9 @@ def measure(
     if seq_len > longest:
         raise ConsaError(f"seq_len must be at most the {longest} positions of the model, got {seq_len}")
     needles = _needles(tokenizer, min(longest, NEEDLE_TOKENS), seed) if tokenizer is not None else []
-    full = np.ones((layout.num_layers, layout.num_kv_heads), dtype=bool)
-    full[list(layout.native_windows)] = False
-    dense = Allocation(
-        full_attention=full,
-        window=window,
-        num_sink_tokens=num_sink_tokens,
-        native_windows=layout.native_windows,
-    )
+    limits: dict[str, Any] = {"window": window, "num_sink_tokens": num_sink_tokens}
+    own = layout.native_windows
+    dense = bottom(*layout.shape, sparsity=0.0, granularity="kv_head", native_windows=own, **limits)
     done = 0
 
     def tell(text: str) -> None:
@@ -99,19 +95,19 @@ def measure(
         if on_pass:
             on_pass(done, text)
 
-    on_text, on_repeated, on_needles = (_Means(full.shape) for _ in range(3))
+    on_text, on_repeated, on_needles = (_Means(layout.shape) for _ in range(3))
+
+    def observe(tokens: np.ndarray, observer: Any, text: str) -> None:
+        with _observed(model, dense, observer):
+            loss.hidden_states(model, _batch(model, tokens))
+        tell(text)
+
     for tokens in sequences:
-        with _observed(model, dense, _TextObserver(tokens, dense, on_text)):
-            loss.hidden_states(model, _batch(model, tokens))
-        tell("text")
+        observe(tokens, _TextObserver(tokens, dense, on_text), "text")
     repeated = _repeated_sequence(model.config.get_text_config().vocab_size, seed)
-    with _observed(model, dense, _TextObserver(repeated, dense, on_repeated)):
-        loss.hidden_states(model, _batch(model, repeated))
-    tell("repeated sequence")
+    observe(repeated, _TextObserver(repeated, dense, on_repeated), "repeated sequence")
     for tokens, queries, keys in needles:
-        with _observed(model, dense, _NeedleObserver(queries, keys, dense, on_needles)):
-            loss.hidden_states(model, _batch(model, tokens))
-        tell("needle")
+        observe(tokens, _NeedleObserver(queries, keys, dense, on_needles), "needle")
 
     measures = {name: on_text[name] for name in on_text.names if not name.startswith("distance")}
     measures |= {f"{name}_repeated": on_repeated[name] for name in ("induction", "copy")}
@@ -131,8 +127,7 @@ def measure(
     return Behaviour(
         measures={name: values.astype(np.float32) for name, values in measures.items()},
         by_distance=np.stack(buckets, axis=-1).astype(np.float32),
-        window=window,
-        num_sink_tokens=num_sink_tokens,
+        **limits,
         provenance=provenance,
     )
 

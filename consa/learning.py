@@ -28,12 +28,10 @@ from consa.constraints import choose
 from consa.errors import ConsaError
 from consa.gates import Units
 from consa.lagrangian import AugmentedLagrangian, ramp, target_at
-from consa.loop import batches as _batches
-from consa.loop import generator as _generator
-from consa.loop import order as _order
 from consa.model import AttentionLayout, attached, attention_layout
 from consa.provenance import versions
 from consa.refinement import Exchange, refine
+from consa.rules import bottom
 
 
 @dataclass(frozen=True)
@@ -79,11 +77,7 @@ def learn(
     units = units_of(layout, config.granularity)
     num_full = target_units(layout, config)
     target = 1 - num_full / units.count
-    if len(sequences) == 0 or sequences.shape[1] < 2:
-        raise ConsaError(
-            f"no training text: got sequences of shape {sequences.shape}; give longer or more documents"
-        )
-    distributed.check_divides(config.sequences_per_step, config.micro_batch)
+    loop.check(config, sequences)
     with distributed.sharded(model) if config.parallel == "fsdp" else nullcontext(model) as trained:
         state = _State.fresh(trained, units, config)
         run = Checkpoint(run_dir, loop.fingerprint(config, sequences, identity)) if run_dir else None
@@ -100,7 +94,7 @@ def learn(
             for step in range(state.step, config.num_steps):
                 began = time.perf_counter()
                 value = _accumulate_gradients(
-                    trained, plan, state, units, _batches(sequences, config, step), config
+                    trained, plan, state, units, loop.batches(sequences, config, step), config
                 )
                 if not math.isfinite(value):
                     raise ConsaError(
@@ -120,17 +114,7 @@ def learn(
                     _save(run, state, history)
     allocation = _decide(state, units, num_full, layout, config, identity)
     if config.refine_evaluations and state.refined is None:
-        first = config.num_steps * config.sequences_per_step
-        chosen = _order(sequences, config, range(first, first + config.refine_sequences))
-        refined = refine(
-            model,
-            allocation,
-            sequences[chosen],
-            max_evaluations=config.refine_evaluations,
-            batch_size=config.micro_batch,
-            constraint=config.constraint,
-            on_exchange=on_exchange,
-        )
+        refined = _refine(model, allocation, sequences, config, on_exchange)
         state.refined = distributed.from_main(torch.from_numpy(refined.full_attention.copy()))
         if run:
             _save(run, state, history)
@@ -180,7 +164,7 @@ class _State:
 
     @classmethod
     def fresh(cls, model: PreTrainedModel, units: Units, config: LearnConfig) -> _State:
-        noise = torch.randn(units.count, generator=_generator(config.seed, "start"))  # breaks ties
+        noise = torch.randn(units.count, generator=loop.generator(config.seed, "start"))  # breaks ties
         log_alpha = torch.nn.Parameter(config.initial_log_alpha + 0.01 * noise)
         lr = config.gate_lr or min(1.0, 60 / config.num_steps)
         joint = config.mode == "joint"
@@ -240,7 +224,7 @@ def _accumulate_gradients(
     config: LearnConfig,
 ) -> float:
     """One step's gradients on log_alpha (and weights), from one draw of the gates per sequence; returns the loss."""
-    generator = _generator(config.seed, f"noise {state.step}")
+    generator = loop.generator(config.seed, f"noise {state.step}")
     draws = gates.stratified_uniform(config.sequences_per_step, units.count, generator)
     draws = draws[distributed.share(len(draws))]
     total = 0.0
@@ -320,6 +304,27 @@ def _decide(
     )
 
 
+def _refine(
+    model: PreTrainedModel,
+    allocation: Allocation,
+    sequences: np.ndarray,
+    config: LearnConfig,
+    on_exchange: Callable[[Exchange], None] | None,
+) -> Allocation:
+    """The decision refined on the sequences that would have come next."""
+    first = config.num_steps * config.sequences_per_step
+    chosen = loop.order(sequences, config, range(first, first + config.refine_sequences))
+    return refine(
+        model,
+        allocation,
+        sequences[chosen],
+        max_evaluations=config.refine_evaluations,
+        batch_size=config.micro_batch,
+        constraint=config.constraint,
+        on_exchange=on_exchange,
+    )
+
+
 @contextmanager
 def _prepared(model: PreTrainedModel, config: LearnConfig) -> Iterator[None]:
     with loop.prepared(model, activation_checkpointing=config.activation_checkpointing):
@@ -328,10 +333,9 @@ def _prepared(model: PreTrainedModel, config: LearnConfig) -> Iterator[None]:
 
 
 def _dense_start(layout: AttentionLayout, config: LearnConfig) -> Allocation:
-    full = np.ones((layout.num_layers, layout.num_kv_heads), dtype=bool)
-    full[list(layout.native_windows)] = False
-    return Allocation(
-        full_attention=full,
+    return bottom(
+        *layout.shape,
+        sparsity=0.0,
         granularity=config.granularity,
         window=config.window,
         num_sink_tokens=config.num_sink_tokens,

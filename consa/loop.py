@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from consa import distributed
 from consa.config import AdaptConfig, LearnConfig
+from consa.errors import ConsaError
 
 # What may differ when a run is continued: none of these changes what is computed.
 FREE = {"checkpoint_every", "parallel"}
@@ -174,6 +175,19 @@ def generator(seed: int, purpose: str) -> torch.Generator:
     """A generator that depends on nothing but its arguments, so that a resumed run draws what the first one would."""
     digest = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(digest) % 2**63)
+
+
+def check(config: LearnConfig | AdaptConfig, sequences: np.ndarray) -> None:
+    """Make sure that a loop can run.
+
+    Raises:
+        ConsaError: there is no text, or a step's sequences do not divide among the processes.
+    """
+    if len(sequences) == 0 or sequences.shape[1] < 2:
+        raise ConsaError(
+            f"no training text: got sequences of shape {sequences.shape}; give longer or more documents"
+        )
+    distributed.check_divides(config.sequences_per_step, config.micro_batch)
 
 
 def fingerprint(

@@ -78,6 +78,11 @@ class AttentionLayout:
         """Layers of the model."""
         return len(self.names)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers, and KV heads of each, as rules take them."""
+        return self.num_layers, self.num_kv_heads
+
 
 @contextmanager
 def attached(model: PreTrainedModel, allocation: Allocation) -> Iterator[Plan]:
@@ -119,7 +124,7 @@ def attached(model: PreTrainedModel, allocation: Allocation) -> Iterator[Plan]:
 def check_fits(allocation: Allocation, layout: AttentionLayout, model_name: str) -> None:
     """Raise InvalidAllocationError unless `allocation` has the model's shape and leaves its sliding layers alone."""
     have = (allocation.num_layers, allocation.num_kv_heads)
-    want = (layout.num_layers, layout.num_kv_heads)
+    want = layout.shape
     if have != want:
         raise InvalidAllocationError(
             f"the allocation is for {have[0]} layers x {have[1]} KV heads, but {model_name} has {want[0]} x {want[1]};"

@@ -97,15 +97,7 @@ def refine(
     while improved and spent < max_evaluations:
         improved = False
         order = [int(unit) for unit in np.argsort(-scores, kind="stable") if unit not in native]
-        closing = [unit for unit in reversed(order) if full[unit]]
-        opening = [unit for unit in order if not full[unit]]
-        if group < len(full):
-            lowest = {unit // group: unit for unit in reversed(closing)}  # the last of a group stays
-            highest = {unit // group: unit for unit in reversed(opening)}
-            both = lowest.keys() & highest.keys()
-            closest = sorted(both, key=lambda place: (scores[lowest[place]] - scores[highest[place]], place))
-            closing, opening = [lowest[place] for place in closest], [highest[place] for place in closest]
-        closing, opening = closing[:num_candidates], opening[:num_candidates]
+        closing, opening = (units[:num_candidates] for units in _candidates(order, full, scores, group))
         change = {}
         for unit in closing + opening:
             if spent >= max_evaluations:
@@ -132,6 +124,21 @@ def refine(
             else:
                 failures += 1
     return _with_units(allocation, full, heads)
+
+
+def _candidates(
+    order: list[int], full: np.ndarray, scores: np.ndarray, group: int
+) -> tuple[list[int], list[int]]:
+    """FA units to close and SWA units to open, the most promising first; `order` has all units by falling score."""
+    closing = [unit for unit in reversed(order) if full[unit]]
+    opening = [unit for unit in order if not full[unit]]
+    if group == len(full):
+        return closing, opening
+    lowest = {unit // group: unit for unit in reversed(closing)}  # the last of a group stays
+    highest = {unit // group: unit for unit in reversed(opening)}
+    both = lowest.keys() & highest.keys()
+    closest = sorted(both, key=lambda place: (scores[lowest[place]] - scores[highest[place]], place))
+    return [lowest[place] for place in closest], [highest[place] for place in closest]
 
 
 def _with_units(allocation: Allocation, full: np.ndarray, heads: int) -> Allocation:

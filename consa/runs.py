@@ -160,8 +160,7 @@ def run_adaptation(
         if distributed.is_main():
             layout = loaded.layout
             all_swa = rules.bottom(
-                layout.num_layers,
-                layout.num_kv_heads,
+                *layout.shape,
                 sparsity=1.0,
                 window=allocation.window,
                 num_sink_tokens=allocation.num_sink_tokens,
@@ -337,7 +336,7 @@ def _adaptation_text(record: dict[str, float]) -> str:
 
 def _competitors(loaded: LoadedModel, config: LearnConfig, sparsity: float) -> dict[str, Allocation | None]:
     """What the learned allocation is measured against; None is the model as it is."""
-    shape = loaded.layout.num_layers, loaded.layout.num_kv_heads
+    shape = loaded.layout.shape
     options: dict[str, Any] = {
         "window": config.window,
         "num_sink_tokens": config.num_sink_tokens,

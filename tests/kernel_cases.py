@@ -9,12 +9,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from consa import cache
+from consa import cache_layer
 from consa.attention import branches, hybrid
 from consa.attention.cached import HeadSplit, NewKeys, cached_attention
 from consa.attention.hybrid import Rows, hybrid_attention
 from consa.attention.reference import reference_attention
-from consa.cache import STORAGE, HybridLayer, StaticHybridLayer
+from consa.cache_layer import STORAGE, HybridLayer
+from consa.cache_static import StaticHybridLayer
 from tests.compare import assert_close
 
 
@@ -245,7 +246,7 @@ def interpret() -> None:
     interpreter._patch_lang_tensor = patched
     from consa.attention import fused, kernels, kernels_decode
 
-    for module in (branches, hybrid, cache):
+    for module in (branches, hybrid, cache_layer):
         module.fused_for = lambda *tensors: fused
     kernels_decode.CHUNKS = (16, 32)
     kernels.BLOCKS_FLOAT32 = {128: kernels.Blocks(32, 16, 4, 1)}

@@ -12,7 +12,7 @@ import torch
 from consa import Allocation, ConsaError, convert, load
 from consa.attention.interface import allocation_of
 from consa.benchmark import Measurement, _reset_peak, benchmark, dense_twin, peak_bytes, write
-from consa.cache import GROWTH
+from consa.cache_layer import GROWTH
 from tests.models import allocate, tiny, tokens
 
 HEAD_DIM, UNITS = 8, 12

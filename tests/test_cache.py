@@ -17,7 +17,8 @@ from consa import Allocation, ConsaError, HybridCache, attached
 from consa.attention.interface import consa_attention
 from consa.attention.plan import Plan
 from consa.attention.reference import reference_attention
-from consa.cache import GROWTH, STORAGE, HybridLayer, allocated_bytes
+from consa.cache import allocated_bytes
+from consa.cache_layer import GROWTH, STORAGE, HybridLayer
 from tests.models import FAMILIES, allocate, exact, left_padding, tiny, tokens
 
 HEAD_DIM = 8

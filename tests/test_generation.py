@@ -13,7 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from consa import Allocation, ConsaError, HybridCache, attached, convert, load, rules
-from consa.cache import GROWTH, HybridLayer, StaticHybridLayer, allocated_bytes
+from consa.cache import allocated_bytes
+from consa.cache_layer import GROWTH, HybridLayer
+from consa.cache_static import StaticHybridLayer
 from consa.generation import Sampling, generate_text, needle
 from consa.model import load_model
 from tests.models import FAMILIES, allocate, exact, left_padding, tiny, tokens

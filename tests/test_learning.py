@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from consa import Allocation, gates, learning
+from consa import Allocation, gates, learning, loop
 from consa.attention.plan import Plan
 from consa.attention.reference import reference_attention
 from consa.checkpointing import CHECKPOINT, METRICS
@@ -123,7 +123,7 @@ def gate_gradient(model: PreTrainedModel, config: LearnConfig) -> tuple[Tensor, 
     layout = attention_layout(model)
     units = units_of(layout, config.granularity)
     state = learning._State.fresh(model, units, config)
-    batches = learning._batches(text(), config, 0)
+    batches = loop.batches(text(), config, 0)
     with (
         learning._prepared(model, config),
         attached(model, learning._dense_start(layout, config)) as plan,
@@ -140,9 +140,9 @@ def test_gradient_of_a_step_is_that_of_the_formula(granularity: Any):
     got, value = gate_gradient(model, config)
     units = units_of(attention_layout(model), granularity)
     log_alpha = learning._State.fresh(model, units, config).log_alpha
-    uniform = gates.stratified_uniform(4, units.count, learning._generator(config.seed, "noise 0"))
+    uniform = gates.stratified_uniform(4, units.count, loop.generator(config.seed, "noise 0"))
     z = gates.sample(log_alpha, uniform).unflatten(1, (4, -1)).expand(-1, -1, 3).transpose(0, 1)
-    ids = torch.from_numpy(np.concatenate(learning._batches(text(), config, 0)).astype(np.int64))
+    ids = torch.from_numpy(np.concatenate(loop.batches(text(), config, 0)).astype(np.int64))
     wanted = reference_gradient(model, z, ids, config)
     wanted.backward()
     assert log_alpha.grad is not None
@@ -257,11 +257,11 @@ def test_noise_differs_between_steps():
 
 def test_text_comes_once_per_epoch_each_in_its_own_order():
     config = changed(sequences_per_step=2)
-    order = learning._order(text(), config, range(21))
+    order = loop.order(text(), config, range(21))
     epochs = [order[:7], order[7:14], order[14:]]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    batches = [learning._batches(text(), config, step) for step in range(3)]
+    batches = [loop.batches(text(), config, step) for step in range(3)]
     assert np.array_equal(np.concatenate([b for step in batches for b in step]), text()[order[:6]])
 
 
@@ -331,7 +331,7 @@ def test_refinement_is_part_of_learning_and_does_not_lose():
     exchanges: list[Any] = []
     fine = learn(tiny(), text(), config, on_exchange=exchanges.append).allocation
     assert exchanges and fine.sparsity == rough.sparsity
-    chosen = text()[learning._order(text(), config, range(4, 7))]
+    chosen = text()[loop.order(text(), config, range(4, 7))]
     assert _mean_loss(tiny(), fine, chosen, 1) <= _mean_loss(tiny(), rough, chosen, 1)
 
 

@@ -16,7 +16,7 @@ from consa.allocation import Allocation
 from consa.attention.branches import attend, full_attention, sliding_attention
 
 if TYPE_CHECKING:
-    from consa.cache import HybridLayer
+    from consa.cache_layer import HybridLayer
 
 
 @dataclass(frozen=True)

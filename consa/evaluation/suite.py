@@ -81,7 +81,7 @@ def named(name: str, model: str, layout: AttentionLayout, config: EvalConfig) ->
     Raises:
         ConsaError: there is none of that name, or it does not fit the model.
     """
-    shape = layout.num_layers, layout.num_kv_heads
+    shape = layout.shape
     limits = {"window": config.window, "num_sink_tokens": config.num_sink_tokens}
     options = limits | {"granularity": config.granularity, "native_windows": layout.native_windows}
     if name == DENSE:

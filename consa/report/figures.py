@@ -36,7 +36,7 @@ def heatmap(allocation: Allocation, path: Path) -> None:
 
 
 def _draw_heatmap(allocation: Allocation) -> Figure:
-    from matplotlib.patches import Patch, Rectangle
+    from matplotlib.patches import Rectangle
 
     num_layers = allocation.num_layers
     columns = 1 if allocation.granularity == "layer" else allocation.num_kv_heads
@@ -91,6 +91,13 @@ def _draw_heatmap(allocation: Allocation) -> Figure:
     if allocation.scores is not None:
         kind = "log_alpha" if method == "consa" else "score"
         line(f"numbers: {kind}, the higher the more it keeps full attention", 0.72, 7.5)
+    _legend(figure, allocation, (center, (bottom + height + 0.02) / total[1]))
+    return figure
+
+
+def _legend(figure: Figure, allocation: Allocation, place: tuple[float, float]) -> None:
+    from matplotlib.patches import Patch
+
     entries = [
         Patch(fc=_between(FA_RAMP, 0.5), ec=GRID_COLOUR, label="full attention"),
         Patch(fc=_between(SWA_RAMP, 0.2), ec=GRID_COLOUR, label="sliding window"),
@@ -102,14 +109,13 @@ def _draw_heatmap(allocation: Allocation) -> Figure:
     figure.legend(
         handles=entries,
         loc="lower center",
-        bbox_to_anchor=(center, (bottom + height + 0.02) / total[1]),
+        bbox_to_anchor=place,
         ncols=len(entries),
         fontsize=8,
         frameon=False,
         columnspacing=1.2,
         handlelength=1.4,
     )
-    return figure
 
 
 def curves(history: list[dict[str, float]], path: Path) -> None:

@@ -209,8 +209,7 @@ class Sections:
         }
         places = [int(first) for first in lines[0]["differences_by_position"]]
         data = self._add_data(f"evaluated positions {index}", _positions(rises, places))
-        name = f"{self.files[index]}-eval"
-        yield self._figure(charts.by_position(name, data, intervals=True))
+        yield self._figure(charts.by_position(f"{self.files[index]}-eval", data, intervals=True))
         yield _table(
             ["allocation", "sparsity", "loss", "to dense", "95 % interval", "recovered"],
             [
@@ -226,41 +225,37 @@ class Sections:
             ],
             f"Loss from position {start:,} on.",
         )
-        found = lines[0]["retrieval"]
-        if found:
-            columns: dict[str, list[Any]] = {
-                key: [] for key in ("allocation", "kind", "task", "length", "share")
-            }
-            for line in lines:
-                for task, lengths in line["retrieval"].items():
-                    for length, share in lengths.items():
-                        row = (line["name"], _kind(line["name"]), task, int(length), share)
-                        for column, value in zip(columns.values(), row, strict=True):
-                            column.append(value)
-            data = self._add_data(f"retrieval {index}", columns)
-            yield "<div class='grid small'>\n"
-            yield from (self._figure(charts.retrieval(name, data, task)) for task in found)
-            yield "</div>\n"
-            yield _table(
-                ["allocation"]
-                + [f"{task} {length}" for task, lengths in found.items() for length in lengths],
-                [
-                    [line["name"]]
-                    + [
-                        _number(share, 2)
-                        for lengths in line["retrieval"].values()
-                        for share in lengths.values()
-                    ]
-                    for line in lines
-                ],
-                "Share of hidden answers found, by task and tokens of text.",
-            )
+        if lines[0]["retrieval"]:
+            yield from self._retrieval(index, lines)
         if lines[0]["tasks"]:
             yield _table(
                 ["allocation", *lines[0]["tasks"]],
                 [[line["name"], *(_number(value, 4) for value in line["tasks"].values())] for line in lines],
                 "lm-eval.",
             )
+
+    def _retrieval(self, index: int, lines: list[dict[str, Any]]) -> Iterator[str]:
+        found, name = lines[0]["retrieval"], f"{self.files[index]}-eval"
+        columns: dict[str, list[Any]] = {key: [] for key in ("allocation", "kind", "task", "length", "share")}
+        for line in lines:
+            for task, lengths in line["retrieval"].items():
+                for length, share in lengths.items():
+                    row = (line["name"], _kind(line["name"]), task, int(length), share)
+                    for column, value in zip(columns.values(), row, strict=True):
+                        column.append(value)
+        data = self._add_data(f"retrieval {index}", columns)
+        yield "<div class='grid small'>\n"
+        yield from (self._figure(charts.retrieval(name, data, task)) for task in found)
+        yield "</div>\n"
+        yield _table(
+            ["allocation"] + [f"{task} {length}" for task, lengths in found.items() for length in lengths],
+            [
+                [line["name"]]
+                + [_number(share, 2) for lengths in line["retrieval"].values() for share in lengths.values()]
+                for line in lines
+            ],
+            "Share of hidden answers found, by task and tokens of text.",
+        )
 
     def _benchmark(self, index: int, run: Run) -> Iterator[str]:
         if run.benchmark is None:

@@ -10,7 +10,9 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from consa import HybridCache, convert, load, rules
-from consa.cache import GROWTH, HybridLayer, StaticHybridLayer, allocated_bytes
+from consa.cache import allocated_bytes
+from consa.cache_layer import GROWTH, HybridLayer
+from consa.cache_static import StaticHybridLayer
 from consa.generation import needle
 from consa.model import load_model
 from tests.models import allocate, left_padding, tiny, tokens
