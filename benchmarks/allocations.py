@@ -21,15 +21,73 @@ import numpy as np
 import torch
 from common import environment, gates_alone, overrides, print_table, write_json
 
+from consa import rules
 from consa.allocation import Allocation
 from consa.config import LearnConfig
-from consa.evaluation.perplexity import compare, heldout_losses
+from consa.evaluation.perplexity import Row, compare, heldout_losses
 from consa.learning import learn
 from consa.model import load_model
-from consa.rules import RULES
 
 
 def main() -> None:
+    options = _options()
+
+    loaded = load_model(options.model)
+    settings = overrides(options.set)
+    seq_len = settings.get("seq_len", LearnConfig.seq_len)
+    train = _sequences(options.train, loaded.tokenizer, seq_len)
+    heldout = _sequences(options.heldout, loaded.tokenizer, seq_len)[: options.num_heldout]
+    batch = 4 if torch.cuda.is_available() else 1
+    config = LearnConfig(**settings)
+    layout = loaded.layout
+    limits: dict[str, Any] = {"window": config.window, "num_sink_tokens": config.num_sink_tokens}
+    limits["native_windows"] = layout.native_windows
+    all_swa = rules.bottom(*layout.shape, sparsity=1.0, **limits)
+    ends = {
+        "dense": (0.0, heldout_losses(loaded.model, heldout, batch_size=batch)),
+        "all_swa": (1.0, heldout_losses(loaded.model, heldout, all_swa, batch_size=batch)),
+    }
+    rows = []
+
+    def add(name: str, allocation: Allocation, seconds: float, history: list[dict[str, float]]) -> None:
+        losses = heldout_losses(loaded.model, heldout, allocation, batch_size=batch)
+        found = compare(ends | {name: (allocation.sparsity, losses)}, start=options.start).rows[2]
+        rows.append(_row(found, allocation, seconds, history))
+        print(
+            {key: value for key, value in rows[-1].items() if key not in ("allocation", "scores")}, flush=True
+        )
+        record = {"settings": asdict(config), "dense": float(ends["dense"][1][:, options.start :].mean())}
+        record["all_swa"] = float(ends["all_swa"][1][:, options.start :].mean())
+        record["start"] = options.start
+        write_json(options.out, environment() | record | {"heldout_sequences": len(heldout), "rows": rows})
+
+    for sparsity in map(float, options.sparsity.split(",")):
+        for granularity in options.granularity.split(","):
+            if options.rules:
+                of_rules = rules.every_rule(
+                    *layout.shape, sparsity=sparsity, granularity=granularity, **limits
+                )
+                for name, allocation in of_rules.items():
+                    add(f"{name}/{granularity}", allocation, 0.0, [])
+            for constraint, seed in product(options.full_heads_per_layer.split(","), range(options.seeds)):
+                config = LearnConfig(
+                    **settings
+                    | {"sparsity": sparsity, "granularity": granularity, "seed": settings.get("seed", seed)}
+                    | {"full_heads_per_layer": constraint}
+                )
+                began = time.perf_counter()
+                result = learn(loaded.model, train, config)
+                seconds = time.perf_counter() - began
+                name = f"{options.name}/{granularity}/seed{config.seed}"
+                name += "" if constraint == "any" else f"/{constraint}"
+                add(name, result.allocation, seconds, result.history)
+                if config.refine_evaluations:
+                    add(f"{name}, gates alone", gates_alone(result.allocation), seconds, result.history)
+    columns = ["name", "sparsity", "loss", "recovered", "seconds", "expected_sparsity", "fractional"]
+    print_table(columns, [[row[column] for column in columns] for row in rows])
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,79 +106,24 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--name", default="consa", help="prefix of the learned rows")
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    return parser.parse_args()
 
-    loaded = load_model(options.model)
-    settings = overrides(options.set)
-    seq_len = settings.get("seq_len", LearnConfig.seq_len)
-    train = _sequences(options.train, loaded.tokenizer, seq_len)
-    heldout = _sequences(options.heldout, loaded.tokenizer, seq_len)[: options.num_heldout]
-    batch = 4 if torch.cuda.is_available() else 1
-    config = LearnConfig(**settings)
-    layout = loaded.layout
-    shape: dict[str, Any] = {"window": config.window, "num_sink_tokens": config.num_sink_tokens}
-    everything_slides = np.zeros((layout.num_layers, layout.num_kv_heads), dtype=bool)
-    all_swa = Allocation(full_attention=everything_slides, native_windows=layout.native_windows, **shape)
-    ends = {
-        "dense": (0.0, heldout_losses(loaded.model, heldout, batch_size=batch)),
-        "all_swa": (1.0, heldout_losses(loaded.model, heldout, all_swa, batch_size=batch)),
+
+def _row(
+    found: Row, allocation: Allocation, seconds: float, history: list[dict[str, float]]
+) -> dict[str, Any]:
+    last = history[-1] if history else {}
+    return {
+        "name": found.name,
+        "sparsity": round(allocation.sparsity, 4),
+        "loss": round(found.loss, 4),
+        "recovered": round(found.recovered, 4),
+        "seconds": round(seconds, 1),
+        "expected_sparsity": round(last["expected_sparsity"], 4) if last else None,
+        "fractional": round(last["fractional"], 3) if last else None,
+        "allocation": ["".join("01"[int(full)] for full in row) for row in allocation.full_attention],
+        "scores": None if allocation.scores is None else allocation.scores.round(2).tolist(),
     }
-    rows = []
-
-    def add(name: str, allocation: Allocation, seconds: float, history: list[dict[str, float]]) -> None:
-        losses = heldout_losses(loaded.model, heldout, allocation, batch_size=batch)
-        row = compare(ends | {name: (allocation.sparsity, losses)}, start=options.start).rows[2]
-        last = history[-1] if history else {}
-        rows.append(
-            {
-                "name": name,
-                "sparsity": round(allocation.sparsity, 4),
-                "loss": round(row.loss, 4),
-                "recovered": round(row.recovered, 4),
-                "seconds": round(seconds, 1),
-                "expected_sparsity": round(last["expected_sparsity"], 4) if last else None,
-                "fractional": round(last["fractional"], 3) if last else None,
-                "allocation": ["".join("01"[int(full)] for full in row) for row in allocation.full_attention],
-                "scores": None if allocation.scores is None else allocation.scores.round(2).tolist(),
-            }
-        )
-        print(
-            {key: value for key, value in rows[-1].items() if key not in ("allocation", "scores")}, flush=True
-        )
-        record = {"settings": asdict(config), "dense": float(ends["dense"][1][:, options.start :].mean())}
-        record["all_swa"] = float(ends["all_swa"][1][:, options.start :].mean())
-        record["start"] = options.start
-        write_json(options.out, environment() | record | {"heldout_sequences": len(heldout), "rows": rows})
-
-    for sparsity in map(float, options.sparsity.split(",")):
-        for granularity in options.granularity.split(","):
-            if options.rules:
-                for name, rule in RULES.items():
-                    if name != "uniform_heads" or granularity == "kv_head":
-                        allocation = rule(
-                            layout.num_layers,
-                            layout.num_kv_heads,
-                            sparsity=sparsity,
-                            granularity=granularity,
-                            **shape,
-                        )
-                        add(f"{name}/{granularity}", allocation, 0.0, [])
-            for constraint, seed in product(options.full_heads_per_layer.split(","), range(options.seeds)):
-                config = LearnConfig(
-                    **settings
-                    | {"sparsity": sparsity, "granularity": granularity, "seed": settings.get("seed", seed)}
-                    | {"full_heads_per_layer": constraint}
-                )
-                began = time.perf_counter()
-                result = learn(loaded.model, train, config)
-                seconds = time.perf_counter() - began
-                name = f"{options.name}/{granularity}/seed{config.seed}"
-                name += "" if constraint == "any" else f"/{constraint}"
-                add(name, result.allocation, seconds, result.history)
-                if config.refine_evaluations:
-                    add(f"{name}, gates alone", gates_alone(result.allocation), seconds, result.history)
-    columns = ["name", "sparsity", "loss", "recovered", "seconds", "expected_sparsity", "fractional"]
-    print_table(columns, [[row[column] for column in columns] for row in rows])
 
 
 def _sequences(source: str, tokenizer, seq_len: int) -> np.ndarray:

@@ -15,28 +15,19 @@ import time
 from itertools import combinations
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 from common import environment, learned_allocations, print_table, write_json
 
+from consa.allocation import Allocation
 from consa.behaviour import measure
 from consa.model import load_model
-from consa.relations import agreement, depth, rank_correlation, relate
+from consa.relations import Behaviour, agreement, depth, rank_correlation, relate
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--text", required=True)
-    parser.add_argument("--seq-len", type=int, help="fewer tokens of each sequence")
-    parser.add_argument("--num-sequences", type=int, default=16)
-    parser.add_argument("--causal-sequences", type=int, default=8)
-    parser.add_argument("--allocations", type=Path, nargs="+", required=True)
-    parser.add_argument("--keep", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options = _options()
 
     learned = [learned_allocations(json.loads(path.read_text())) for path in options.allocations]
     example = learned[0][0]
@@ -60,29 +51,9 @@ def main() -> None:
         behaviour.save(options.keep)
     sets = []
     for allocations in learned:
-        full = allocations[0].full_attention
-        heads = full.shape[1] if allocations[0].granularity == "layer" else 1  # of a unit
-        relations = [relate(behaviour, allocation) for allocation in allocations]
-        measures = {
-            of_seeds[0].measure: {
-                name: [getattr(relation, name) for relation in of_seeds]
-                for name in ("auc", "with_decision", "with_scores")
-            }
-            for of_seeds in zip(*relations, strict=True)
-        }
-        sets.append(
-            {
-                "granularity": allocations[0].granularity,
-                "num_units": full.size // heads,
-                "num_full": int(full.sum()) // heads,
-                "seeds": [allocation.provenance["name"] for allocation in allocations],
-                "measures": measures,
-                "depth": [vars(depth(allocation)) for allocation in allocations],
-                "agreement": [vars(agreement(*pair)) for pair in combinations(allocations, 2)],
-            }
-        )
+        sets.append(_related(behaviour, allocations))
         columns = [allocations[0].granularity, "AUC", "rank with FA", "rank with log_alpha"]
-        rows = [[name, *map(_median, values.values())] for name, values in measures.items()]
+        rows = [[name, *map(_median, values.values())] for name, values in sets[-1]["measures"].items()]
         print_table(columns, rows)
     across = [
         vars(agreement(first, second)) for a, b in combinations(learned, 2) for first in a for second in b
@@ -106,6 +77,43 @@ def main() -> None:
     }
     write_json(options.out, environment() | record)
     print(f"{seconds:.0f} s of measuring")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--seq-len", type=int, help="fewer tokens of each sequence")
+    parser.add_argument("--num-sequences", type=int, default=16)
+    parser.add_argument("--causal-sequences", type=int, default=8)
+    parser.add_argument("--allocations", type=Path, nargs="+", required=True)
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def _related(behaviour: Behaviour, allocations: list[Allocation]) -> dict[str, Any]:
+    """How the measures go with allocations of one granularity, and these with each other."""
+    full = allocations[0].full_attention
+    heads = full.shape[1] if allocations[0].granularity == "layer" else 1  # of a unit
+    relations = [relate(behaviour, allocation) for allocation in allocations]
+    return {
+        "granularity": allocations[0].granularity,
+        "num_units": full.size // heads,
+        "num_full": int(full.sum()) // heads,
+        "seeds": [allocation.provenance["name"] for allocation in allocations],
+        "measures": {
+            of_seeds[0].measure: {
+                name: [getattr(relation, name) for relation in of_seeds]
+                for name in ("auc", "with_decision", "with_scores")
+            }
+            for of_seeds in zip(*relations, strict=True)
+        },
+        "depth": [vars(depth(allocation)) for allocation in allocations],
+        "agreement": [vars(agreement(*pair)) for pair in combinations(allocations, 2)],
+    }
 
 
 def _median(values: list[float | None]) -> str:

@@ -42,17 +42,7 @@ COLUMNS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--sparsity", type=float, default=0.75)
-    parser.add_argument("--context", type=int, default=32768)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--chunks", default="512,2048,8192", help="tokens that the engine computes at once")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options = _options()
 
     config = Qwen3Config(
         num_hidden_layers=options.layers,
@@ -108,6 +98,20 @@ def main() -> None:
     record["versions"] |= {"vllm": vllm_version()}
     write_json(options.out, record)
     print_table(COLUMNS, rows)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--sparsity", type=float, default=0.75)
+    parser.add_argument("--context", type=int, default=32768)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--chunks", default="512,2048,8192", help="tokens that the engine computes at once")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
 
 
 def _allocations(options: argparse.Namespace) -> list[tuple[str, Allocation]]:

@@ -27,22 +27,6 @@ def behaviour(record: dict[str, Any]) -> list[str]:
         + f" for {found['num_full']} of {found['num_units']} {kind}"
         for found, kind in zip(sets, kinds, strict=True)
     ]
-    places = [
-        [
-            seed,
-            *(f"{share:.0%}" for share in found["thirds"]),
-            f"{found['bare']} (p {found['p_bare']:.3f})",
-            f"{found['mean_run']:.2f} / {found['expected_run']:.2f} (p {found['p_run']:.3f})",
-            ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in found["blocks"]),
-        ]
-        for of_kind in sets
-        for seed, found in zip(of_kind["seeds"], of_kind["depth"], strict=True)
-    ]
-    pairs = {kind: found["agreement"] for kind, found in zip(kinds, sets, strict=True)}
-    alike = [
-        [kind, *(spread([pair[name] for pair in found]) for name in AGREEMENT)]
-        for kind, found in (pairs | {" against ".join(kinds): record["across"]}).items()
-    ]
     return [
         "## What the heads do: which behaviour predicts the learned decision",
         "",
@@ -66,6 +50,30 @@ def behaviour(record: dict[str, Any]) -> list[str]:
         "",
         *(_predictors(found, kind) for found, kind in zip(sets, kinds, strict=True)),
         "",
+        *_where(record, kinds),
+        *source(record),
+    ]
+
+
+def _where(record: dict[str, Any], kinds: list[str]) -> list[str]:
+    sets = record["sets"]
+    places = [
+        [
+            seed,
+            *(f"{share:.0%}" for share in found["thirds"]),
+            f"{found['bare']} (p {found['p_bare']:.3f})",
+            f"{found['mean_run']:.2f} / {found['expected_run']:.2f} (p {found['p_run']:.3f})",
+            ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in found["blocks"]),
+        ]
+        for of_kind in sets
+        for seed, found in zip(of_kind["seeds"], of_kind["depth"], strict=True)
+    ]
+    pairs = {kind: found["agreement"] for kind, found in zip(kinds, sets, strict=True)}
+    alike = [
+        [kind, *(spread([pair[name] for pair in found]) for name in AGREEMENT)]
+        for kind, found in (pairs | {" against ".join(kinds): record["across"]}).items()
+    ]
+    return [
         "### Where full attention lies",
         "",
         "Share of the FA heads in each third of the layers; layers at the bottom without any FA; mean length of blocks"
@@ -80,7 +88,6 @@ def behaviour(record: dict[str, Any]) -> list[str]:
         "",
         *table(["", "Jaccard of FA heads", "by chance", "rank correlation of log_alpha"], alike),
         "",
-        *source(record),
     ]
 
 
