@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.errors import TritonError
 from triton.runtime.driver import driver
 
-from consa.attention import kernels, kernels_decode
+from consa.attention import kernels, kernels_decode, kernels_jit
 from consa.attention.kernels import Blocks, Problem
 
 NUM_SINK_TOKENS = 4
@@ -41,9 +41,9 @@ FULL_HEADS = 2  # of the KV heads, in decoding
 CACHE_BYTES = 256 * 2**20  # storages in rotation are larger than any L2 cache
 QUEUE_CYCLES = 50_000_000  # for so long, some 25 ms, the GPU waits while launches queue up
 ROWS = {
-    "one pass": kernels.ONE_PASS.value,
-    "sliding": kernels.SLIDING.value,
-    "given full": kernels.GIVEN_FULL.value,
+    "one pass": kernels_jit.ONE_PASS.value,
+    "sliding": kernels_jit.SLIDING.value,
+    "given full": kernels_jit.GIVEN_FULL.value,
 }
 TRAINING = [  # batch, query heads, KV heads, tokens, head_dim, window
     (8, 9, 3, 4096, 64, 256),
@@ -216,7 +216,7 @@ def start_compiler(target: GPUTarget) -> None:
 
 def compile_setting(case: Case, setting: Setting) -> None:
     """Compile the case's kernel into Triton's cache, launching none."""
-    wanted = ["_attend_chunks", "_join"] if case.kernel == "decode" else [f"_{case.kernel}"]
+    wanted = ["_attend_chunks", "_join"] if case.kernel == "decode" else [case.kernel]
 
     def compiling(kernel: Any, grid: Any) -> Callable[..., Any]:
         return lambda *args, **options: (
@@ -249,7 +249,7 @@ def time_attention(case: Case, call: Callable[[], Any], repeats: int) -> tuple[f
 
     def timing(kernel: Any, grid: Any) -> Callable[..., Any]:
         launch = launcher(kernel, grid)
-        if kernel.__name__ != f"_{case.kernel}":
+        if kernel.__name__ != case.kernel:
             return launch
 
         def timed(*args: Any, **options: Any) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -37,6 +39,8 @@ LEAVES = [
     "attention.masks",
 ]
 NUMPY_ONLY = ["allocation", "config", "constraints", "errors", "files", "rules"]
+MOST_LINES = 500
+MOST_LINES_OF_A_BODY = 60
 VERBS = ["adaptation", "behaviour", "evaluation", "learning", "report", "serving"]
 
 
@@ -126,6 +130,37 @@ def test_verbs_do_not_import_each_other(name: str):
         others = {f"consa.{verb}" for verb in VERBS if verb != parts[1]}
         imported = {".".join(module.split(".")[:2]) for module in imports_of(name)}
         assert not imported & others
+
+
+def rooms() -> list[str]:
+    """The names in the list of docs/DESIGN.md, in its order."""
+    text = (ROOT / "docs" / "DESIGN.md").read_text(encoding="utf-8")
+    return [line.split()[0] for line in text.splitlines() if re.match(r"      \w", line)]
+
+
+def test_the_design_lists_every_room():
+    modules = {path.name for path in PACKAGE.glob("*.py") if not path.name.startswith("_")}
+    packages = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    assert sorted(rooms()) == sorted(modules | packages)
+
+
+def bodies(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """Name and lines of every function's body, without its docstring."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = node.body[min(ast.get_docstring(node) is not None, len(node.body) - 1)]
+            yield node.name, (node.end_lineno or 0) - first.lineno + 1
+
+
+@pytest.mark.parametrize("folder", ["consa", "benchmarks", "recipes"])
+def test_modules_and_functions_are_short_enough_to_read(folder: str):
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    assert paths
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= MOST_LINES, path
+        long = {name: lines for name, lines in bodies(ast.parse(text)) if lines > MOST_LINES_OF_A_BODY}
+        assert not long, f"{path}: {long}"
 
 
 def test_nothing_is_imported_in_a_circle():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from consa.attention import kernels
+from consa.attention import kernels, kernels_jit
 from consa.attention.branches import full_attention, must_repeat
 from consa.attention.kernels import Problem
 from consa.attention.kernels_decode import decode
@@ -86,7 +86,11 @@ class _Hybrid(torch.autograd.Function):
         if given is not None and num_full:
             _Places.of(order[:num_full], problem.kv_heads).put(out, given[:num_full])
         ctx.mode = (
-            kernels.SLIDING if gates is None else kernels.ONE_PASS if given is None else kernels.GIVEN_FULL
+            kernels_jit.SLIDING
+            if gates is None
+            else kernels_jit.ONE_PASS
+            if given is None
+            else kernels_jit.GIVEN_FULL
         )
         mixed = None if given is None else given[num_full:]
         state = kernels.forward(
