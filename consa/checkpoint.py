@@ -163,7 +163,7 @@ def load(
     try:
         with quiet():
             model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype or "auto", local_files_only=True
+                folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False
             ).eval()
     except ConsaError:
         raise
@@ -284,7 +284,7 @@ def _without_allocation(config: Any) -> Iterator[None]:
 
 def _check_plain(folder: Path, allocation: Allocation) -> None:
     """Make sure that this version of transformers reads the config as it is meant."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     wanted = {
         layer: allocation.window for layer, full in enumerate(allocation.full_attention[:, 0]) if not full
     }

@@ -53,7 +53,7 @@ def load_with_tokenizer(folder: str | Path) -> tuple[PreTrainedModel, PreTrained
     """
     model = load(folder)
     try:
-        return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return model, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a missing file, and whatever tokenizers raise
         raise ConsaError(
             f"{folder} holds no tokenizer that can be read; convert the model again with its tokenizer"

@@ -271,9 +271,11 @@ def load_model(
     folder, revision, config, layout = _inspect_source(source)
     try:
         with quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=False
+            ).eval()
             model = model.to(device)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -296,7 +298,8 @@ def _inspect_source(source: str) -> tuple[str, str | None, Any, AttentionLayout]
     """What transformers can load for `source`, its revision where known, config and layout."""
     folder, revision = _resolve(source)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        # Said, and not left out: unless told, transformers asks the user whether to run the folder's code.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     # The hub, JSON and config classes raise many kinds; all mean the same to the user.
     except Exception as error:
         raise ConsaError(
@@ -343,12 +346,14 @@ def _convert_gguf(path: Path) -> tuple[str, str]:
         del reader
         arguments: dict[str, Any] = {"gguf_file": path.name}
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, **arguments)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **arguments)
             if hasattr(
                 transformers, "GgufConfig"
             ):  # newer versions may keep the blocks of the file otherwise
                 arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-            loaded = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **arguments)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=torch.float32, trust_remote_code=False, **arguments
+            )
             config = type(loaded.config).from_dict(
                 {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
             )

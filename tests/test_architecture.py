@@ -170,20 +170,6 @@ def test_nothing_is_imported_in_a_circle():
             assert package or name not in reached_from(imported), f"{name} and {imported} import each other"
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_nothing_unpickles(name: str):
-    """A model from a stranger must not be able to run code."""
-    assert not top_levels(imports_of(name)) & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-    for node in ast.walk(tree_of(name)):
-        if isinstance(node, ast.ImportFrom) and node.module == "torch":
-            assert "load" not in {alias.name for alias in node.names}
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            assert given.get("weights_only") == "True", f"{name}:{node.lineno}"
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("np.load", "numpy.load")):
-            assert "allow_pickle=True" not in ast.unparse(node), f"{name}:{node.lineno}"
-
-
 def run_python(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
