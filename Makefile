@@ -12,7 +12,8 @@ NEWEST ?= $(PYTHON)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 # One thread of torch per worker: workers that each use every core are slower than one that does.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
-STYLE := $(BIN)/python -m ruff check && $(BIN)/python -m ruff format --check
+# Without ruff's cache, which saves nothing here and needs a tree that can be written.
+STYLE := $(BIN)/python -m ruff check --no-cache && $(BIN)/python -m ruff format --check --no-cache
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-gpu test-vllm test-matrix lint format audit docs clean distclean

@@ -29,7 +29,15 @@ from tests import models
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 RECORDS = ("CHANGELOG.md", "RESULTS.md", "LOG.md")  # of what there was then, with the options of then
-WITH_BLOCKS = {"README.md", "CONTRIBUTING.md", "SECURITY.md", "DESIGN.md", "EXTENDING.md", "SERVING.md"}
+WITH_BLOCKS = {
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "DESIGN.md",
+    "EXTENDING.md",
+    "SERVING.md",
+    "TUTORIAL.md",
+}
 
 TRAINING = "--seq-len 96 --num-steps 2 --sequences-per-step 4 --num-heldout 2 --device cpu"
 SMALL = {
