@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from consa import cli, methods, model, rules
 from consa.serving import limits
+from consa.terminal import UsageError
 from tests import models
 
 ROOT = Path(__file__).parent.parent
@@ -125,7 +126,7 @@ def parse(words: list[str], *, partly: bool = False) -> None:
     group: Any = get_command(cli.app)
     try:
         group.commands[words[0]].make_context(words[0], words[1:])
-    except cli.UsageError as error:
+    except UsageError as error:
         if not (partly and type(error).__name__ == "MissingParameter"):
             raise
 
@@ -245,9 +246,9 @@ def test_options_in_the_text_exist(path: Path):
 
 
 def test_a_renamed_option_is_noticed(tmp_path: Path):
-    with pytest.raises(cli.UsageError, match="--sparsitty"):
+    with pytest.raises(UsageError, match="--sparsitty"):
         parse(words_of("consa learn model --sparsitty 0.5", tmp_path)[1:], partly=True)
-    with pytest.raises(cli.UsageError, match=r"(?i)missing"):
+    with pytest.raises(UsageError, match=r"(?i)missing"):
         parse(["convert", "model"])
 
 
