@@ -79,12 +79,12 @@ def prepare(options: argparse.Namespace) -> None:
     tokenizer.save_pretrained(options.out)
     for name, path in (("train", options.text), ("heldout", options.heldout)):
         found = np.concatenate(list(sequences(texts(path), tokenizer, options.seq_len)))
-        np.save(options.out / f"{name}.npy", found)
+        np.save(options.out / f"{name}.npy", found, allow_pickle=False)
         print(f"{name}: {found.shape[0]} sequences", flush=True)
     rng = random.Random(0)
     source = (text for _ in count() for text in texts(options.text))
     found = [needles(source, tokenizer, options.seq_len, rng) for _ in range(options.needles)]
-    np.save(options.out / "needles.npy", np.stack(found))
+    np.save(options.out / "needles.npy", np.stack(found), allow_pickle=False)
 
 
 def texts(path: Path) -> Iterator[str]:
@@ -155,7 +155,8 @@ def train(options: argparse.Namespace) -> None:
     """Train from random weights, measuring on the way."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.prepared)
     text, heldout, hidden = (
-        np.load(options.prepared / f"{name}.npy", mmap_mode="r") for name in ("train", "heldout", "needles")
+        np.load(options.prepared / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        for name in ("train", "heldout", "needles")
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = fresh(options.size, len(tokenizer), text.shape[1], options.seed)
