@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -151,13 +152,10 @@ def _additions(model: PreTrainedModel, config: AdaptConfig, run_dir: Path | None
             torch.manual_seed(config.seed)
             model.add_adapter(described)
         yield
+        if run_dir and distributed.is_main():
+            _save_additions(model, run_dir / ADAPTER)
         succeeded = True
     finally:
-        if succeeded and run_dir and distributed.is_main():
-            with tempfile.TemporaryDirectory() as temporary, quiet():
-                model.save_pretrained(temporary)
-                for path in Path(temporary).iterdir():
-                    write_atomically(run_dir / ADAPTER / path.name, path.read_bytes())
         for name, module in list(model.named_modules()):
             if isinstance(module, BaseTunerLayer):
                 if succeeded:
@@ -165,6 +163,18 @@ def _additions(model: PreTrainedModel, config: AdaptConfig, run_dir: Path | None
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.get_base_layer())
         model.delete_adapter("default")
+
+
+def _save_additions(model: PreTrainedModel, folder: Path) -> None:
+    try:
+        with tempfile.TemporaryDirectory() as temporary, quiet():
+            model.save_pretrained(temporary)
+            for path in Path(temporary).iterdir():
+                write_atomically(folder / path.name, path.read_bytes())
+    except (OSError, SafetensorError) as error:  # the latter is how Rust says that a disk is full
+        raise ConsaError(
+            f"cannot write {folder}: {error}; make room there and in {tempfile.gettempdir()}"
+        ) from error
 
 
 def _accumulate_gradients(

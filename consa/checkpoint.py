@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from consa.allocation import Allocation
 from consa.attention import interface
 from consa.attention.plan import Plan
 from consa.errors import ConsaError, UnsupportedModelError
-from consa.files import check_writable, read_text, sha256_of
+from consa.files import check_writable, read_json, sha256_of
 from consa.model import attention_layout, check_fits, inspect_attention, quiet
 from consa.register import ARCHITECTURE_PREFIX, PREFIX, TAKEN
 
@@ -121,9 +122,9 @@ def convert(
                 "files": {path.as_posix(): sha256_of(temporary / path) for path in files},
             }
             _write_json(temporary / MANIFEST, manifest)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is how Rust says that a disk is full
         raise ConsaError(
-            f"cannot write {folder}: {error.strerror or error}; choose a folder with room"
+            f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; choose a folder with room"
         ) from error
     return Converted(folder, kind, reason)
 
@@ -190,7 +191,7 @@ def verify(folder: str | Path) -> tuple[Literal["hybrid", "plain"], Allocation]:
         ConsaError: a file is missing, truncated, edited or of another model; the message names it.
     """
     folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
+    if not os.path.isfile(folder / MANIFEST):  # unlike Path's, without complaint of a name that cannot be
         raise ConsaError(f"{folder} holds no {MANIFEST}: not a converted model; make one with consa convert")
     manifest = _read_json(folder / MANIFEST)
     files = manifest.get("files")
@@ -206,7 +207,7 @@ def verify(folder: str | Path) -> tuple[Literal["hybrid", "plain"], Allocation]:
             raise ConsaError(
                 f"{folder / MANIFEST} lists {name!r}, outside its folder; convert the model again"
             )
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             raise ConsaError(f"{folder / name} is missing; convert the model again")
         if sha256_of(folder / name) != digest:
             raise ConsaError(
@@ -325,9 +326,6 @@ def _write_json(path: Path, record: dict[str, Any]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(read_text(path, max_bytes=MAX_JSON_BYTES))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConsaError(f"{path} is not JSON ({error}); convert the model again") from error
-    if not isinstance(record, dict):
-        raise ConsaError(f"{path} must hold an object, got {type(record).__name__}; convert the model again")
-    return record
+        return read_json(path, max_bytes=MAX_JSON_BYTES)
+    except ConsaError as error:
+        raise ConsaError(f"{error}; convert the model again") from error

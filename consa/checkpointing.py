@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from consa.errors import ConsaError
@@ -41,6 +43,7 @@ class Checkpoint:
         write_atomically(self.folder / METRICS, lines.encode())
         metadata = {"step": str(step), "fingerprint": json.dumps(self.fingerprint)}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        metadata["sha256"] = _digest(tensors, metadata, history)
         write_atomically(self.folder / CHECKPOINT, safetensors.torch.save(tensors, metadata))
 
     def load(self) -> tuple[dict[str, Tensor], int, list[dict[str, float]]] | None:
@@ -57,8 +60,10 @@ class Checkpoint:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
             step, fingerprint = int(metadata["step"]), json.loads(metadata["fingerprint"])
-            history = [json.loads(line) for line in _lines(self.folder / METRICS)][:step]
-        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            history = [json.loads(line) for line in _lines(self.folder / METRICS)[:step]]
+            if metadata.pop("sha256") != _digest(tensors, metadata, history):
+                raise ValueError("not what was written")
+        except (OSError, KeyError, ValueError, RecursionError, safetensors.SafetensorError) as error:
             raise ConsaError(
                 f"cannot continue from {path}: damaged ({error}); delete the folder to start over"
             ) from error
@@ -68,6 +73,15 @@ class Checkpoint:
                 f"{self.folder} holds a different run ({difference}); choose another folder, or delete it to start over"
             )
         return tensors, step, history
+
+
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str], history: list[dict[str, float]]) -> str:
+    """Of all that a checkpoint holds: a flipped bit in a weight would be continued from without a word."""
+    digest = hashlib.sha256(json.dumps([sorted(metadata.items()), history]).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _lines(path: Path) -> list[str]:

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import shlex
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -17,7 +18,7 @@ from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig, SweepC
 from consa.errors import ConsaError
 from consa.files import check_writable, read_text
 from consa.options import command_line, described, from_options, number, with_fields_of
-from consa.terminal import Commands, show
+from consa.terminal import INTERRUPTED, Commands, fail, show
 
 app = typer.Typer(
     cls=Commands,
@@ -30,7 +31,10 @@ app = typer.Typer(
 
 def main() -> None:
     """The entry point of `consa`."""
-    app(prog_name="consa")
+    try:
+        app(prog_name="consa")
+    except KeyboardInterrupt:  # while typer was making the commands
+        sys.exit(fail("interrupted", INTERRUPTED))
 
 
 Out = Annotated[

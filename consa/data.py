@@ -295,7 +295,7 @@ def _load_entry(entry: Path) -> SequenceSet | None:
             documents=np.array(record.pop("documents"), np.int64),
             **record,
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 

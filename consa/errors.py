@@ -4,6 +4,9 @@
 class ConsaError(ValueError):
     """A request that cannot be met: the message is one line that names the value received and the fix."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # values that are quoted may hold line breaks
+
 
 class UnsupportedModelError(ConsaError):
     """A model whose attention consa cannot take over exactly; the message names the model and the reason."""

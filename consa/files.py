@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
+import re
 import secrets
+import shutil
 import tempfile
 from pathlib import Path
+from typing import Any, cast
 
 from consa.errors import ConsaError
 
@@ -35,6 +39,14 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.unlink()
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed writers of files and folders left in and below `folder`, where nobody else may be writing."""
+    for path in list(folder.rglob(".*")):
+        if re.fullmatch(r"\..+\.[0-9a-f]{16}", path.name):
+            # One may lie in another, which is gone by now.
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def check_writable(folder: Path) -> None:
     """Make sure that files can be put into a folder, which need not exist yet; leaves nothing there.
 
@@ -57,17 +69,35 @@ def read_text(path: Path, *, max_bytes: int) -> str:
         ConsaError: missing, unreadable, too large or not UTF-8.
     """
     try:
-        if path.stat().st_size > max_bytes:
-            raise ConsaError(
-                f"{path} has {path.stat().st_size} bytes, more than the {max_bytes} such a file may have"
-            )
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = bytearray()  # a device has no size to ask for
+            while len(content) <= max_bytes and (block := file.read(2**20)):
+                content += block
+        if len(content) > max_bytes:
+            raise ConsaError(f"{path} has more than the {max_bytes} bytes such a file may have")
+        return content.decode("utf-8")
     except OSError as error:
         raise ConsaError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ConsaError(
             f"cannot read {path}: not UTF-8 text ({error.reason} at byte {error.start})"
         ) from error
+
+
+def read_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
+    """Read a JSON object from a file of at most `max_bytes` bytes.
+
+    Raises:
+        ConsaError: as `read_text`, or it holds no JSON object.
+    """
+    text = read_text(path, max_bytes=max_bytes)
+    try:
+        record: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConsaError(f"{path} is damaged: not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ConsaError(f"{path} is damaged: it should hold an object, not {type(record).__name__}")
+    return cast(dict[str, Any], record)
 
 
 def cache_dir() -> Path:

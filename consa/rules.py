@@ -11,6 +11,7 @@ from consa.allocation import Allocation, Granularity, num_full_units
 from consa.errors import ConsaError
 
 Rule = Callable[..., Allocation]
+MAX_UNITS = 2**20  # a slip of the finger would fill the memory
 
 
 def interleaved(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
@@ -146,6 +147,10 @@ def from_units(
         ConsaError: sparsity outside [0, 1], or dimensions that make no model.
     """
     native_windows = dict(native_windows or {})
+    if num_layers * num_kv_heads > MAX_UNITS:
+        raise ConsaError(
+            f"num_layers={num_layers}, num_kv_heads={num_kv_heads} make more KV heads than the {MAX_UNITS} there may be"
+        )
     layers = [layer for layer in range(num_layers) if layer not in native_windows]
     if not layers or num_kv_heads < 1:
         raise ConsaError(f"num_layers={num_layers}, num_kv_heads={num_kv_heads} leave no units to allocate")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 import time
@@ -29,8 +28,8 @@ from consa.config import AdaptConfig, LearnConfig, RunConfig
 from consa.data import SequenceSet, load_sequences
 from consa.documents import check_data
 from consa.errors import ConsaError
-from consa.evaluation.perplexity import compare, heldout_losses, sampled_losses
-from consa.files import read_text, write_atomically
+from consa.evaluation.perplexity import compare, heldout_losses, load_losses, sampled_losses, save_losses
+from consa.files import read_json, remove_leftovers, write_atomically
 from consa.learning import LearnResult, learn, target_units, units_of
 from consa.model import LoadedModel, check_device, check_fits, load_model
 from consa.progress import Display, note, progress
@@ -266,6 +265,7 @@ def _claimed(folder: Path) -> Iterator[None]:
                 raise in_use from error
             write_atomically(lock.with_name(".writable"), b"")
             lock.with_name(".writable").unlink()
+            remove_leftovers(folder)
             try:
                 yield
             finally:
@@ -285,11 +285,11 @@ def _check_same_run(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        found = json.loads(read_text(path, max_bytes=2**20))
-        before = {part: found[part] for part in settings}
-    except (ValueError, LookupError, TypeError) as error:
+        found = read_json(path, max_bytes=2**20)
+        before = _without_free({part: found[part] for part in settings})
+    except (ConsaError, LookupError, TypeError, AttributeError) as error:
         raise ConsaError(f"cannot continue from {path}: damaged; delete the folder to start over") from error
-    difference = first_difference(_without_free(before), _without_free(json.loads(json.dumps(settings))))
+    difference = first_difference(before, _without_free(json.loads(json.dumps(settings))))
     if difference:
         raise ConsaError(
             f"{folder} holds a different run ({difference});"
@@ -381,7 +381,7 @@ def _measure(
         described = common | {key: value for key, value in decided.items() if key != "provenance"}
         digest = hashlib.sha256(json.dumps([described, name == "sampled"]).encode()).hexdigest()
         paths[name] = folder / "heldout" / f"{name}-{digest[:16]}.npy"
-        values = _load_losses(paths[name], (len(tokens), tokens.shape[1] - 1))
+        values = load_losses(paths[name], (len(tokens), tokens.shape[1] - 1))
         if values is not None:
             found[name] = values
     missing = [name for name in jobs if name not in found]
@@ -395,20 +395,10 @@ def _measure(
                 update(done, name)
 
             found[name] = jobs[name](loaded.model, tokens, on_batch=on_batch)
-            content = io.BytesIO()
-            np.save(content, found[name], allow_pickle=False)
-            write_atomically(paths[name], content.getvalue())
+            save_losses(paths[name], found[name])
     return {
         name: (allocation.sparsity if allocation else 0.0, found[name]) for name, allocation in named.items()
     }
-
-
-def _load_losses(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # absent or damaged: computed again
-        return None
-    return values if values.shape == shape and values.dtype == np.float32 else None
 
 
 def _save_learned(result: LearnResult, folder: Path) -> None:

@@ -23,7 +23,7 @@ from consa.documents import check_data
 from consa.errors import ConsaError
 from consa.evaluation import suite
 from consa.evaluation.table import Line, Table, number, png
-from consa.files import read_text, write_atomically
+from consa.files import read_json, write_atomically
 from consa.methods import METHODS, RANKINGS, ChoiceConfig, choose
 from consa.model import LoadedModel, check_device, read_layout
 from consa.progress import note
@@ -289,8 +289,8 @@ def _check_same_sweep(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        before = _decisive(json.loads(read_text(path, max_bytes=2**20)))
-    except (ValueError, LookupError, TypeError) as error:
+        before = _decisive(read_json(path, max_bytes=2**20))
+    except (ConsaError, LookupError, TypeError, AttributeError) as error:
         raise ConsaError(f"cannot continue from {path}: damaged; delete the folder to start over") from error
     difference = first_difference(before, _decisive(settings))
     if difference:
@@ -331,7 +331,17 @@ def _choose(
             for other, allocation in zip(alike, make(alike, loaded, train.tokens), strict=True):
                 if not paths[other.name].exists():
                     allocation.save(paths[other.name])
-    return {name: Allocation.load(path) for name, path in paths.items()}
+    return {name: _chosen(path) for name, path in paths.items()}
+
+
+def _chosen(path: Path) -> Allocation:
+    try:
+        allocation = Allocation.load(path)
+        if not isinstance(allocation.provenance.get("seconds"), (int, float)):
+            raise ConsaError(f"{path}: provenance must say in how many seconds it was chosen")
+    except ConsaError as error:
+        raise ConsaError(f"{error}; delete the file, and the allocation is chosen again") from error
+    return allocation
 
 
 def _points(wanted: list[Choice], allocations: dict[str, Allocation | None], table: Table) -> Iterator[Point]:

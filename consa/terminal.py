@@ -15,11 +15,17 @@ from consa.errors import ConsaError
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it, and its click may be its own
 
 
-# What helps against too little memory in commands that do not train.
+# What helps against too little memory; a command's own options.
 LIGHTER = {
+    "adapt": "lower --micro-batch or --seq-len, or turn on --activation-checkpointing",
+    "behaviour": "lower --seq-len",
     "bench": "choose shorter --contexts or smaller --batch-sizes",
+    "eval": "lower --batch-size, --seq-len or --lengths",
     "generate": "shorten the prompt",
+    "learn": "lower --micro-batch or --seq-len, or turn on --activation-checkpointing",
+    "sweep": "lower --micro-batch, --batch-size, --seq-len or --lengths",
 }
+INTERRUPTED = 130  # what shells say of a command that Ctrl-C has ended
 
 
 class Commands(TyperGroup):
@@ -31,9 +37,11 @@ class Commands(TyperGroup):
         try:
             status = super().main(*args, **options | {"standalone_mode": False})
         except UsageError as error:
-            status = _fail(str(error.format_message()).rstrip("."), 2)
+            status = fail(str(error.format_message()).rstrip("."), 2)
         except typer.Abort:
-            status = 1
+            status = INTERRUPTED
+        if status == INTERRUPTED:  # in a command, or in typer around it
+            fail("interrupted; the same command continues where it was", INTERRUPTED)
         sys.exit(status if isinstance(status, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
@@ -41,20 +49,20 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except ConsaError as error:
-            raise typer.Exit(_fail(str(error), 2)) from None
+            raise typer.Exit(fail(str(error), 2)) from None
         except KeyboardInterrupt:
-            raise typer.Exit(_fail("interrupted; the same command continues where it was", 130)) from None
+            raise typer.Exit(INTERRUPTED) from None
+        except OSError as error:
+            raise typer.Exit(fail(f"{error.filename or 'the system'}: {error.strerror or error}", 2)) from None
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-            advice = LIGHTER.get(
-                ctx.invoked_subcommand,
-                "lower --micro-batch or --seq-len, or turn on --activation-checkpointing",
-            )
-            raise typer.Exit(_fail(f"out of memory; {advice}", 2)) from None
+            advice = LIGHTER.get(ctx.invoked_subcommand, "use a machine with more")
+            raise typer.Exit(fail(f"out of memory; {advice}", 2)) from None
 
 
-def _fail(message: str, status: int) -> int:
+def fail(message: str, status: int) -> int:
+    """Say what went wrong in a line on stderr; returns the exit status as given."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return status
 

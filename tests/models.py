@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,6 +64,81 @@ def tiny(family: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedM
             if weight.ndim >= 2:  # as initialised, every token would attend to all others alike
                 weight.copy_(torch.randn_like(weight) * 1.5 / weight.shape[-1] ** 0.5)
     return model
+
+
+def byte_tokenizer() -> Any:
+    """A byte-level BPE of few merges, as transformers wraps it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["the quick brown fox jumps over the lazy dog"], trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def save_tiny(folder: Path) -> Path:
+    """Write a random Llama of 4 layers x 3 KV heads with `byte_tokenizer` to a folder, which is returned."""
+    tokenizer = byte_tokenizer()
+    tiny(vocab_size=len(tokenizer), bos_token_id=None, pad_token_id=None).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_gguf(path: Path, **numbers: int) -> Path:
+    """Write a random Llama of 2 layers x 1 KV head with `byte_tokenizer` as GGUF to a file, which is returned.
+
+    `numbers` stand in the header in place of the true ones.
+    """
+    import gguf
+
+    tokenizer = byte_tokenizer()
+    width, vocabulary = 32, tokenizer.get_vocab()
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    words = sorted(vocabulary, key=lambda word: vocabulary[word])
+    writer = gguf.GGUFWriter(path, "llama")
+    said = {"block_count": 2, "context_length": 64, "embedding_length": width, "feed_forward_length": width}
+    said |= {
+        "head_count": 2,
+        "head_count_kv": 1,
+        "vocab_size": len(words),
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    for name, number in (said | numbers).items():
+        getattr(writer, f"add_{name}")(number)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_types([1] * len(words))
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    blocks = {"attn_q": width, "attn_k": width // 2, "attn_v": width // 2, "attn_output": width}
+    blocks |= {"ffn_gate": width, "ffn_up": width, "ffn_down": width, "attn_norm": 0, "ffn_norm": 0}
+    shapes = {"token_embd": (len(words), width)}
+    for layer in range(2):
+        shapes |= {
+            f"blk.{layer}.{name}": (rows, width)[-2 if rows else -1 :] for name, rows in blocks.items()
+        }
+    shapes |= {"output_norm": (width,)}
+    rng = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", rng.normal(size=shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_texts(folder: Path, count: int = 40) -> Path:
+    """Write short documents, of some 400 tokens each, to a folder, which is returned."""
+    for number in range(count):
+        words = [f"{(number * 37 + place * place) % 101:x}" for place in range(150)]
+        (folder / f"{number:02}.txt").write_text(f"Document {number}.\n" + " ".join(words))
+    return folder
 
 
 def allocate(

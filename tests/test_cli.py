@@ -298,8 +298,9 @@ def test_interrupted_and_out_of_memory(monkeypatch: pytest.MonkeyPatch):
         MemoryError(),
     ):
         failing(error)
-        line = refused("demo")
+        line = refused("learn", "m")
         assert all(name in line for name in ("--micro-batch", "--seq-len", "--activation-checkpointing"))
+        assert "--" not in refused("demo")  # which has no such options
     failing(RuntimeError("a mistake of ours"))
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         consa_cli("demo")

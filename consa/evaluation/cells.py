@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from consa.errors import ConsaError
-from consa.files import read_text, write_atomically
+from consa.files import read_json, write_atomically
 from consa.progress import progress
 
 MAX_FILE_BYTES = 64 * 2**20
@@ -58,6 +58,7 @@ def run_cells(cells: Sequence[Cell], folder: Path) -> dict[tuple[str, str], dict
                 update(done, text)
 
             record = {"measure": cell.measure, **cell.depends_on, "result": cell.compute(advance)}
+            record["sha256"] = _digest(record)
             write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
             found[path] = record
     return {
@@ -69,7 +70,11 @@ def run_cells(cells: Sequence[Cell], folder: Path) -> dict[tuple[str, str], dict
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads(read_text(path, max_bytes=MAX_FILE_BYTES))
-        return record if "result" in record else None
-    except (ConsaError, ValueError, TypeError):  # absent or damaged: computed again
+        record = read_json(path, max_bytes=MAX_FILE_BYTES)
+    except ConsaError:  # absent or damaged: computed again
         return None
+    return record if record.pop("sha256", None) == _digest(record) else None
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()

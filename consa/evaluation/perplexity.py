@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ from transformers import PreTrainedModel
 from consa import gates, loss
 from consa.allocation import Allocation
 from consa.errors import ConsaError
+from consa.files import write_atomically
 from consa.model import attached
 
 
@@ -91,6 +95,30 @@ def _losses(
         if on_batch:
             on_batch(len(batch))
     return out
+
+
+def save_losses(path: Path, values: np.ndarray) -> None:
+    """Keep losses, float32 `(num_sequences, seq_len - 1)`, for `load_losses`.
+
+    Raises:
+        ConsaError: the folder or the disk does not take them.
+    """
+    content = io.BytesIO()
+    np.save(content, values, allow_pickle=False)
+    write_atomically(path, content.getvalue() + hashlib.sha256(content.getvalue()).digest())
+
+
+def load_losses(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Losses of that shape as they were kept, or None if they are absent or damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    content, digest = content[:-32], content[-32:]
+    if hashlib.sha256(content).digest() != digest:
+        return None
+    values = np.load(io.BytesIO(content), allow_pickle=False)
+    return values if values.shape == shape else None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -92,7 +93,7 @@ def named(name: str, model: str, layout: AttentionLayout, config: EvalConfig) ->
         seed = {"seed": config.seed} if name == "random_units" else {}
         return rules.RULES[name](*shape, sparsity=config.sparsity, **seed, **options)
     path = published.resolve(name)
-    if not path.is_file():
+    if not os.path.isfile(path):
         known = (DENSE, ALL_SWA, *rules.RULES, *published.names())
         raise ConsaError(f"allocation {name!r} is no file, and none of {', '.join(known)}")
     if path.suffix == ".tsv":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from consa.allocation import Allocation
 from consa.errors import ConsaError
-from consa.files import read_text
+from consa.files import read_json, read_text
 from consa.relations import Behaviour
 
 MAX_FILE_BYTES = 2**30
@@ -46,9 +47,9 @@ class Run:
         Raises:
             ConsaError: there is nothing to report, or a file is damaged.
         """
-        if path.is_file():
+        if os.path.isfile(path):
             return cls(name=path.stem, allocation=Allocation.load(path))
-        if not any((path / name).exists() for name in FILES):
+        if not any(os.path.exists(path / name) for name in FILES):
             raise ConsaError(f"{path} holds none of {', '.join(FILES)}; name {WANTED}")
         summary = _read_json(path / "summary.json")
         if summary and "adapt" in summary:
@@ -69,7 +70,7 @@ class Run:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    return _parse(read_text(path, max_bytes=MAX_FILE_BYTES), path) if path.exists() else None
+    return read_json(path, max_bytes=MAX_FILE_BYTES) if path.exists() else None
 
 
 def _parse(text: str, path: Path) -> dict[str, Any]:
