@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "allocations"
@@ -15,6 +16,6 @@ def names() -> list[str]:
 def resolve(name: str | Path) -> Path:
     """The path itself, or the file of the allocation published under that name where there is nothing at the path."""
     path = Path(name)
-    if not path.exists() and path.as_posix() in names():
+    if not os.path.exists(path) and path.as_posix() in names():
         return FOLDER / f"{path}.json"
     return path

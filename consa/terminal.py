@@ -53,7 +53,9 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
         except OSError as error:
-            raise typer.Exit(fail(f"{error.filename or 'the system'}: {error.strerror or error}", 2)) from None
+            raise typer.Exit(
+                fail(f"{error.filename or 'the system'}: {error.strerror or error}", 2)
+            ) from None
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise

@@ -17,7 +17,7 @@ import pytest
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
-from consa import Allocation, ConsaError, cli, convert, rules, runs
+from consa import Allocation, ConsaError, cli, convert, rules, runs, terminal
 from consa import sweep as sweeping
 from consa.checkpoint import verify
 from consa.checkpointing import CHECKPOINT, METRICS, Checkpoint
@@ -247,7 +247,7 @@ def test_rules_of_absurd_shapes_are_refused():
 
 def test_too_little_memory_is_answered_with_options_that_there_are():
     group: Any = cli.typer.main.get_command(cli.app)
-    for verb, advice in cli.LIGHTER.items():
+    for verb, advice in terminal.LIGHTER.items():
         options = {name for parameter in group.commands[verb].params for name in parameter.opts}
         assert set(re.findall(r"--[a-z-]+", advice)) <= options, verb
 
@@ -273,7 +273,7 @@ def test_an_interrupt_outside_a_command_is_one_line(
     assert stop.value.code == 130
     assert capsys.readouterr().err == "error: interrupted\n"
     monkeypatch.undo()
-    monkeypatch.setattr(cli.TyperGroup, "parse_args", fail)
+    monkeypatch.setattr(terminal.TyperGroup, "parse_args", fail)
     result = CliRunner().invoke(cli.app, ["rules"])
     assert result.exit_code == 130 and result.stderr.startswith("error: interrupted")
     assert len(result.stderr.splitlines()) == 1
