@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import math
 import mmap
 import os
 import resource
@@ -164,7 +165,7 @@ def main() -> int:
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
     sums, failures = Counter[str](), {}
     for target in chosen:
-        count = max(1, round(options.inputs * target.share / total))
+        count = math.ceil(options.inputs * target.share / total)
         found = in_a_process(target, options.seed, range(count))
         counts = {kind: found.get(kind, 0) for kind in ("refused", "accepted", "failed")}
         read = sum(counts.values())

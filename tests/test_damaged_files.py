@@ -238,6 +238,21 @@ def test_a_disk_that_fills_up_under_the_weights_is_said(tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+# The page.
+
+
+@pytest.mark.parametrize("model", [7, "half of a pair: \ud800", ["a"]])
+def test_a_page_of_a_model_without_a_proper_name(model: Any, tmp_path: Path):
+    from consa.report import page
+
+    rules.middle(4, 3, sparsity=0.5).save(tmp_path / "a.json")
+    record = json.loads((tmp_path / "a.json").read_text())
+    record["provenance"]["model"] = model
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    page.write([tmp_path / "a.json"], tmp_path / "page.html", command="consa report a.json")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
 # The command line.
 
 

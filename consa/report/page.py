@@ -44,7 +44,7 @@ def write(
     runs = [Run.read(path) for path in paths]
     runs.sort(key=lambda run: run.allocation.sparsity if run.allocation else math.inf)
     sections = Sections(runs, behaviour)
-    write_atomically(out, _html(sections, command).encode())
+    write_atomically(out, _html(sections, command).encode(errors="replace"))
     return [out, *(vega.draw(sections.charts, sections.data, figures) if figures else [])]
 
 
@@ -83,8 +83,9 @@ def _html(sections: Sections, command: str) -> str:
 def _model_of(run: Run) -> str | None:
     records: list[Any] = [run.summary, (run.evaluation or {}).get("how")]
     for record in filter(None, records):
-        return Path(record["model"]["model"]).name
-    return None if run.allocation is None else run.allocation.provenance.get("model")
+        return Path(str(record["model"]["model"])).name
+    named = run.allocation.provenance.get("model") if run.allocation else None
+    return None if named is None else str(named)
 
 
 def _as_script_data(record: Any) -> str:
