@@ -147,6 +147,7 @@ class Trial:
             os.environ["CONSA_CACHE"] = str(self.folder / "cache")
             sys.argv = ["consa", *world.commands[verb], "--out", str(self.out)]
             fault()
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored
             cli.app = _interruptible(cli.app)
             try:
                 cli.main()
