@@ -83,7 +83,8 @@ def _html(sections: Sections, command: str) -> str:
 def _model_of(run: Run) -> str | None:
     records: list[Any] = [run.summary, (run.evaluation or {}).get("how")]
     for record in filter(None, records):
-        return Path(str(record["model"]["model"])).name
+        model = record.get("model")
+        return Path(str(model.get("model") if isinstance(model, dict) else model)).name
     named = run.allocation.provenance.get("model") if run.allocation else None
     return None if named is None else str(named)
 
