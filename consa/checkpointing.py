@@ -80,7 +80,7 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str], history: list[
     digest = hashlib.sha256(json.dumps([sorted(metadata.items()), history]).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
