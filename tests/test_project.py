@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import consa
 
@@ -21,8 +22,8 @@ REQUIREMENTS = [
 ]
 
 
-def pins() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+def pins(file: str = "constraints.txt") -> dict[str, str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     found = [line.partition("==") for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(name): version for name, _, version in found}
 
@@ -30,6 +31,18 @@ def pins() -> dict[str, str]:
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
 def test_every_direct_dependency_is_pinned_within_its_range(requirement: Requirement):
     assert requirement.specifier.contains(pins()[canonicalize_name(requirement.name)])
+
+
+def test_the_oldest_versions_are_the_floors():
+    """Of what consa imports: tools, and what has an environment of its own, are free."""
+    oldest, others = pins("constraints-oldest.txt"), {"browser", "dev", "vllm"}
+    extras = PROJECT["optional-dependencies"]
+    lines = [*PROJECT["dependencies"], *(line for name in extras.keys() - others for line in extras[name])]
+    floors = {}
+    for requirement in map(Requirement, lines):
+        floor = next(part.version for part in requirement.specifier if part.operator == ">=")
+        floors[canonicalize_name(requirement.name)] = Version(floor)
+    assert {name: Version(version) for name, version in oldest.items()} == floors
 
 
 def test_the_version_is_the_same_everywhere():
