@@ -239,10 +239,9 @@ def interpret() -> None:
 
     patch = interpreter._patch_lang_tensor
 
-    def patched(tensor: Any, *scope: Any) -> None:
-        patch(tensor, *scope)  # its int() of an array of one element is an error since numpy 2.4
-        set_attr = scope[0].set_attr if scope else setattr  # older versions of triton know no scopes
-        set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)  # its int() of an array of one element is an error since numpy 2.4
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched
     from consa.attention import fused, kernels, kernels_decode
