@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def test_the_table_and_the_files_say_the_same(result, tmp_path):
     assert [Measurement(**m) for m in record["measurements"]] == list(result.measurements)
     assert record["sparsity"] == result.sparsity
     assert record["where"]["dtype"] == "float32" and record["where"]["repeats"] == 2
-    assert record["where"]["versions"]["torch"] == torch.__version__
+    assert record["where"]["versions"]["torch"] == importlib.metadata.version("torch")
     assert figure_path.read_bytes().startswith(b"\x89PNG")
     (tmp_path / "file").touch()
     with pytest.raises(ConsaError, match="cannot write"):
