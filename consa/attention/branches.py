@@ -26,7 +26,6 @@ FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FUSED_HEAD_DIM = 256  # the largest
 FUSED_SHARED_MEMORY = 162 * 1024  # bytes per block: data-centre GPUs from A100 on
 FUSED_VECTOR = 16  # bytes, of which a vector of head_dim numbers is a multiple: what the copy engine takes
-FUSED_TORCH = "2.8"  # the first whose Triton takes tensor descriptors
 
 
 def fused_for(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> ModuleType | None:
@@ -41,7 +40,7 @@ def fused_for(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> ModuleT
 @cache
 def _fused_on(device: torch.device) -> ModuleType | None:
     memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    if memory < FUSED_SHARED_MEMORY or torch.__version__ < FUSED_TORCH or find_spec("triton") is None:
+    if memory < FUSED_SHARED_MEMORY or find_spec("triton") is None:
         return None
     from consa.attention import fused
 
