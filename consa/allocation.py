@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -232,7 +233,7 @@ class Allocation:
             ConsaError: the file cannot be read.
         """
         found = published.resolve(path)
-        if not found.exists():
+        if not os.path.exists(found):  # unlike Path's, without complaint of a name that cannot be
             known = ", ".join(published.names())
             raise ConsaError(f"allocation {str(path)!r} is no file, and none of those published: {known}")
         text = read_text(found, max_bytes=MAX_FILE_BYTES)

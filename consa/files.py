@@ -40,11 +40,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed writers of files and folders left in and below `folder`, where nobody else may be writing."""
-    for path in list(folder.rglob(".*")):
+    """Delete what killed writers of files and folders left directly in `folder`, where nobody else may be writing."""
+    for path in list(folder.iterdir()):
         if re.fullmatch(r"\..+\.[0-9a-f]{16}", path.name):
-            # One may lie in another, which is gone by now.
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def check_writable(folder: Path) -> None:

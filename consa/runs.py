@@ -266,6 +266,9 @@ def _claimed(folder: Path) -> Iterator[None]:
             write_atomically(lock.with_name(".writable"), b"")
             lock.with_name(".writable").unlink()
             remove_leftovers(folder)
+            for room in list(folder.iterdir()):  # but not another run's, which may be writing
+                if room.is_dir() and not (room / lock.name).exists():
+                    remove_leftovers(room)
             try:
                 yield
             finally:

@@ -225,6 +225,28 @@ def test_a_folder_in_use_is_refused(where: RunConfig, tmp_path: Path, monkeypatc
             run(where, CONFIG, tmp_path, command="c")
 
 
+def test_what_killed_writers_left_goes_but_nothing_of_another_run(
+    where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    left = ".name.json.0123456789abcdef"
+    (tmp_path / "heldout").mkdir()
+    (tmp_path / f".model.{left[-16:]}").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".lock").touch()
+    gone = [tmp_path / left, tmp_path / "heldout" / left, tmp_path / f".model.{left[-16:]}" / left]
+    kept = [
+        tmp_path / "other" / left,
+        tmp_path / ".hidden",
+        tmp_path / "heldout" / "dense-0123456789abcdef.npy",
+    ]
+    for path in (*gone, *kept):
+        path.touch()
+    monkeypatch.setattr(runs, "_check_same_run", lambda *_: (_ for _ in ()).throw(ConsaError("enough")))
+    with pytest.raises(ConsaError, match="enough"):
+        run(where, CONFIG, tmp_path, command="c")
+    assert all(path.exists() for path in kept) and not any(path.exists() for path in gone)
+
+
 def test_a_run_that_cannot_begin_leaves_nothing(tmp_path: Path, where: RunConfig):
     for missing in ("a/b", "."):  # a folder of its own, and one that was there
         with pytest.raises(ConsaError, match="nowhere"):
