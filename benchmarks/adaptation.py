@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import environment, print_table, write_json
+from common import environment, measured_before, print_table, write_json
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from consa import loop, loss, rules
@@ -140,13 +140,7 @@ class Benchmark:
             "learn_sequences_per_step": self.learning.sequences_per_step,
             "rows": {},
         }
-        if options.out.exists():
-            before = json.loads(options.out.read_text())
-            if before["settings"] != settings:
-                raise SystemExit(
-                    f"{options.out} was measured with {before['settings']}; choose another --out"
-                )
-            self.record["rows"] = before["rows"]
+        self.record["rows"] = measured_before(options.out, settings).get("rows", {})
 
     def add(self, name: str) -> None:
         """Train, measure, write."""

@@ -34,6 +34,16 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
+def measured_before(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The record that a killed or unfinished run left at `path`, if there is one; refuses one of other settings."""
+    if not path.exists():
+        return {}
+    before = json.loads(path.read_text())
+    if before["settings"] != settings:
+        raise SystemExit(f"{path} was measured with {before['settings']}; choose another --out")
+    return before
+
+
 def print_table(columns: list[str], rows: list[list[Any]]) -> None:
     """A Markdown table on stdout."""
     print("| " + " | ".join(columns) + " |")

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import environment, print_table, write_json
+from common import environment, measured_before, print_table, write_json
 from learning import QWEN3_06B
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
@@ -94,11 +94,8 @@ def main() -> None:
     free = ("processes", "out")
     settings = {name: value for name, value in vars(options).items() if name not in free}
     record: dict[str, Any] = environment() | {"settings": settings, "rows": {}, "killed": None}
-    if options.out.exists():
-        before = json.loads(options.out.read_text())
-        if before["settings"] != settings:
-            raise SystemExit(f"{options.out} was measured with {before['settings']}; choose another --out")
-        record |= {"rows": before["rows"], "killed": before["killed"]}
+    before = measured_before(options.out, settings)
+    record |= {name: before[name] for name in ("rows", "killed") if name in before}
     for number in numbers:
         missing = [case for case in cases(options.toy) if f"{case.name} @{number}" not in record["rows"]]
         if missing:

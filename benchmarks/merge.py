@@ -28,8 +28,8 @@ def main() -> None:
             if record[name] != first[name]:
                 raise SystemExit(f"{part}: {name} is {record[name]}, but {first[name]} in {options.parts[0]}")
         first["rows"] |= record["rows"]
-    first["command"] = re.sub(r"--share \d+/(\d+)", r"--share I/\1", first["command"])
-    first["command"] = re.sub(r"--out \S+", f"--out {options.out}", first["command"])
+    first["command"] = re.sub(r"--share([ =])\d+/", r"--share\1I/", first["command"])
+    first["command"] = re.sub(r"--out([ =])\S+", rf"--out\g<1>{options.out}", first["command"])
     write_json(options.out, first)
     print(f"{len(first['rows'])} rows in {options.out}")
 

@@ -15,7 +15,6 @@ benchmarks/merge.py makes one file of theirs. `--budget micro_batch=4` computes 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import environment, overrides, print_table, write_json
+from common import environment, measured_before, overrides, print_table, write_json
 
 from consa import rules
 from consa.allocation import Allocation, Granularity
@@ -220,11 +219,7 @@ class Benchmark:
             "budgets": {name: entry.budget for name, entry in PLAN.items() if entry.budget},
         }
         self.record: dict[str, Any] = environment() | {"settings": settings, "rows": {}}
-        if self.out.exists():
-            before = json.loads(self.out.read_text())
-            if before["settings"] != settings:
-                raise SystemExit(f"{self.out} was measured with {before['settings']}; choose another --out")
-            self.record["rows"] = before["rows"]
+        self.record["rows"] = measured_before(self.out, settings).get("rows", {})
         self.questions = {
             length: examples("single", loaded.tokenizer, length=length, count=options.examples, seed=1)
             for length in lengths

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import environment, gates_alone, print_table, write_json
+from common import environment, gates_alone, measured_before, print_table, write_json
 from methods import FORWARD, FORWARD_AND_BACKWARD, shares
 from variants import VARIANTS
 
@@ -179,13 +179,7 @@ class Study:
             "domains": domains[: len(self.heldout)],
             "rows": {},
         }
-        if options.out.exists():
-            before = json.loads(options.out.read_text())
-            if before["settings"] != settings:
-                raise SystemExit(
-                    f"{options.out} was measured with {before['settings']}; choose another --out"
-                )
-            self.record["rows"] = before["rows"]
+        self.record["rows"] = measured_before(options.out, settings).get("rows", {})
         self._end("dense", 0.0, 128, 4)
         if torch.cuda.is_available():  # so that no cell pays for compiling kernels
             learn(self.loaded.model, self.train, replace(_config(cells()[0], options), num_steps=2))

@@ -81,6 +81,8 @@ def test_shares_make_one_table_that_costs_what_was_foretold(
     monkeypatch.setattr(sys, "argv", ["merge.py", *map(str, parts), "--out", str(tmp_path / "all.json")])
     import_module("merge").main()
     rows = rows_of(tmp_path / "all.json")
+    command = json.loads((tmp_path / "all.json").read_text())["command"]
+    assert "--share=I/2" in command and f"--out {tmp_path / 'all.json'}" in command
     assert set(rows) == {choice.name for run in planned for choice in run} and f" {len(rows)} rows" in last
     layout = read_layout(str(tiny_model_folder))
     for run in planned:

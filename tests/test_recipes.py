@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import sys
@@ -82,3 +83,17 @@ def test_a_small_model_from_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     said = loaded.tokenizer.decode(needles[0])
     assert said.count("special magic number") > 3
     assert len(loaded.tokenizer("1234567")["input_ids"]) == 7, "every digit by itself"
+
+
+def test_numbers_differ_whenever_needles_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(from_scratch, "NEEDLE_SHARE", 1)  # nothing but needles
+    tokenizer = from_scratch.make_tokenizer(iter(["the number is 1234567890"] * 9), 300)
+    digits = [tokenizer.convert_tokens_to_ids(str(digit)) for digit in range(10)]
+    hidden = np.array([tokenizer("is 1234567890 the 1234567890")["input_ids"]])
+    options = argparse.Namespace(seed=0, micro_batch=4)
+    rows = next(from_scratch.batches(hidden, hidden, tokenizer, options)).numpy()
+    is_digit = np.isin(hidden[0], digits)
+    assert is_digit.sum() == 20 and (rows[:, ~is_digit] == hidden[0][~is_digit]).all()
+    for row in rows[:, is_digit]:
+        assert (row[:10] == row[10:]).all() and sorted(row[:10]) == sorted(digits)
+    assert len({row.tobytes() for row in rows}) == 4
