@@ -9,7 +9,8 @@ that begins later than that, and the same command goes on from there.
 
 `--estimate` prints what every run will cost, and runs nothing. `--share 1/4` to `--share 4/4`, each with its own --out,
 are four processes side by side on one GPU, each with about a quarter of the estimated seconds;
-benchmarks/merge.py makes one file of theirs. `--budget micro_batch=4` computes four sequences at once.
+benchmarks/merge.py makes one file of theirs. `--budget micro_batch=4` computes four sequences at once, and
+`--budget compile=true` compiles the layers that gates are trained in.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,6 +219,7 @@ class Benchmark:
             "budget": asdict(ChoiceConfig(**overrides(options.budget))),
             "budgets": {name: entry.budget for name, entry in PLAN.items() if entry.budget},
         }
+        self.compiled = settings["budget"].pop("compile")  # one file may hold rows of both kinds
         self.record: dict[str, Any] = environment() | {"settings": settings, "rows": {}}
         self.record["rows"] = measured_before(self.out, settings).get("rows", {})
         self.questions = {
@@ -225,7 +227,8 @@ class Benchmark:
             for length in lengths
         }
         if torch.cuda.is_available():  # so that no row pays for compiling kernels
-            learn(loaded.model, train, ChoiceConfig(num_steps=2).for_learning(refine_evaluations=1))
+            warm_up = replace(ChoiceConfig(**overrides(options.budget)), num_steps=2)
+            learn(loaded.model, train, warm_up.for_learning(refine_evaluations=1))
         window = {name: settings["budget"][name] for name in ("window", "num_sink_tokens")}
         layout = loaded.layout
         shape = (layout.num_layers, layout.num_kv_heads)
@@ -253,6 +256,7 @@ class Benchmark:
                 "recovered": round((floor - measured["loss"]) / (floor - dense), 4),
                 "seconds": round(allocation.provenance["seconds"], 1),
                 "processes": self.processes,
+                "compiled": self.compiled,
                 "of_one_run": len(run),
                 "cost": allocation.provenance.get("cost", {"forward_tokens": 0, "backward_tokens": 0}),
             }

@@ -133,6 +133,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-heldout", type=int, default=48)
     parser.add_argument("--start", type=int, default=1024, help="first position that counts")
     parser.add_argument("--tokens-at-once", type=int, default=4 * 8192, help="in learning and measuring")
+    parser.add_argument("--compile", action="store_true", help="compile the layers that learn")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps, for a trial")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after that many")
     parser.add_argument("--share", default="1/1", metavar="I/N", help="the I-th of N processes on one GPU")
@@ -148,7 +149,7 @@ def _config(cell: Cell, options: argparse.Namespace) -> LearnConfig:
     while config.sequences_per_step % at_once:
         at_once -= 1
     steps = max(2, round(options.scale * config.num_steps))
-    return replace(config, num_steps=steps, micro_batch=at_once)
+    return replace(config, num_steps=steps, micro_batch=at_once, compile=options.compile)
 
 
 def estimate(config: LearnConfig) -> float:

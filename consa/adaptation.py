@@ -73,7 +73,10 @@ def adapt(
         teacher = None if trained is model else model
         if trained is model and config.needs_teacher and config.method == "full":
             teacher = copy.deepcopy(model)
-        stack.enter_context(loop.prepared(trained, activation_checkpointing=config.activation_checkpointing))
+        checkpointing = config.activation_checkpointing
+        stack.enter_context(
+            loop.prepared(trained, activation_checkpointing=checkpointing, compile=config.compile)
+        )
         if config.method == "lora":
             stack.enter_context(_additions(trained, config, run_dir))
         else:

@@ -67,6 +67,9 @@ class LearnConfig:
     )
     refine_sequences: int = _option(8, "training sequences that each of these evaluations runs on")
     activation_checkpointing: bool = _option(False, "recompute layers in the backward pass to save memory")
+    compile: bool = _option(
+        False, "compile layers (torch.compile), which takes seconds and makes steps faster"
+    )
     parallel: Literal["ddp", "fsdp"] = _option(
         "ddp",
         "on several processes, in joint mode: 'ddp' has all weights on each, 'fsdp' shards those of the layers",
@@ -105,6 +108,7 @@ class LearnConfig:
             raise ConsaError(
                 f"micro_batch must divide sequences_per_step ({self.sequences_per_step}), got {self.micro_batch}"
             )
+        _check_compile(self)
         if self.mode == "frozen" and self.parallel == "fsdp":
             raise ConsaError("parallel must be ddp with mode frozen, which trains no weights; got 'fsdp'")
         if not self.log_alpha_min < self.initial_log_alpha < self.log_alpha_max:
@@ -167,6 +171,9 @@ class AdaptConfig:
     )
     evaluate_every: int = _option(20, "steps between evaluations on held-out text; also after the last")
     activation_checkpointing: bool = _option(False, "recompute layers in the backward pass to save memory")
+    compile: bool = _option(
+        False, "compile layers (torch.compile), which takes seconds and makes steps faster"
+    )
     parallel: Literal["ddp", "fsdp"] = _option(
         "ddp",
         "on several processes: 'ddp' has all weights on each, 'fsdp' shards those of the layers",
@@ -200,6 +207,7 @@ class AdaptConfig:
             raise ConsaError(
                 f"micro_batch must divide sequences_per_step ({self.sequences_per_step}), got {self.micro_batch}"
             )
+        _check_compile(self)
         if self.method == "lora" and self.parallel == "fsdp":
             raise ConsaError(
                 "parallel must be ddp with method lora, whose trained weights are few; got 'fsdp'"
@@ -219,6 +227,14 @@ class AdaptConfig:
         if step < rising:
             return peak * (step + 1) / rising
         return peak * (1 + math.cos(math.pi * (step - rising) / (self.num_steps - rising))) / 2
+
+
+def _check_compile(config: LearnConfig | AdaptConfig) -> None:
+    if config.compile and config.activation_checkpointing:
+        raise ConsaError(
+            "compile must be off with activation_checkpointing, whose layers are not compiled when they are"
+            " computed again; got True"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -327,7 +327,8 @@ def _refine(
 
 @contextmanager
 def _prepared(model: PreTrainedModel, config: LearnConfig) -> Iterator[None]:
-    with loop.prepared(model, activation_checkpointing=config.activation_checkpointing):
+    checkpointing = config.activation_checkpointing
+    with loop.prepared(model, activation_checkpointing=checkpointing, compile=config.compile):
         model.requires_grad_(config.mode == "joint")
         yield
 

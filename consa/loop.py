@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from consa import distributed
 from consa.config import AdaptConfig, LearnConfig
 from consa.errors import ConsaError
+from consa.model import attention_layout
 
 # What may differ when a run is continued: none of these changes what is computed.
 FREE = {"checkpoint_every", "parallel"}
@@ -39,8 +41,16 @@ def order(sequences: np.ndarray, config: LearnConfig | AdaptConfig, places: rang
 
 
 @contextmanager
-def prepared(model: PreTrainedModel, *, activation_checkpointing: bool) -> Iterator[None]:
-    """Choose deterministic kernels and checkpoint activations; on exit undo that, and changes of requires_grad."""
+def prepared(
+    model: PreTrainedModel, *, activation_checkpointing: bool = False, compile: bool = False
+) -> Iterator[None]:
+    """Choose deterministic kernels, checkpoint activations, compile layers.
+
+    On exit all of that is undone, and changes of requires_grad.
+
+    Raises:
+        ConsaError: the layers do not compile.
+    """
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = model.training
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -54,9 +64,18 @@ def prepared(model: PreTrainedModel, *, activation_checkpointing: bool) -> Itera
         for module in model.modules():  # transformers recomputes only in modules in training mode
             if hasattr(module, "gradient_checkpointing"):
                 module.training = True
+    layers = _layers(model) if compile else []
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False)
     try:
         yield
+    except TorchDynamoException as error:
+        raise ConsaError(
+            f"layers cannot be compiled: {str(error).splitlines()[0]}; leave compile out"
+        ) from error
     finally:
+        for layer in layers:
+            del layer.forward
         if activation_checkpointing:
             model.gradient_checkpointing_disable()
         model.train(training)
@@ -64,6 +83,11 @@ def prepared(model: PreTrainedModel, *, activation_checkpointing: bool) -> Itera
         settings.fill_uninitialized_memory = fill
         for parameter, required in wanted:
             parameter.requires_grad_(required)
+
+
+def _layers(model: PreTrainedModel) -> list[Any]:
+    """The decoder layers: what holds an attention layer."""
+    return [model.get_submodule(name.rpartition(".")[0]) for name in attention_layout(model).names]
 
 
 class Weights:

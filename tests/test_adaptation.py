@@ -96,7 +96,9 @@ def plain_loss(model: PreTrainedModel, teacher: PreTrainedModel, config: AdaptCo
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(
-    "change", [{}, {"micro_batch": 2}, {"activation_checkpointing": True}], ids=["", "batch", "checkpointing"]
+    "change",
+    [{}, {"micro_batch": 2}, {"activation_checkpointing": True}, {"compile": True}],
+    ids=["", "batch", "checkpointing", "compile"],
 )
 def test_first_update_is_that_of_the_formula(objective: str, change: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(loss, "CHUNK_TOKENS", 5)

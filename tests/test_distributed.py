@@ -32,6 +32,7 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "joint": ("learn", LEARN | {"mode": "joint", "weight_lr": 1e-3}),
     "joint-fsdp": ("learn", LEARN | {"mode": "joint", "weight_lr": 1e-3, "parallel": "fsdp"}),
     "adapt": ("adapt", ADAPT),
+    "fsdp-compiled": ("adapt", ADAPT | {"parallel": "fsdp", "compile": True}),
     "lora": ("adapt", ADAPT | {"method": "lora", "distillation": 1.0}),
     "fsdp": ("adapt", ADAPT | {"parallel": "fsdp", "distillation": 1.0, "activation_checkpointing": True}),
 }

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from consa import Allocation, gates, learning, loop
 from consa.attention.plan import Plan
 from consa.attention.reference import reference_attention
 from consa.checkpointing import CHECKPOINT, METRICS
-from consa.config import LearnConfig
+from consa.config import AdaptConfig, LearnConfig
 from consa.errors import ConsaError
 from consa.learning import learn, target_units, units_of
 from consa.model import attached, attention_layout
@@ -152,7 +152,13 @@ def test_gradient_of_a_step_is_that_of_the_formula(granularity: Any):
 
 @pytest.mark.parametrize(
     "change",
-    [{"micro_batch": 2}, {"micro_batch": 4}, {"activation_checkpointing": True}, {"mode": "joint"}],
+    [
+        {"micro_batch": 2},
+        {"micro_batch": 4},
+        {"activation_checkpointing": True},
+        {"mode": "joint"},
+        {"compile": True},
+    ],
     ids=str,
 )
 def test_gradient_does_not_depend_on_how_it_is_computed(change: dict[str, Any]):
@@ -162,6 +168,33 @@ def test_gradient_does_not_depend_on_how_it_is_computed(change: dict[str, Any]):
     got, found = gate_gradient(model, replace(config, **change))
     assert_close(got, wanted, 2e-5)
     assert found == pytest.approx(value, rel=1e-6)
+
+
+def test_layers_are_compiled_within_a_run_only():
+    """Else the test above would compare a run with itself."""
+    model, graphs = tiny(), torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    before = graphs["unique_graphs"]
+    learn(model, text(), changed(compile=True, num_steps=2, refine_evaluations=1))
+    assert graphs["unique_graphs"] > before
+    assert not any("forward" in layer.__dict__ for layer in model.model.layers)
+
+
+def test_layers_that_do_not_compile_are_one_line(monkeypatch: pytest.MonkeyPatch):
+    def backend(*_: Any) -> None:
+        raise RuntimeError("no compiler\nat all")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    with pytest.raises(ConsaError, match=r"layers cannot be compiled: .*; leave compile out") as caught:
+        learn(tiny(), text(), changed(compile=True))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [LearnConfig, AdaptConfig])
+def test_what_is_recomputed_is_not_compiled(config: Any):
+    with pytest.raises(ConsaError, match=r"compile must be off with activation_checkpointing.*; got True"):
+        config(compile=True, activation_checkpointing=True)
 
 
 def test_activation_checkpointing_recomputes(monkeypatch: pytest.MonkeyPatch):
@@ -665,7 +698,7 @@ def test_budget_and_context_belong_together(options: dict[str, int]):
 
 
 def test_the_table_of_bad_settings_is_whole():
-    known = {"kv_budget", "context", "log_alpha_min", "log_alpha_max", "activation_checkpointing"}
+    known = {"kv_budget", "context", "log_alpha_min", "log_alpha_max", "activation_checkpointing", "compile"}
     assert LearnConfig.__dataclass_fields__.keys() == BAD.keys() | known
     with pytest.raises(TypeError):
         LearnConfig(0.5)  # type: ignore[misc]

@@ -19,6 +19,21 @@ INSPECT_NAME = "consa_inspect"  # only ever set on skeletons without weights
 
 
 def consa_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention function: `(batch, heads, tokens, head_dim)` in, `(batch, tokens, heads, head_dim)` out.
+
+    torch.compile sees into it over a cache only. Elsewhere the values of the gates decide, anew at every draw, which
+    kernels run on which rows.
+
+    Raises:
+        ConsaError: the module belongs to no attached model, or asks for something that would not be exact.
+    """
+    attend = _attend if isinstance(key, NewKeys) else _attend_uncompiled
+    return attend(module, query, key, value, attention_mask, **options)
+
+
+def _attend(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -29,11 +44,6 @@ def consa_attention(
     softcap: float | None = None,
     **ignored: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: `(batch, heads, tokens, head_dim)` in, `(batch, tokens, heads, head_dim)` out.
-
-    Raises:
-        ConsaError: the module belongs to no attached model, or asks for something that would not be exact.
-    """
     plan = getattr(module, "consa_plan", None)
     if plan is None:
         plan = module.consa_plan = _plan_of(module, query, key)
@@ -57,6 +67,9 @@ def consa_attention(
     else:
         out = plan.attend(module.layer_idx, query, key, value, first, scaling, softcap)
     return out.transpose(1, 2).contiguous(), None
+
+
+_attend_uncompiled = torch.compiler.disable(_attend)
 
 
 def allocation_of(config: Any) -> Allocation | None:

@@ -39,6 +39,7 @@ class ChoiceConfig:
         evaluations: budget of a method that searches, in forward evaluations.
         evaluation_sequences: sequences, or questions, of each of them, and of what measures attention.
         micro_batch: sequences of one length computed at once; on a GPU, as many as fit.
+        compile: compile layers where gates are trained on sequences; takes seconds and makes steps faster.
 
     Raises:
         ConsaError: a value out of range; the message names it.
@@ -54,6 +55,7 @@ class ChoiceConfig:
     evaluations: int = 340
     evaluation_sequences: int = 8
     micro_batch: int = 1
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("evaluations", "evaluation_sequences"):
@@ -74,6 +76,7 @@ class ChoiceConfig:
             sequences_per_step=self.sequences_per_step,
             refine_sequences=self.evaluation_sequences,
             micro_batch=self.micro_batch,
+            compile=self.compile,
             **more,
         )
 

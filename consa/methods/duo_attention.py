@@ -41,7 +41,7 @@ def duo_attention(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConf
     gate = torch.nn.Parameter(torch.ones(units.count))
     optimizer = torch.optim.AdamW([gate], lr=LEARNING_RATE, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config.num_steps))
-    with prepared(model, activation_checkpointing=False), attached(model, problem.dense) as plan:
+    with prepared(model), attached(model, problem.dense) as plan:
         model.requires_grad_(False)
         for _ in range(config.num_steps):
             for text in (next(questions) for _ in range(config.sequences_per_step)):

@@ -42,7 +42,7 @@ def prulong(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) ->
         weight_decay=WEIGHT_DECAY,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, config.num_steps))
-    with prepared(model, activation_checkpointing=False), attached(model, problem.dense) as plan:
+    with prepared(model, compile=config.compile), attached(model, problem.dense) as plan:
         model.requires_grad_(False)
         for step in range(config.num_steps):
             target = problem.target_sparsity * min(1, step / math.ceil(SPARSITY_WARMUP * config.num_steps))

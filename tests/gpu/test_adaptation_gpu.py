@@ -45,9 +45,13 @@ def trained(
     return history, model.state_dict()
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_repeatable_resumable_and_near_float32(method: Any, tmp_path: Path):
-    config = AdaptConfig(method=method, **SETTINGS)
+@pytest.mark.parametrize(
+    "change",
+    [{"method": "full"}, {"method": "lora"}, {"compile": True, "activation_checkpointing": False}],
+    ids=str,
+)
+def test_repeatable_resumable_and_near_float32(change: dict[str, Any], tmp_path: Path):
+    config = AdaptConfig(**SETTINGS | change)
     history, weights = trained(config, torch.bfloat16)
     with pytest.raises(Interrupted):
         trained(config, torch.bfloat16, tmp_path, stop=3)
