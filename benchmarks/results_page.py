@@ -11,7 +11,7 @@ from pathlib import Path
 from sections.adaptation import adaptation, distributed
 from sections.allocations import allocations, constraints, control, demo, recovered
 from sections.behaviour import behaviour, behaviour_cost
-from sections.methods import frontier, methods
+from sections.methods import frontier, methods, needles
 from sections.speed import attention, decode, inference, learning, serving
 from sections.study import places_figure, study
 from sections.text import source
@@ -56,6 +56,7 @@ SECTIONS = {
     "constraints": constraints,
     "control": control,
     "methods": methods,
+    "needles": needles,
     "study": study,
     "behaviour": behaviour,
     "behaviour_cost": behaviour_cost,

@@ -370,6 +370,7 @@ class SweepConfig:
     evaluations: int | None = _option(None, "forward evaluations of methods that search")
     evaluation_sequences: int | None = _option(None, "sequences of each of these evaluations")
     micro_batch: int | None = _option(None, "sequences computed at once while choosing; 1 unless given")
+    compile: bool = _option(False, "compile layers where gates are trained on the text, as in learning")
 
     def __post_init__(self) -> None:
         if not isinstance(self.seeds, int) or self.seeds < 1:
@@ -396,9 +397,10 @@ class SweepConfig:
         return cast(tuple[Granularity, ...], words_of(self.granularity))
 
     @property
-    def budget(self) -> dict[str, int]:
+    def budget(self) -> dict[str, Any]:
         """What was given of the methods' budgets."""
-        names = ("num_steps", "sequences_per_step", "evaluations", "evaluation_sequences", "micro_batch")
+        names = ("num_steps", "sequences_per_step", "evaluations", "evaluation_sequences")
+        names += ("micro_batch", "compile")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 

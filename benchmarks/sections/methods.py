@@ -33,7 +33,8 @@ def methods(record: dict[str, Any]) -> list[str]:
             else f"beside others: {' or '.join(map(str, processes))} processes shared the GPU"
         )
         + f", {settings['budget']['micro_batch']} sequences at once; Mtokens went forward / of them backward too."
-        " * one run for all sparsities.",
+        + _compiled(rows)
+        + " * one run for all sparsities.",
         "",
         "`nll_guided`, `duo_attention` and `retrieval_score` choose by questions for several numbers hidden in the text"
         " that the needles are hidden in too, a sibling of what the retrieval columns score; no other method sees any"
@@ -57,7 +58,64 @@ def methods(record: dict[str, Any]) -> list[str]:
         entries = [_method(group, is_best=_median(group, "recovered") == best) for group in ordered]
         columns = ["method", "unit", "recovered", "range", "retrieval", "seconds", "Mtokens"]
         page += [f"Sparsity {sparsity:g}:", "", *table(columns, entries), ""]
-    return page + source(record)
+    return page + _one_run_for_all(rows) + source(record)
+
+
+def needles(record: dict[str, Any]) -> list[str]:
+    """What `consa eval --retrieval single` found of the two ends."""
+    settings, lines = record["settings"], record["lines"]
+    lengths = settings["lengths"].split(",")
+    return [
+        "### Are the questions sound?",
+        "",
+        f"Share of {settings['examples']} single needles that are found in texts of so many tokens, by the dense model"
+        f" and with every layer on a window of {settings['window']} ({settings['num_sink_tokens']} sinks), which"
+        " reaches some of the needles in the shorter texts.",
+        "",
+        *table(
+            ["", *lengths],
+            [
+                [line["name"], *(f"{line['retrieval']['single'][length]:.2f}" for length in lengths)]
+                for line in lines
+            ],
+        ),
+        "",
+        *source(record),
+    ]
+
+
+def _compiled(rows: list[dict[str, Any]]) -> str:
+    """Whether layers were compiled where gates learn, and in which rows not."""
+    learned = [row for row in rows if row["cost"]["backward_tokens"]]
+    plain = [row for row in learned if not row.get("compiled")]
+    if len(plain) == len(learned):
+        return ""
+    uncompiled = sorted({f"{row['method']} with seed {row['seed']}" for row in plain})
+    but = f", but for {' and '.join(uncompiled)}" if uncompiled else ""
+    return f" Layers are compiled where gates learn on sequences{but}."
+
+
+def _one_run_for_all(rows: list[dict[str, Any]]) -> list[str]:
+    """One run whose target rises through every sparsity, against one run for each."""
+
+    def found(method: str, sparsity: float) -> list[dict[str, Any]]:
+        wanted = (method, "kv_head", sparsity)
+        return [row for row in rows if (row["method"], row["granularity"], row["sparsity"]) == wanted]
+
+    lost = []
+    for sparsity in sorted({row["sparsity"] for row in rows}):
+        each, nested = (found(method, sparsity) for method in ("consa", "nested"))
+        if each and nested:
+            lost.append(
+                f"{_median(each, 'recovered') - _median(nested, 'recovered'):.3f} at sparsity {sparsity:g}"
+            )
+    if not lost:
+        return []
+    return [
+        f"`nested`, one run for all sparsities, recovers less than a run for each: by {', '.join(lost)}. It has no"
+        " refinement. So it does to find the sparsity that a quality needs; then learn at that one.",
+        "",
+    ]
 
 
 def _method(group: list[dict[str, Any]], *, is_best: bool) -> list[str]:
