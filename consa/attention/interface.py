@@ -69,7 +69,7 @@ def _attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-_attend_uncompiled = torch.compiler.disable(_attend)
+_attend_uncompiled: Any = torch.compiler.disable(_attend)
 
 
 def allocation_of(config: Any) -> Allocation | None:
