@@ -3,11 +3,12 @@
     python benchmarks/adaptation.py --train train.npy --heldout heldout.npy --out benchmarks/results/adaptation.json
 
 TRAIN and HELDOUT are tokens, int `(num_sequences, seq_len)`. The learned allocations are those of `--seed` in
-benchmarks/results/allocations-kv_head.json and -layer.json, of 4 sinks; a row's name ends in the sinks that it is
-trained and measured with. Every row trains all weights of the same model by `adapt`, on the same sequences in the same
-order: those of TRAIN that learning, whose settings the files hold, has not seen, or all if those are too few. `joint`
-learns its gates and weights together on the text that the others learned their gates on, and then trains on with its
-mask, on as much text as they.
+benchmarks/results/allocations-kv_head.json and -layer.json, of 4 sinks. A row's name ends in the sinks that it is
+trained and measured with; then in the sparsity, where another than theirs is wanted: `kv_head/4/0.9` is what ConSA
+learned in benchmarks/results/methods.json, `interleaved/4/0.9` a rule. Every row trains all weights of the same model
+by `adapt`, on the same sequences in the same order: those of TRAIN that learning, whose settings the files hold, has
+not seen, or all if those are too few. `joint` learns its gates and weights together on the text that the others learned
+their gates on, and then trains on with its mask, on as much text as they.
 
 Losses are of the held-out sequences, from `--start` on, before and after the training. `recovered` is the share of the
 gap that a row closes from all-SWA, with the row's sinks, to the dense model: as both were, before the training; after
@@ -48,6 +49,7 @@ ROWS = [
     *("dense", "kv_head/4", "all_swa/4", "kv_head/0", "layer/4", "interleaved/4", "middle/4", "joint/4"),
     *("all_swa/0", "distilled/4", "layer/0", "interleaved/0", "middle/0"),
 ]
+KINDS = {row.partition("/")[0] for row in ROWS} | rules.RULES.keys()
 
 
 def main() -> None:
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("--joint-rate", type=float, default=1e-4, help="of the weights while gates learn")
     parser.add_argument("--sequences-per-step", type=int, default=8)
     parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--compile", action="store_true", help="compile the layers that train")
     parser.add_argument("--learn-steps", type=int, help="of joint learning; as the files say unless given")
     parser.add_argument("--num-heldout", type=int, default=48)
     parser.add_argument("--start", type=int, default=1024, help="first position that counts")
@@ -73,8 +76,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     names = options.rows.split(",")
-    if unknown := set(names) - set(ROWS):
-        raise SystemExit(f"--rows must be of {', '.join(ROWS)}, got {', '.join(sorted(unknown))}")
+    if unknown := {name for name in names if name.partition("/")[0] not in KINDS}:
+        raise SystemExit(f"--rows must be of {', '.join(ROWS)} or rules, got {', '.join(sorted(unknown))}")
     if options.tokens > 20e6:
         raise SystemExit(f"--tokens must be at most 20 M, got {options.tokens:,.0f}")
 
@@ -109,6 +112,7 @@ class Benchmark:
             mode="joint",
             weight_lr=options.joint_rate,
             micro_batch=options.micro_batch,
+            compile=options.compile,
             num_steps=options.learn_steps or source.num_steps,
         )
         seen = self.learning.num_steps * self.learning.sequences_per_step
@@ -120,6 +124,7 @@ class Benchmark:
             sequences_per_step=options.sequences_per_step,
             micro_batch=options.micro_batch,
             learning_rate=options.learning_rate,
+            compile=options.compile,
         )
         needed = self.adapting.num_steps * options.sequences_per_step
         self.text = self.train[unseen] if len(unseen) >= needed else self.train
@@ -178,7 +183,7 @@ class Benchmark:
             "allocation": ["".join("01"[int(full)] for full in layer) for layer in allocation.full_attention],
         }
         compare(self.record["rows"])
-        shown = {k: v for k, v in self.record["rows"][name].items() if k not in ("losses", "allocation")}
+        shown = dict(zip(COLUMNS, cells(name, self.record["rows"][name]), strict=True)) | {"seconds": took}
         print(name, shown, flush=True)
         write_json(self.options.out, self.record)
 
@@ -186,25 +191,30 @@ class Benchmark:
         """What a row of this name trains under, but for the joint one."""
         if name == "dense":
             name = "dense/0"
-        kind, _, sinks = name.partition("/")
+        kind, sinks, *sparsity = name.split("/")
         layout, heads = self.loaded.layout, self.sources["kv_head"]
         shape: dict[str, Any] = {"window": heads.config.window, "num_sink_tokens": int(sinks)}
         shape |= {"native_windows": layout.native_windows}
         learned = {"distilled": heads, "kv_head": heads, "layer": self.sources["layer"]}
         if kind in learned:
             granularity = learned[kind].config.granularity
-            return Allocation(full_attention=learned[kind].full_attention, granularity=granularity, **shape)
-        sparsity = {"dense": 0.0, "all_swa": 1.0}.get(kind, heads.config.sparsity)
+            full = learned[kind].full_attention
+            if sparsity:
+                full = by_methods(f"consa-{granularity}-{sparsity[0]}-seed{self.options.seed}")
+            return Allocation(full_attention=full, granularity=granularity, **shape)
+        shape["sparsity"] = {"dense": 0.0, "all_swa": 1.0}.get(
+            kind, float(*sparsity or [heads.config.sparsity])
+        )
         rule = rules.RULES.get(kind, rules.bottom)
-        return rule(layout.num_layers, layout.num_kv_heads, sparsity=sparsity, granularity="kv_head", **shape)
+        return rule(layout.num_layers, layout.num_kv_heads, granularity="kv_head", **shape)
 
     def measure(self, model: PreTrainedModel, allocation: Allocation | None) -> dict[str, Any]:
         """Held-out loss in nats, and the share of answers found at each length."""
         losses = heldout_losses(model, self.heldout, allocation, batch_size=self.options.micro_batch)
         with attached(model, allocation or self.allocation("dense")):
             found = {length: round(asked.found(model), 4) for length, asked in self.questions.items()}
-        loss = losses[:, self.options.start :].mean(dtype=np.float64)
-        return {"loss": round(float(loss), 5), "retrieval": found}
+        each = losses[:, self.options.start :].mean(1, dtype=np.float64)
+        return {"loss": round(float(each.mean()), 5), "retrieval": found, "losses": each.round(5).tolist()}
 
 
 @dataclass(frozen=True)
@@ -219,8 +229,20 @@ class Source:
         """From the results of benchmarks/allocations.py."""
         record = json.loads((RESULTS / f"allocations-{granularity}.json").read_text())
         (row,) = (row for row in record["rows"] if row["name"] == f"consa/{granularity}/seed{seed}")
-        full = np.array([[head == "1" for head in layer] for layer in row["allocation"]])
-        return cls(full, LearnConfig(**record["settings"] | {"granularity": granularity, "seed": seed}))
+        return cls(
+            mask(row["allocation"]),
+            LearnConfig(**record["settings"] | {"granularity": granularity, "seed": seed}),
+        )
+
+
+def by_methods(name: str) -> np.ndarray:
+    """What benchmarks/methods.py chose, bool `(layers, kv_heads)`."""
+    return mask(json.loads((RESULTS / "methods.json").read_text())["rows"][name]["allocation"])
+
+
+def mask(layers: list[str]) -> np.ndarray:
+    """bool `(layers, kv_heads)` of "0" and "1"."""
+    return np.array([[head == "1" for head in layer] for layer in layers])
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def test_shares_make_one_table_that_costs_what_was_foretold(
     monkeypatch: pytest.MonkeyPatch,
 ):
     benchmark = import_module("methods")
-    chosen = "--methods=middle,random_units,nll_guided,duo_attention,bosch,nested,lazy_layers"
+    chosen = "--methods=consa,middle,random_units,nll_guided,duo_attention,bosch,nested,lazy_layers"
     call("none.json", "--estimate", "--seeds=1", chosen)
     last = capsys.readouterr().out.splitlines()[-1]
     assert not (tmp_path / "none.json").exists()
@@ -93,7 +93,12 @@ def test_shares_make_one_table_that_costs_what_was_foretold(
             assert (row["of_one_run"], row["processes"]) == (len(run), 2)
             assert row["retrieval"].keys() == {str(LENGTH)}
             spent = tuple(row["cost"][f"{direction}_tokens"] for direction in ("forward", "backward"))
-            if choice.method in ("duo_attention", "nll_guided"):  # a question is shorter by up to a sentence
+            if choice.method == "consa":  # its refinement may end early
+                assert spent[0] <= foretold[0] and spent[1] == foretold[1]
+            elif choice.method in (
+                "duo_attention",
+                "nll_guided",
+            ):  # a question is shorter by up to a sentence
                 assert all(0.75 * most <= took <= most for took, most in zip(spent, foretold, strict=True))
             else:
                 assert spent == foretold
@@ -104,7 +109,7 @@ def test_shares_make_one_table_that_costs_what_was_foretold(
         start = page.index(f"Sparsity {sparsity}:") + 4  # after the table's head
         lines = page[start : page.index("", start)]
         medians = [float(line.split("|")[3].strip(" *")) for line in lines]
-        assert len(lines) == 11 and medians == sorted(medians, reverse=True)
+        assert len(lines) == 13 and medians == sorted(medians, reverse=True)
         assert ["**" in line for line in lines] == [value == medians[0] for value in medians]
     assert import_module("results_page").frontier(record).startswith(b"\x89PNG")
 

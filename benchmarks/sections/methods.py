@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import statistics
+from itertools import combinations
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
+from consa.allocation import Allocation
 from consa.evaluation.table import png
 from consa.methods import METHODS
-from sections.text import source, table
+from consa.relations import agreement, depth
+from sections.text import UNITS, source, spread, table
 
 
 def methods(record: dict[str, Any]) -> list[str]:
@@ -19,9 +25,9 @@ def methods(record: dict[str, Any]) -> list[str]:
     )
     processes = sorted({row["processes"] for row in rows})
     page = [
-        "## Every other way to choose an allocation, beside ConSA",
+        f"## Every other way to choose an allocation, beside ConSA: {_model(record)}",
         "",
-        f"SmolLM2-135M-Instruct, weights frozen, window {settings['budget']['window']},"
+        f"Weights frozen, window {settings['budget']['window']},"
         f" {settings['budget']['num_sink_tokens']} sinks, sequences of {settings['seq_len']:,} tokens."
         f" `recovered`: of {settings['num_heldout']} held-out sequences, positions from {settings['start']:,} on, the"
         " median over the seeds, and their range where a method draws. Retrieval: share of"
@@ -40,8 +46,7 @@ def methods(record: dict[str, Any]) -> list[str]:
         " that the needles are hidden in too, a sibling of what the retrieval columns score; no other method sees any"
         " of it.",
         "",
-        "![Quality over KV cache](methods.png)",
-        "",
+        *(["![Quality over KV cache](methods.png)", ""] if settings["model"] == "smollm2-135m" else []),
         *table(
             ["", "loss, nats", "retrieval"],
             [[row["method"], f"{row['loss']:.3f}", _retrieval([row])] for row in ends],
@@ -58,7 +63,7 @@ def methods(record: dict[str, Any]) -> list[str]:
         entries = [_method(group, is_best=_median(group, "recovered") == best) for group in ordered]
         columns = ["method", "unit", "recovered", "range", "retrieval", "seconds", "Mtokens"]
         page += [f"Sparsity {sparsity:g}:", "", *table(columns, entries), ""]
-    return page + _one_run_for_all(rows) + source(record)
+    return page + _one_run_for_all(rows) + _places(rows, settings["budget"]["window"]) + source(record)
 
 
 def needles(record: dict[str, Any]) -> list[str]:
@@ -81,6 +86,48 @@ def needles(record: dict[str, Any]) -> list[str]:
         ),
         "",
         *source(record),
+    ]
+
+
+def _model(record: dict[str, Any]) -> str:
+    name = Path(record["settings"]["model"]).name
+    return MODELS.get(name, f"a model of {name.upper()} parameters from scratch")
+
+
+MODELS = {"smollm2-135m": "SmolLM2-135M-Instruct"}
+
+
+def _places(rows: list[dict[str, Any]], window: int) -> list[str]:
+    """Where ConSA puts full attention, by sparsity and granularity, and whether its seeds agree."""
+    groups: dict[tuple[str, float], list[Allocation]] = {}
+    for row in rows:
+        if row["method"] == "consa":
+            full = np.array([[head == "1" for head in layer] for layer in row["allocation"]])
+            allocation = Allocation(full_attention=full, granularity=row["granularity"], window=window)
+            groups.setdefault((row["granularity"], row["sparsity"]), []).append(allocation)
+    entries = []
+    for (granularity, sparsity), found in sorted(groups.items()):
+        depths = [depth(allocation) for allocation in found]
+        alike = [agreement(*pair).jaccard for pair in combinations(found, 2)]
+        entries.append(
+            [
+                UNITS[granularity],
+                f"{sparsity:g}",
+                len(found),
+                " / ".join(f"{statistics.mean(d.thirds[i] for d in depths):.0%}" for i in range(3)),
+                spread([d.bare for d in depths], ".0f"),
+                f"{spread([d.mean_run for d in depths])} / {statistics.mean(d.expected_run for d in depths):.2f}",
+                spread(alike),
+            ]
+        )
+    columns = ["unit", "sparsity", "seeds", "bottom / middle / top", "bare bottom", "run / by chance"]
+    return [
+        "Where ConSA puts full attention: shares of the FA heads in each third of the layers, mean over the seeds;"
+        " layers at the bottom without FA; mean length of blocks of layers with more FA than average; Jaccard index of the"
+        " FA heads of any two seeds. Medians, lowest and highest in brackets.",
+        "",
+        *table([*columns, "seeds agree"], entries),
+        "",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -13,12 +14,12 @@ def table(columns: list[str], rows: list[list[Any]]) -> list[str]:
     return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
 
 
-def spread(values: list[float | None]) -> str:
+def spread(values: Sequence[float | None], form: str = ".2f") -> str:
     """Median, lowest and highest of what is known."""
     known = [value for value in values if value is not None]
     if not known:
         return ""
-    low, middle, high = (f"{value:.2f}" for value in (min(known), median(known), max(known)))
+    low, middle, high = (format(value, form) for value in (min(known), median(known), max(known)))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
