@@ -5,7 +5,7 @@
 
 TEXT and HELDOUT are JSON lines with `text`, plain or compressed by zstd. `prepare` makes a tokenizer of 16,384 entries
 and, in its tokens, `train.npy`, `heldout.npy` and `needles.npy`, `(num_sequences, seq_len)` uint16. Needles are text
-with numbers hidden in it, some of which are asked for later. `train` mixes one such sequence into every eight, with the
+with numbers hidden in it, some of which are asked for later. `train` mixes one such sequence into every four, with the
 digits of each sequence permuted anew whenever it is seen, so that no number can be learned by heart. The folder it
 writes is one that transformers and consa load; what it measured on the way is in `training.json` there.
 """
@@ -40,10 +40,10 @@ SIZES: dict[str, dict[str, int]] = {  # both with 16 query heads and 8 KV heads 
     "60m": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 14},
 }
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
-NEEDLE_SHARE = 8  # one of so many sequences
+NEEDLE_SHARE = 4  # one of so many sequences
 HIDDEN = 12  # numbers in a sequence of needles
 LEARNING_RATE = {"30m": 1.5e-3, "60m": 1.0e-3}
-WARM_UP_STEPS, MIN_RATE, WEIGHT_DECAY, MAX_NORM = 50, 0.1, 0.1, 1.0
+WARM_UP_STEPS, MIN_RATE, WEIGHT_DECAY, MAX_NORM = 100, 0.1, 0.1, 1.0
 
 
 def main() -> None:
@@ -62,9 +62,9 @@ def main() -> None:
     training.add_argument("prepared", type=Path)
     training.add_argument("--size", choices=list(SIZES), required=True)
     training.add_argument("--tokens", type=float, default=200e6)
-    training.add_argument("--sequences-per-step", type=int, default=64)
+    training.add_argument("--sequences-per-step", type=int, default=16)
     training.add_argument("--micro-batch", type=int, default=16)
-    training.add_argument("--evaluate-every", type=int, default=100, help="steps")
+    training.add_argument("--evaluate-every", type=int, default=250, help="steps")
     training.add_argument("--seed", type=int, default=0)
     for phase in (preparing, training):
         phase.add_argument("--out", type=Path, required=True)

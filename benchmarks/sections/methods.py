@@ -123,8 +123,8 @@ def _places(rows: list[dict[str, Any]], window: int) -> list[str]:
     columns = ["unit", "sparsity", "seeds", "bottom / middle / top", "bare bottom", "run / by chance"]
     return [
         "Where ConSA puts full attention: shares of the FA heads in each third of the layers, mean over the seeds;"
-        " layers at the bottom without FA; mean length of blocks of layers with more FA than average; Jaccard index of the"
-        " FA heads of any two seeds. Medians, lowest and highest in brackets.",
+        " layers at the bottom without FA; mean length of blocks of layers with more FA than average; Jaccard index of"
+        " the FA heads of any two seeds. Medians, lowest and highest in brackets.",
         "",
         *table([*columns, "seeds agree"], entries),
         "",
