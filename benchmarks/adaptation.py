@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import environment, measured_before, print_table, write_json
+from common import environment, measured_before, parser_of, print_table, write_json
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from consa import loop, loss, rules
@@ -53,12 +53,7 @@ KINDS = {row.partition("/")[0] for row in ROWS} | rules.RULES.keys()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--heldout", required=True)
+    parser = parser_of(__doc__, text=True)
     parser.add_argument("--rows", default=",".join(ROWS), help="in the order in which they are measured")
     parser.add_argument("--seed", type=int, default=0, help="of the learned allocations")
     parser.add_argument("--tokens", type=float, default=5.25e6, help="each row's training; 20 M at most")
@@ -68,8 +63,6 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--compile", action="store_true", help="compile the layers that train")
     parser.add_argument("--learn-steps", type=int, help="of joint learning; as the files say unless given")
-    parser.add_argument("--num-heldout", type=int, default=48)
-    parser.add_argument("--start", type=int, default=1024, help="first position that counts")
     parser.add_argument("--lengths", default="4096,8192", help="tokens of the retrieval questions")
     parser.add_argument("--examples", type=int, default=50, help="questions per length")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after that many")

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import environment, gates_alone, overrides, print_table, write_json
+from common import environment, gates_alone, overrides, parser_of, print_table, write_json
 
 from consa import rules
 from consa.allocation import Allocation
@@ -88,12 +88,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--heldout", required=True)
+    parser = parser_of(__doc__, text=True)
     parser.add_argument("--sparsity", default="0.733")
     parser.add_argument("--granularity", default="kv_head,layer")
     parser.add_argument(
@@ -101,8 +96,6 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rules", action="store_true", help="also evaluate every rule")
-    parser.add_argument("--num-heldout", type=int, default=48)
-    parser.add_argument("--start", type=int, default=1024, help="first position that counts")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--name", default="consa", help="prefix of the learned rows")
     parser.add_argument("--out", type=Path, required=True)

@@ -11,7 +11,6 @@ for bit, and is what learning takes. Qwen3-0.6B and Qwen3-1.7B have the heads of
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import environment, print_table, write_json
+from common import environment, parser_of, print_table, write_json
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -153,9 +152,7 @@ def measure(attention: Attention, shape: Shape, batches: int, calls: int, traini
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="fewer batches, no sequences beyond 8,192 tokens"
     )

@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from common import environment, learned_allocations, print_table, write_json
+from common import environment, learned_allocations, parser_of, print_table, write_json
 
 from consa.allocation import Allocation
 from consa.behaviour import measure
@@ -80,9 +80,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", required=True)
     parser.add_argument("--seq-len", type=int, help="fewer tokens of each sequence")

@@ -9,7 +9,6 @@ repeated random sequence and the needles, without causal effects.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import resource
 import time
@@ -17,16 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import environment, print_table, write_json
+from common import environment, parser_of, print_table, write_json
 
 from consa.behaviour import measure
 from consa.model import load_model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", required=True)
     parser.add_argument("--lengths", default="2048,4096,8192")

@@ -1,7 +1,8 @@
-"""What every benchmark records beside its numbers."""
+"""What benchmarks share: options, and what they record beside their numbers."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import platform
@@ -16,6 +17,20 @@ import numpy as np
 from consa.allocation import Allocation
 from consa.files import write_atomically
 from consa.provenance import hardware, versions
+
+
+def parser_of(description: str | None, *, text: bool = False) -> argparse.ArgumentParser:
+    """An empty parser, or one with what every benchmark on text takes."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if text:
+        parser.add_argument("--model", default="smollm2-135m")
+        parser.add_argument("--train", required=True)
+        parser.add_argument("--heldout", required=True)
+        parser.add_argument("--num-heldout", type=int, default=48)
+        parser.add_argument("--start", type=int, default=1024, help="first position that counts")
+    return parser
 
 
 def environment() -> dict[str, Any]:

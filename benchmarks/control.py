@@ -8,12 +8,11 @@ overrides any field of LearnConfig.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import environment, overrides, print_table, write_json
+from common import environment, overrides, parser_of, print_table, write_json
 
 from consa.allocation import num_full_units
 from consa.config import LearnConfig
@@ -33,9 +32,7 @@ COLUMNS = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", default="stdlib")
     parser.add_argument("--targets", default="0.1,0.25,0.5,0.75,0.9,0.95")

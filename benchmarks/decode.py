@@ -12,7 +12,6 @@ sequence.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import environment, print_table, write_json
+from common import environment, parser_of, print_table, write_json
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -223,9 +222,7 @@ def measure(
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--sparsity", type=float, default=0.75)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--sizes", default=SIZES, help="contexts and batches (default: %(default)s)")

@@ -14,7 +14,6 @@ Rows that the file holds are not measured again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -28,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import environment, measured_before, print_table, write_json
+from common import environment, measured_before, parser_of, print_table, write_json
 from learning import QWEN3_06B
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
@@ -78,9 +77,7 @@ def main() -> None:
     if "RANK" in os.environ:
         work()
         return
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--train")
     parser.add_argument("--processes", default="1,2")
     parser.add_argument("--steps", type=int, default=10)

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import environment, print_table, write_json
+from common import environment, parser_of, print_table, write_json
 
 from consa.allocation import Allocation
 from consa.benchmark import Benchmark, benchmark
@@ -27,9 +27,7 @@ COLUMNS = ["allocation", "sparsity", "context", "prefill", "decode", "KV cache",
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rule", choices=list(RULES), default="interleaved")
     parser.add_argument("--sparsity", default="0,0.75")

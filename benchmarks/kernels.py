@@ -12,7 +12,6 @@ count the keys and values that decoding reads. Inputs are random, bf16. Rows are
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import time
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from common import environment, print_table, write_json
+from common import environment, parser_of, print_table, write_json
 from torch import Tensor
 from triton import JITFunction
 from triton.backends.compiler import GPUTarget
@@ -330,9 +329,7 @@ def measure(case: Case, repeats: int, until: float) -> list[list[Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--quick", action="store_true", help='fewer repeats, no "given full"')
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="after so many, time no more (default: no limit)"

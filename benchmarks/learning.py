@@ -12,7 +12,6 @@ included.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import environment, print_table, write_json
+from common import environment, parser_of, print_table, write_json
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
@@ -142,9 +141,7 @@ def peak_of(run: Callable[[], float]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--random", action="store_true", help="random weights, nothing to load")
     parser.add_argument("--steps", type=int, default=60, help="of consa's run")
     parser.add_argument("--out", type=Path)

@@ -7,18 +7,15 @@ A copy of the merged file is a good start for every part, should a later run sha
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
 
-from common import write_json
+from common import parser_of, write_json
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("parts", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import environment, measured_before, overrides, print_table, write_json
+from common import environment, measured_before, overrides, parser_of, print_table, write_json
 
 from consa import rules
 from consa.allocation import Allocation, Granularity
@@ -118,18 +118,11 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--heldout", required=True)
+    parser = parser_of(__doc__, text=True)
     parser.add_argument("--methods", default=",".join(PLAN), help="names of the plan, commas between")
     parser.add_argument("--sparsity", default="0.733,0.5,0.9")
     parser.add_argument("--seeds", type=int, default=3, help="of what draws")
     parser.add_argument("--budget", action="append", default=[], metavar="NAME=VALUE", help="of ChoiceConfig")
-    parser.add_argument("--num-heldout", type=int, default=48)
-    parser.add_argument("--start", type=int, default=1024, help="first position that counts")
     parser.add_argument("--lengths", default="2048,4096,8192", help="tokens of the retrieval questions")
     parser.add_argument("--examples", type=int, default=8, help="questions per length; 0 for none")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after that many")

@@ -7,14 +7,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
-from common import learned_allocations
+from common import learned_allocations, parser_of
 from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports]
 
 from consa.relations import Behaviour
@@ -27,9 +26,7 @@ DRAWN = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--width", type=int, default=1100)
     parser.add_argument("--height", type=int, default=1610)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import environment, print_table, write_json
+from common import environment, parser_of, print_table, write_json
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from consa.allocation import Allocation
@@ -101,9 +101,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--sparsity", type=float, default=0.75)
     parser.add_argument("--context", type=int, default=32768)

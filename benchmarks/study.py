@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import environment, gates_alone, measured_before, print_table, write_json
+from common import environment, gates_alone, measured_before, parser_of, print_table, write_json
 from methods import FORWARD, FORWARD_AND_BACKWARD, shares
 from variants import VARIANTS
 
@@ -123,16 +123,9 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, text=True)
     groups = ",".join([*dict.fromkeys(cell.group for cell in cells()), "methods"])
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--heldout", type=Path, required=True)
     parser.add_argument("--groups", default=groups, help="of cells (default: %(default)s)")
-    parser.add_argument("--num-heldout", type=int, default=48)
-    parser.add_argument("--start", type=int, default=1024, help="first position that counts")
     parser.add_argument("--tokens-at-once", type=int, default=4 * 8192, help="in learning and measuring")
     parser.add_argument("--compile", action="store_true", help="compile the layers that learn")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps, for a trial")
@@ -190,7 +183,7 @@ class Study:
         )
         self.heldout = self.heldout[: options.num_heldout]
         self.train_domains, domains = (
-            path.with_suffix(".domains.txt").read_text().split("\n")[:-1]
+            Path(path).with_suffix(".domains.txt").read_text().split("\n")[:-1]
             for path in (options.train, options.heldout)
         )
         free = ("groups", "seconds", "share", "estimate", "out")
