@@ -156,7 +156,8 @@ def _cut(
     indices: list[int] = []
     num_found = num_documents = num_skipped = longest = 0
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
+    console.quiet = not (progress and console.is_terminal)  # rich < 14.3 ends a disabled bar with a newline
+    with Progress(console=console, transient=True, disable=console.quiet) as bar:
         task = bar.add_task("Tokenising", total=sum(source.size for source in sources))
         documents = (document for source in sources for document in source.read(partial(bar.advance, task)))
         with closing(_tokenize(documents, in_split, encoder)) as tokenised:
