@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from consa import Allocation, HybridCache, attached, rules
-from consa.cache import allocated_bytes
+from consa.cache import allocated_bytes, cache_argument
 from consa.cache_static import StaticHybridLayer
 
 DEVICE = torch.device("cuda")
@@ -106,9 +106,10 @@ def step_of(
     forward: Any = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     token = torch.zeros(batch, 1, dtype=torch.long, device=DEVICE)
     positions = torch.full((batch, 1), position, device=DEVICE)
+    kept: Any = {cache_argument(model): cache}
 
     def step() -> Tensor:
-        out = forward(token, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
+        out = forward(token, position_ids=positions, use_cache=cache is not None, **kept)
         token.copy_(out.logits[:, -1].argmax(-1, keepdim=True))
         positions.add_(1)
         return out.logits

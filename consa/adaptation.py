@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils.peft_utils import check_peft_version
 
 from consa import distributed, loop, loss
 from consa.allocation import Allocation
@@ -125,6 +127,10 @@ def check_lora(model: PreTrainedModel, config: AdaptConfig) -> None:
         return
     if not find_spec("peft"):
         raise ConsaError("method lora needs a package; run: pip install 'consa[lora]'")
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        raise ConsaError(f"method lora: {error}; run: pip install 'peft>={MIN_PEFT_VERSION}'") from error
     names = [name for name, module in model.base_model.named_modules() if isinstance(module, torch.nn.Linear)]
     known = sorted({name.rpartition(".")[2] for name in names})
     for target in words_of(config.lora_targets):

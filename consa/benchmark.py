@@ -21,7 +21,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from consa.attention import interface
-from consa.cache import allocated_bytes
+from consa.cache import allocated_bytes, cache_argument
 from consa.errors import ConsaError
 from consa.files import write_atomically
 from consa.provenance import hardware, versions
@@ -237,7 +237,7 @@ def _measure(model: PreTrainedModel, context: int, batch_size: int, decode_token
     def forward(tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
         _wait(model.device)
         start = time.perf_counter()
-        logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(tokens, **{cache_argument(model): cache}, logits_to_keep=1).logits
         _wait(model.device)
         return logits.argmax(-1), time.perf_counter() - start
 

@@ -6,7 +6,10 @@ model under `consa.attached`.
 
 from __future__ import annotations
 
+import inspect
+
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from consa.allocation import Allocation
@@ -39,6 +42,12 @@ class HybridCache(Cache):
             super().__init__(layers=[dynamic_layer(allocation, layer) for layer in layers])
         else:
             super().__init__(layers=[static_layer(allocation, layer, max_length) for layer in layers])
+
+
+def cache_argument(model: PreTrainedModel | type[PreTrainedModel]) -> str:
+    """The name under which `model` takes a cache: "cache", before transformers 5.24 "past_key_values"."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def allocated_bytes(cache: Cache) -> int:

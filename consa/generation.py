@@ -119,7 +119,7 @@ def generate_texts(
         max_new_tokens: of each, at most.
         sampling: greedy unless given.
         add_special_tokens: those that the tokenizer puts before a text; a chat template has them already.
-        options: for `model.generate`, for instance `past_key_values` or `prefill_chunk_size`.
+        options: for `model.generate`, for instance a cache or `prefill_chunk_size`.
 
     Returns:
         The new texts.

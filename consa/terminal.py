@@ -70,10 +70,10 @@ def fail(message: str, status: int) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch.OutOfMemoryError by name, since torch is not imported here; the CPU's allocator has no class of its own.
-    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(
-        error
-    )
+    # torch.OutOfMemoryError by name, since torch is not imported here; other allocators have no class of their own.
+    said = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    return named or any(text in str(error) for text in said)
 
 
 def _quieten() -> None:

@@ -16,7 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from consa import Allocation
 from consa.attention import interface
 from consa.attention.reference import reference_attention
+from consa.cache import cache_argument
 
+CACHE = cache_argument(transformers.LlamaForCausalLM)
 SHAPE: dict[str, Any] = {
     "num_hidden_layers": 4,
     "num_attention_heads": 6,

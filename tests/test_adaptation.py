@@ -484,6 +484,12 @@ def test_without_peft(monkeypatch: pytest.MonkeyPatch):
         adapt(tiny(), text(), allocation(), changed(method="lora"))
 
 
+def test_peft_too_old_for_transformers(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(adaptation, "MIN_PEFT_VERSION", "999.1")
+    with pytest.raises(ConsaError, match=r"999\.1; run: pip install 'peft>=999\.1'"):
+        adapt(tiny(), text(), allocation(), changed(method="lora"))
+
+
 def test_a_loss_that_is_not_finite_and_no_text():
     model = tiny()
     with torch.no_grad():

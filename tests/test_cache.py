@@ -19,7 +19,7 @@ from consa.attention.plan import Plan
 from consa.attention.reference import reference_attention
 from consa.cache import allocated_bytes
 from consa.cache_layer import GROWTH, STORAGE, HybridLayer
-from tests.models import FAMILIES, allocate, exact, left_padding, tiny, tokens
+from tests.models import CACHE, FAMILIES, allocate, exact, left_padding, tiny, tokens
 
 HEAD_DIM = 8
 
@@ -167,7 +167,7 @@ def in_chunks(model, cache, ids, mask, positions, chunks):
                 ids[:, part],
                 attention_mask=mask[:, :done],
                 position_ids=positions[:, part],
-                past_key_values=cache,
+                **{CACHE: cache},
             ).logits
         )
     return torch.cat(out, 1)
@@ -216,7 +216,7 @@ def test_thousands_of_tokens_past_the_window(family):
 def decode(model, cache, ids, chunks):
     out, done = [], cache.get_seq_length()
     for chunk in chunks:
-        out.append(model(ids[:, done : done + chunk], past_key_values=cache).logits)
+        out.append(model(ids[:, done : done + chunk], **{CACHE: cache}).logits)
         done += chunk
     return torch.cat(out, 1)
 
@@ -261,7 +261,7 @@ def test_crop_of_left_padded_sequences(model):
             ids[:, part],
             attention_mask=mask[:, : part.stop],
             position_ids=positions[:, part],
-            past_key_values=cache,
+            **{CACHE: cache},
         ).logits
 
     with torch.no_grad(), attached(model, allocation):
@@ -306,7 +306,7 @@ def test_sequences_are_selected_reordered_and_repeated(model, max_length):
     more = tokens(6, 12, seed=1)
     with torch.no_grad(), attached(model, allocation):
         cache = HybridCache(allocation, max_length=max_length)
-        model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        model(ids, attention_mask=mask, position_ids=positions, **{CACHE: cache})
         cache.reorder_cache(torch.tensor([1, 2, 0]))
         cache.batch_repeat_interleave(2)  # 1 1 2 2 0 0
         cache.batch_select_indices(torch.tensor([2, 4, 5, 0, 1, 0]))
@@ -318,7 +318,7 @@ def test_sequences_are_selected_reordered_and_repeated(model, max_length):
                 ids[:, column : column + 1],
                 attention_mask=mask[:, : column + 1],
                 position_ids=positions[:, column : column + 1],
-                past_key_values=cache,
+                **{CACHE: cache},
             ).logits
             for column in range(30, 42)
         ]
@@ -404,14 +404,14 @@ def test_gradients_pass_the_first_forward_and_are_refused_after(model):
     allocation = allocate(model)
     with attached(model, allocation):
         cache = HybridCache(allocation)
-        model(tokens(1, 20), past_key_values=cache).logits.sum().backward()
+        model(tokens(1, 20), **{CACHE: cache}).logits.sum().backward()
         gradient = model.model.layers[0].self_attn.k_proj.weight.grad.clone()
         model.zero_grad()
         model(tokens(1, 20), use_cache=False).logits.sum().backward()
         torch.testing.assert_close(gradient, model.model.layers[0].self_attn.k_proj.weight.grad)
         model.zero_grad()
         with pytest.raises(ConsaError, match="no gradient flows through cached keys"):
-            model(tokens(1, 1), past_key_values=cache)
+            model(tokens(1, 1), **{CACHE: cache})
 
 
 def test_what_would_not_be_exact_is_refused(model):
@@ -419,29 +419,29 @@ def test_what_would_not_be_exact_is_refused(model):
     with torch.no_grad(), attached(model, allocation) as plan:
         cache = HybridCache(allocation)
         ids, mask = left_padding(tokens(2, 20), [0, 4])
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **{CACHE: cache})
         with pytest.raises(ConsaError, match="first tokens elsewhere"):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **{CACHE: cache})
         other = torch.ones(2, 21, dtype=torch.long)
         other[1, :3] = 0
         with pytest.raises(ConsaError, match="first tokens elsewhere"):
-            model(ids[:, :1], attention_mask=other, past_key_values=cache)
+            model(ids[:, :1], attention_mask=other, **{CACHE: cache})
         with pytest.raises(ConsaError, match="made for another allocation"):
-            model(ids, past_key_values=HybridCache(allocate(model, window=6)))
+            model(ids, **{CACHE: HybridCache(allocate(model, window=6))})
         z = torch.ones(allocation.num_layers, len(ids), allocation.num_kv_heads)
         with pytest.raises(ConsaError, match="pass use_cache=False"), plan.gated(z, ids.device):
-            model(ids, past_key_values=HybridCache(allocation))
+            model(ids, **{CACHE: HybridCache(allocation)})
         with pytest.raises(ConsaError, match="for 2 KV heads a layer, the model has 3"):
             model(
                 ids,
-                past_key_values=HybridCache(Allocation(full_attention=np.ones((4, 2), bool), window=7)),
+                **{CACHE: HybridCache(Allocation(full_attention=np.ones((4, 2), bool), window=7))},
             )
         with pytest.raises(ConsaError, match="made for 15 tokens, and 20 are needed"):
-            model(ids, past_key_values=HybridCache(allocation, max_length=15))
+            model(ids, **{CACHE: HybridCache(allocation, max_length=15)})
         with pytest.raises(ConsaError, match="made for 20 tokens, and 21 are needed"):
             decode(model, HybridCache(allocation, max_length=20), tokens(1, 21), [20, 1])
         with pytest.raises(ConsaError, match="static cache is not supported"):
-            model(ids, past_key_values=StaticCache(model.config, max_cache_len=30))
+            model(ids, **{CACHE: StaticCache(model.config, max_cache_len=30)})
         with pytest.raises(ConsaError, match="cannot be honoured"):
             model(ids, attention_mask=torch.ones(2, 1, 20, 20, dtype=torch.bool))
 
@@ -455,12 +455,12 @@ def test_decoding_compiles_to_one_graph():
     with torch.no_grad(), attached(model, allocation):
         wanted = model(ids, use_cache=False).logits
         cache = HybridCache(allocation, max_length=64)
-        out = [model(ids[:, :20], past_key_values=cache).logits]
+        out = [model(ids[:, :20], **{CACHE: cache}).logits]
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         with torch._dynamo.config.patch(error_on_recompile=True):
             for column in range(20, 40):
                 position = torch.full((2, 1), column)
                 out.append(
-                    compiled(ids[:, column : column + 1], position_ids=position, past_key_values=cache).logits
+                    compiled(ids[:, column : column + 1], position_ids=position, **{CACHE: cache}).logits
                 )
     torch.testing.assert_close(torch.cat(out, 1), wanted, atol=1e-4, rtol=0)

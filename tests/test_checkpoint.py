@@ -18,7 +18,7 @@ import consa
 from consa import Allocation, ConsaError, attached, convert, load
 from consa.checkpoint import verify
 from consa.errors import InvalidAllocationError
-from tests.models import FAMILIES, allocate, tiny, tokens
+from tests.models import CACHE, FAMILIES, allocate, tiny, tokens
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,7 +71,8 @@ def test_a_fresh_process_computes_the_same_bits(model, folder, tmp_path, how):
         f"ids = torch.load({str(tmp_path / 'in.pt')!r}, weights_only=True)['ids']\n"
         "with torch.no_grad(): logits = model(ids).logits\n"
         "out = model.generate(ids, max_new_tokens=30, do_sample=False, return_dict_in_generate=True)\n"
-        "layers = {type(layer).__name__ for layer in out.past_key_values.layers}\n"
+        f"cache = out.{CACHE}\n"
+        "layers = {type(layer).__name__ for layer in cache.layers}\n"
         "assert layers == {'HybridLayer'}, layers\n"
         "assert not model.training\n"
         f"torch.save({{'logits': logits, 'ids': out.sequences}}, {str(tmp_path / 'out.pt')!r})\n"
@@ -304,7 +305,7 @@ def test_a_plain_checkpoint_needs_no_consa(family, tmp_path):
     torch.testing.assert_close(logits(stock, ids), wanted, atol=1e-4, rtol=0)
     out = stock.generate(ids, max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
     assert torch.equal(out.sequences, sequence)
-    kinds = [type(layer).__name__ for layer in out.past_key_values.layers]
+    kinds = [type(layer).__name__ for layer in getattr(out, CACHE).layers]
     assert kinds == ["DynamicSlidingWindowLayer", *["DynamicLayer"] * 2, "DynamicSlidingWindowLayer"]
     torch.testing.assert_close(logits(load(tmp_path / "out"), ids), wanted, atol=1e-4, rtol=0)
 

@@ -295,6 +295,7 @@ def test_interrupted_and_out_of_memory(monkeypatch: pytest.MonkeyPatch):
         RuntimeError(
             "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
         ),
+        RuntimeError("CUDA error: out of memory"),
         MemoryError(),
     ):
         failing(error)

@@ -18,7 +18,7 @@ from consa.cache_layer import GROWTH, HybridLayer
 from consa.cache_static import StaticHybridLayer
 from consa.generation import Sampling, generate_text, needle
 from consa.model import load_model
-from tests.models import FAMILIES, allocate, exact, left_padding, tiny, tokens
+from tests.models import CACHE, FAMILIES, allocate, exact, left_padding, tiny, tokens
 
 # Without the padding token among the new ones: transformers takes those for padding when it guesses a mask.
 GREEDY = {"max_new_tokens": 45, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [0]}
@@ -71,7 +71,7 @@ def test_a_batch_with_left_padding(hybrid, dense, allocation, options):
     torch.manual_seed(0)
     got = hybrid.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY | options)
     static = "cache_implementation" in options
-    kinds = {type(layer) for layer in got.past_key_values.layers}
+    kinds = {type(layer) for layer in getattr(got, CACHE).layers}
     assert kinds == {StaticHybridLayer if static else HybridLayer}
     reference = {
         key: options[key] for key in options if key not in ("prefill_chunk_size", "cache_implementation")
@@ -93,7 +93,7 @@ def test_every_family_generates_thousands_of_tokens(family):
         out = model.generate(
             ids,
             attention_mask=mask,
-            past_key_values=HybridCache(allocation),
+            **{CACHE: HybridCache(allocation)},
             return_dict_in_generate=True,
             output_logits=True,
             **GREEDY | {"max_new_tokens": 2000},
@@ -136,7 +136,7 @@ def test_a_kept_cache_goes_on_with_the_next_turn(hybrid, dense, allocation, padd
     ids, mask = BATCH if padded else (tokens(2, 22), torch.ones(2, 22, dtype=torch.long))
     cache = HybridCache(allocation, max_length=max_length)
     for turn in range(3):
-        got = hybrid.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+        got = hybrid.generate(ids, attention_mask=mask, **{CACHE: cache}, **GREEDY)
         assert torch.equal(got, wanted(dense, allocation, ids, mask))
         said = tokens(len(got), 9, seed=turn)
         mask = torch.cat([mask, torch.ones(len(got), 45 + 9, dtype=torch.long)], 1)
@@ -147,17 +147,17 @@ def test_a_prompt_kept_in_a_cache_serves_several_continuations(hybrid, dense, al
     prompt = tokens(1, 30)
     cache = HybridCache(allocation)
     with torch.no_grad():
-        hybrid(prompt, past_key_values=cache)
+        hybrid(prompt, **{CACHE: cache})
     for seed in range(2):
         ids = torch.cat([prompt, tokens(1, 6, seed=seed + 5)], 1)
-        got = hybrid.generate(ids, past_key_values=copy.deepcopy(cache), **GREEDY)
+        got = hybrid.generate(ids, **{CACHE: copy.deepcopy(cache)}, **GREEDY)
         assert torch.equal(got, wanted(dense, allocation, ids))
 
 
 def test_a_model_under_attached_takes_the_cache_too(dense, allocation):
     ids, mask = BATCH
     with attached(dense, allocation):
-        got = dense.generate(ids, attention_mask=mask, past_key_values=HybridCache(allocation), **GREEDY)
+        got = dense.generate(ids, attention_mask=mask, **{CACHE: HybridCache(allocation)}, **GREEDY)
     assert torch.equal(got, wanted(dense, allocation, ids, mask))
 
 
@@ -259,7 +259,7 @@ def through(cache, model, ids):
     """Logits of a text in uneven chunks and token by token."""
     out, done = [], 0
     for chunk in CHUNKS_OF_TEXT:
-        out.append(model(ids[:, done : done + chunk], past_key_values=cache).logits)
+        out.append(model(ids[:, done : done + chunk], **{CACHE: cache}).logits)
         done += chunk
     assert done == ids.shape[1]
     return torch.cat(out, 1)
@@ -319,7 +319,7 @@ def test_the_real_model_finds_what_it_finds_without_a_cache(real, real_allocatio
     with torch.no_grad(), exact(real.model, allocation):
         logits = real.model(out.sequences[:, :-1], use_cache=False, logits_to_keep=9).logits
     assert torch.equal(answer, logits.argmax(-1))
-    seen = out.past_key_values.get_seq_length()
+    seen = getattr(out, CACHE).get_seq_length()
     wanted = allocation.kv_cache_bytes(seen, head_dim=64, bytes_per_element=4)
     one_chunk = 2 * 90 * GROWTH * 64 * 4
-    assert seen == ids.shape[1] + 8 and wanted <= allocated_bytes(out.past_key_values) < wanted + one_chunk
+    assert seen == ids.shape[1] + 8 and wanted <= allocated_bytes(getattr(out, CACHE)) < wanted + one_chunk

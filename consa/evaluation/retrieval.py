@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from consa.allocation import Allocation
-from consa.cache import HybridCache
+from consa.cache import HybridCache, cache_argument
 from consa.generation import generate_texts
 from consa.model import LoadedModel, attached
 from consa.retrieval import Example, answered, num_answer_tokens
@@ -38,12 +38,13 @@ def ask(
     with nullcontext() if allocation is None else attached(loaded.model, allocation):
         for start in range(0, len(examples), batch_size):
             batch = examples[start : start + batch_size]
+            cache: Any = {} if allocation is None else {cache_argument(loaded.model): HybridCache(allocation)}
             texts = generate_texts(
                 loaded.model,
                 loaded.tokenizer,
                 [example.prompt for example in batch],
                 max_new_tokens=num_tokens,
-                past_key_values=None if allocation is None else HybridCache(allocation),
+                **cache,
             )
             scores += [answered(example, text) for example, text in zip(batch, texts, strict=True)]
             continuations += texts

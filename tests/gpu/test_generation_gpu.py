@@ -15,7 +15,7 @@ from consa.cache_layer import GROWTH, HybridLayer
 from consa.cache_static import StaticHybridLayer
 from consa.generation import needle
 from consa.model import load_model
-from tests.models import allocate, left_padding, tiny, tokens
+from tests.models import CACHE, allocate, left_padding, tiny, tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,7 +70,7 @@ def test_tokens_are_those_of_the_cpu(on_cpu, on_gpu, options, padded):
     got = on_gpu.generate(
         ids.cuda(), attention_mask=mask.cuda(), return_dict_in_generate=True, **GREEDY | options
     )
-    assert {type(layer) for layer in got.past_key_values.layers} == {HybridLayer}
+    assert {type(layer) for layer in getattr(got, CACHE).layers} == {HybridLayer}
     assert torch.equal(got.sequences.cpu(), wanted)
 
 
@@ -87,7 +87,7 @@ def test_a_static_cache_gives_the_same_tokens_compiled_or_not(on_cpu, on_gpu, pa
             return_dict_in_generate=True,
             **GREEDY,
         )
-        assert {type(layer) for layer in got.past_key_values.layers} == {StaticHybridLayer}
+        assert {type(layer) for layer in getattr(got, CACHE).layers} == {StaticHybridLayer}
         assert torch.equal(got.sequences.cpu(), wanted)
 
 
@@ -99,14 +99,14 @@ def test_decoding_under_cuda_graphs_equals_eager_decoding(on_gpu):
     compiled = torch.compile(on_gpu, mode="reduce-overhead", fullgraph=True)
     for _ in range(2):
         eager = DynamicCache(config=on_gpu.config)
-        on_gpu(ids[:, :20], past_key_values=eager)
-        on_gpu(ids[:, :20], past_key_values=cache)
+        on_gpu(ids[:, :20], **{CACHE: eager})
+        on_gpu(ids[:, :20], **{CACHE: cache})
         for column in range(20, 80):
             options = {"position_ids": torch.full((2, 1), column, device="cuda")}
             token = ids[:, column : column + 1].clone()
-            wanted = on_gpu(token, past_key_values=eager, **options).logits
+            wanted = on_gpu(token, **{CACHE: eager}, **options).logits
             torch.compiler.cudagraph_mark_step_begin()
-            got = compiled(token, past_key_values=cache, **options).logits.clone()
+            got = compiled(token, **{CACHE: cache}, **options).logits.clone()
             torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
         cache.reset()
 
@@ -115,7 +115,7 @@ def test_decoding_under_cuda_graphs_equals_eager_decoding(on_gpu):
 def test_a_layer_goes_to_the_cpu_and_comes_back(on_gpu):
     ids = tokens(2, 60).cuda()
     cache = DynamicCache(config=on_gpu.config)
-    on_gpu(ids[:, :40], past_key_values=cache)
+    on_gpu(ids[:, :40], **{CACHE: cache})
     before = torch.cuda.memory_allocated()
     held = allocated_bytes(cache)
     for layer in cache.layers:
@@ -128,7 +128,7 @@ def test_a_layer_goes_to_the_cpu_and_comes_back(on_gpu):
     assert allocated_bytes(cache) == held
     for layer in cache.layers:
         layer.prefetch()
-    got = on_gpu(ids[:, 40:], past_key_values=cache).logits
+    got = on_gpu(ids[:, 40:], **{CACHE: cache}).logits
     wanted = on_gpu(ids, use_cache=False).logits[:, 40:]
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
 
@@ -140,7 +140,7 @@ def test_allocated_bytes_are_those_of_the_allocation_to_within_a_growth_chunk(fo
     allocation = allocate(tiny())
     cache = DynamicCache(config=model.config)
     for ids in tokens(2, 300).cuda().split([200, 1, 70, 29], dim=1):
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
         wanted = allocation.kv_cache_bytes(
             cache.get_seq_length(), head_dim=8, bytes_per_element=dtype.itemsize, batch_size=2
         )
@@ -164,6 +164,6 @@ def test_the_real_model_answers_as_on_the_cpu(tmp_path: Path):
     for cache in ({}, *CACHES[2:3], {"prefill_chunk_size": 300}, {"cache_implementation": "static"}):
         assert torch.equal(model.generate(ids.cuda(), **options, **cache).cpu(), wanted), cache
     kept = HybridCache(allocation)
-    assert torch.equal(model.generate(ids.cuda(), past_key_values=kept, **options).cpu(), wanted)
+    assert torch.equal(model.generate(ids.cuda(), **{CACHE: kept}, **options).cpu(), wanted)
     held = allocation.kv_cache_bytes(kept.get_seq_length(), head_dim=64, bytes_per_element=4)
     assert held <= allocated_bytes(kept) < held + 2 * 90 * GROWTH * 64 * 4
