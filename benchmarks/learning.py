@@ -7,7 +7,7 @@ run, from gates almost all open to the target sparsity: all of a step, the gates
 loss and backward pass through plain causal attention of the library. "two attentions" computes both branches of all
 heads at every step: causal, and under a dense mask of the window, mixed by the gates. Those two have no optimiser.
 Times are medians over steps for them, the mean over the run for consa; the peak is of memory allocated, weights
-included.
+included. Compiled are the layers, but for attention; then `to dense` is to the dense loop compiled likewise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from common import environment, parser_of, print_table, write_json
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
-from consa import loss
+from consa import loop, loss
 from consa.config import LearnConfig
 from consa.learning import learn
 from consa.model import load_model
@@ -159,11 +159,15 @@ def main() -> None:
         with two_attentions(model, tokens.shape[1]):
             found["two attentions"] = peak_of(partial(stepped, model, tokens, at_once))
         found["consa"] = peak_of(partial(learned, model, tokens, options.steps, at_once))
-        dense = found["dense"][0]
-        rows += [
-            ["SmolLM2-135M", 8192, at_once, name, round(speed), round(speed / dense, 3), round(peak, 2)]
-            for name, (speed, peak) in found.items()
-        ]
+        with loop.prepared(model, compile=True):
+            found["dense, compiled"] = peak_of(partial(stepped, model, tokens, at_once))
+        compiled = partial(learned, model, tokens, options.steps, at_once, compile=True)
+        found["consa, compiled"] = peak_of(compiled)
+        for name, (speed, peak) in found.items():
+            dense = found["dense, compiled" if "compiled" in name else "dense"][0]
+            rows.append(
+                ["SmolLM2-135M", 8192, at_once, name, round(speed), round(speed / dense, 3), round(peak, 2)]
+            )
     del model
     print_table(COLUMNS, rows)
 

@@ -46,7 +46,7 @@ def learning(record: dict[str, Any]) -> list[str]:
         "Forward and backward, bf16, frozen random weights. `dense` is the same loss and backward pass through the"
         " library's causal attention; `two attentions` computes both branches of every head; `consa` is a whole run of"
         f" {record['steps']} steps, from gates almost all open to the target, with deterministic kernels. `at once` is"
-        " the micro-batch.",
+        " the micro-batch. Of `compiled` loops the layers are, but for attention; `to dense` is to the compiled one.",
         "",
         *table(record["columns"], record["rows"]),
         "",
