@@ -1,16 +1,9 @@
-"""Learning: what it learns, that it is exact, repeatable and resumable, and how it fails."""
+"""Learning: what it learns, that it is exact and repeatable, what it leaves behind, and how it fails."""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,56 +13,17 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from consa import Allocation, gates, learning, loop
+from consa import gates, learning, loop
 from consa.attention.plan import Plan
 from consa.attention.reference import reference_attention
-from consa.checkpointing import CHECKPOINT, METRICS
 from consa.config import AdaptConfig, LearnConfig
 from consa.errors import ConsaError
 from consa.learning import learn, target_units, units_of
 from consa.model import attached, attention_layout
 from consa.refinement import _mean_loss
 from tests.compare import assert_close
-from tests.models import tiny, tokens
-
-ROOT = Path(__file__).parent.parent
-QUICK = LearnConfig(
-    sparsity=0.5,
-    window=3,
-    num_sink_tokens=1,
-    seq_len=16,
-    num_steps=6,
-    sequences_per_step=2,
-    gate_lr=0.5,
-    refine_evaluations=0,
-    checkpoint_every=1,
-)
-
-
-@cache
-def text() -> np.ndarray:
-    return tokens(7, 16).numpy().astype(np.uint16)
-
-
-def changed(**changes: Any) -> LearnConfig:
-    return replace(QUICK, **changes)
-
-
-class Interrupted(Exception):
-    pass
-
-
-def at_step(number: int, act: Callable[[], Any]) -> Callable[[dict[str, float]], None]:
-    def on_step(record: dict[str, float]) -> None:
-        if record["step"] == number:
-            act()
-
-    return on_step
-
-
-def interrupt() -> None:
-    raise Interrupted
-
+from tests.learning_case import QUICK, Interrupted, at_step, changed, interrupt, text
+from tests.models import tiny
 
 # What it learns.
 
@@ -413,152 +367,6 @@ def test_joint_mode_trains_every_weight_and_lowers_the_loss():
     assert all(p.grad is None for p in model.parameters())
 
 
-# Killed and started again.
-
-
-def end(folder: Path, config: LearnConfig = QUICK, **options: Any) -> tuple[str, Any, dict[str, Tensor]]:
-    model = tiny()
-    result = learn(model, text(), config, run_dir=folder, **options)
-    return result.allocation.to_json(), result.history, model.state_dict()
-
-
-def assert_same(one: Any, other: Any) -> None:
-    assert one[0] == other[0], "allocations differ"
-    assert one[1] == other[1], "histories differ"
-    assert all(torch.equal(value, other[2][name]) for name, value in one[2].items()), "weights differ"
-
-
-@pytest.mark.parametrize(("mode", "every"), [("frozen", 1), ("frozen", 4), ("joint", 2)])
-def test_goes_on_after_an_exception_at_any_step_bit_for_bit(mode: Any, every: int, tmp_path: Path):
-    config = changed(mode=mode, checkpoint_every=every, refine_evaluations=4, weight_lr=1e-3)
-    wanted = end(tmp_path / "undisturbed", config)
-    assert_same((*wanted[:2], {}), (*end(tmp_path / "undisturbed", config)[:2], {}))
-    steps_done: list[float] = []
-    for number in range(1, config.num_steps + 1):
-        folder = tmp_path / str(number)
-        with pytest.raises(Interrupted):
-            end(folder, config, on_step=at_step(number, interrupt))
-        steps_done.clear()
-        assert_same(end(folder, config, on_step=lambda record: steps_done.append(record["step"])), wanted)
-        assert steps_done[0] == (number - 1) // every * every + 1, "it must go on, not start over"
-        lines = (folder / METRICS).read_text().splitlines()
-        assert [json.loads(line) for line in lines] == wanted[1]
-
-
-def test_a_finished_run_refines_no_more(tmp_path: Path):
-    config = changed(refine_evaluations=4)
-    evaluated: list[Any] = []
-    wanted = end(tmp_path, config, on_exchange=evaluated.append)
-    assert evaluated
-    evaluated.clear()
-    assert_same((*end(tmp_path, config, on_exchange=evaluated.append)[:2], {}), (*wanted[:2], {}))
-    assert not evaluated
-
-
-def test_goes_on_however_often_it_is_interrupted(tmp_path: Path):
-    for number in range(1, QUICK.num_steps + 1):  # one more step each time
-        with pytest.raises(Interrupted):
-            end(tmp_path / "again", on_step=at_step(number, interrupt))
-    assert_same(end(tmp_path / "again"), end(tmp_path / "undisturbed"))
-
-
-def test_goes_on_after_being_killed_while_writing_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    wanted = end(tmp_path / "undisturbed")
-    replace_file, calls = os.replace, 0
-    for last in range(1, 7):
-        calls, folder = 0, tmp_path / str(last)
-
-        def stop(source: Any, target: Any, last: int = last) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == last:
-                raise Interrupted
-            replace_file(source, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", stop)
-            with pytest.raises(Interrupted):
-                end(folder)
-        assert_same(end(folder), wanted)
-
-
-def test_goes_on_after_sigkill_bit_for_bit(tmp_path: Path):
-    code = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from tests.test_learning import QUICK, at_step, end\n"
-        "end(Path(sys.argv[1]), on_step=at_step(4, lambda: os.kill(os.getpid(), signal.SIGKILL)))\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "killed")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert (tmp_path / "killed" / CHECKPOINT).exists()
-    steps: list[float] = []
-    got = end(tmp_path / "killed", on_step=lambda record: steps.append(record["step"]))
-    assert steps == [4, 5, 6]
-    assert_same(got, end(tmp_path / "undisturbed"))
-
-
-@pytest.mark.parametrize(
-    ("config", "sequences", "identity", "difference"),
-    [
-        (changed(seed=1), text(), "a", "config.seed was 0, now 1"),
-        (changed(sparsity=0.75), text(), "a", r"config.sparsity was 0\.5, now 0\.75"),
-        (changed(num_steps=7), text(), "a", "config.num_steps was 6, now 7"),
-        (changed(granularity="layer"), text(), "a", "config.granularity was 'kv_head', now 'layer'"),
-        (changed(mode="joint"), text(), "a", "config.mode was 'frozen', now 'joint'"),
-        (QUICK, text()[::-1], "a", "sequences was"),
-        (QUICK, text()[:6], "a", "sequences was"),
-        (QUICK, text(), "b", "model.model was 'a', now 'b'"),
-        (QUICK, text(), None, "model was"),
-    ],
-)
-def test_another_run_in_the_folder_is_refused(config, sequences, identity, difference, tmp_path: Path):
-    learn(tiny(), text(), QUICK, run_dir=tmp_path, identity={"model": "a"})
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ConsaError, match=difference) as caught:
-        learn(tiny(), sequences, config, run_dir=tmp_path, identity=identity and {"model": identity})
-    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_how_often_to_checkpoint_may_change(tmp_path: Path):
-    with pytest.raises(Interrupted):
-        end(tmp_path / "a", on_step=at_step(3, interrupt))
-    assert_same(end(tmp_path / "a", changed(checkpoint_every=5)), end(tmp_path / "b"))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda content: b"",
-        lambda content: content[:100],
-        lambda content: content[:-1],
-        lambda content: b"\xff" * 64,
-        lambda content: content.replace(b'"step"', b'"stop"'),
-        lambda content: content.replace(b'"step":"6"', b'"step":"x"'),
-    ],
-)
-def test_a_damaged_checkpoint_is_refused(damage: Any, tmp_path: Path):
-    end(tmp_path)
-    path = tmp_path / CHECKPOINT
-    before = path.read_bytes()
-    path.write_bytes(damage(before))
-    assert path.read_bytes() != before
-    with pytest.raises(ConsaError, match=rf"cannot continue from .*{CHECKPOINT}: damaged") as caught:
-        end(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_damaged_metrics_are_refused(tmp_path: Path):
-    end(tmp_path)
-    (tmp_path / METRICS).write_text('{"step": 1\n')
-    with pytest.raises(ConsaError, match=r"cannot continue from .*: damaged"):
-        end(tmp_path)
-
-
 # What goes wrong on the way.
 
 
@@ -583,37 +391,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(value: float, 
     )
     assert steps == [4, 5, 6]
     assert result.history == learn(tiny(), text(), QUICK).history
-
-
-@pytest.mark.parametrize("failing", [1, 2, 5, 6])
-def test_a_full_disk_keeps_the_previous_checkpoint(
-    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    wanted, calls = end(tmp_path / "undisturbed"), 0
-
-    def full(descriptor: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls >= failing:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(ConsaError, match=r"cannot write .*: No space left on device; .*") as caught:
-            end(tmp_path / "full")
-    assert "\n" not in str(caught.value)
-    assert {path.name for path in (tmp_path / "full").iterdir()} <= {CHECKPOINT, METRICS}, (
-        "half a file is left"
-    )
-    steps: list[float] = []
-    assert_same(end(tmp_path / "full", on_step=lambda record: steps.append(record["step"])), wanted)
-    assert steps[0] == (failing - 1) // 2 + 1
-
-
-def test_a_folder_that_is_a_file(tmp_path: Path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConsaError, match=r"cannot write .*file/"):
-        end(tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize("mode", ["frozen", "joint"])
@@ -642,71 +419,3 @@ def test_no_text_is_refused(shape: tuple[int, int]):
         ConsaError, match=rf"no training text: got sequences of shape \({shape[0]}, {shape[1]}\)"
     ):
         learn(tiny(), np.zeros(shape, dtype=np.uint16), QUICK)
-
-
-# Settings.
-
-BAD: dict[str, list[Any]] = {
-    "sparsity": [-0.1, 1.1, float("nan"), float("inf"), "half", None],
-    "granularity": ["head", "", None],
-    "mode": ["freeze", None],
-    "full_heads_per_layer": ["odd"],
-    "tensor_parallel": [0, 1.5],
-    "parallel": ["tensor", "fsdp", None],
-    "window": [0, -1, 2.5, "8", None],
-    "num_sink_tokens": [-1, 0.5],
-    "seq_len": [1, 0, 16.0],
-    "num_steps": [0, -3, 1.5],
-    "sequences_per_step": [0, 2.0],
-    "micro_batch": [0, 3, 8],
-    "seed": [-1, 0.5],
-    "weight_lr": [0, -1e-3, float("nan"), float("inf")],
-    "gate_lr": [0, -1.0, float("nan")],
-    "initial_log_alpha": [-7.0, 4.0, 9.0, float("nan")],
-    "penalty": [0, -1, float("nan"), float("inf")],
-    "multiplier_step": [0, -1, float("inf")],
-    "penalty_growth": [0, -1],
-    "warmup": [-0.1, 1.1, float("nan")],
-    "sharpening": [-1, float("nan"), float("inf")],
-    "sharpening_start": [-0.1, 1.5],
-    "averaged": [0, -0.1, 1.1, float("nan")],
-    "refine_evaluations": [-1, 0.5],
-    "refine_sequences": [0, -1],
-    "checkpoint_every": [0, 2.5],
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values]
-)
-def test_a_bad_setting_is_refused_by_name(name: str, value: Any):
-    with pytest.raises(ConsaError, match=name) as caught:
-        LearnConfig(**{name: value})
-    message = str(caught.value)
-    assert "\n" not in message
-    assert (repr(value) if not isinstance(value, float) else str(value)) in message
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"kv_budget": 10}, {"context": 10}, {"kv_budget": 0, "context": 5}, {"kv_budget": 5, "context": 0}],
-    ids=str,
-)
-def test_budget_and_context_belong_together(options: dict[str, int]):
-    with pytest.raises(ConsaError, match=r"kv_budget|context"):
-        LearnConfig(**options)
-
-
-def test_the_table_of_bad_settings_is_whole():
-    known = {"kv_budget", "context", "log_alpha_min", "log_alpha_max", "activation_checkpointing", "compile"}
-    assert LearnConfig.__dataclass_fields__.keys() == BAD.keys() | known
-    with pytest.raises(TypeError):
-        LearnConfig(0.5)  # type: ignore[misc]
-
-
-def test_the_allocation_says_where_it_comes_from():
-    allocation = learn(tiny(), text(), changed(seed=3), identity={"model": "a", "revision": "b"}).allocation
-    record = allocation.provenance
-    assert (record["model"], record["revision"], record["method"]) == ("a", "b", "consa")
-    assert record["config"]["seed"] == 3 and {"torch", "consa"} <= record["versions"].keys()
-    assert Allocation.from_json(allocation.to_json()) == allocation

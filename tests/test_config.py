@@ -1,0 +1,79 @@
+"""Settings: what is refused, and that what was learned says how."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from consa import Allocation
+from consa.config import LearnConfig
+from consa.errors import ConsaError
+from consa.learning import learn
+from tests.learning_case import changed, text
+from tests.models import tiny
+
+BAD: dict[str, list[Any]] = {
+    "sparsity": [-0.1, 1.1, float("nan"), float("inf"), "half", None],
+    "granularity": ["head", "", None],
+    "mode": ["freeze", None],
+    "full_heads_per_layer": ["odd"],
+    "tensor_parallel": [0, 1.5],
+    "parallel": ["tensor", "fsdp", None],
+    "window": [0, -1, 2.5, "8", None],
+    "num_sink_tokens": [-1, 0.5],
+    "seq_len": [1, 0, 16.0],
+    "num_steps": [0, -3, 1.5],
+    "sequences_per_step": [0, 2.0],
+    "micro_batch": [0, 3, 8],
+    "seed": [-1, 0.5],
+    "weight_lr": [0, -1e-3, float("nan"), float("inf")],
+    "gate_lr": [0, -1.0, float("nan")],
+    "initial_log_alpha": [-7.0, 4.0, 9.0, float("nan")],
+    "penalty": [0, -1, float("nan"), float("inf")],
+    "multiplier_step": [0, -1, float("inf")],
+    "penalty_growth": [0, -1],
+    "warmup": [-0.1, 1.1, float("nan")],
+    "sharpening": [-1, float("nan"), float("inf")],
+    "sharpening_start": [-0.1, 1.5],
+    "averaged": [0, -0.1, 1.1, float("nan")],
+    "refine_evaluations": [-1, 0.5],
+    "refine_sequences": [0, -1],
+    "checkpoint_every": [0, 2.5],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values]
+)
+def test_a_bad_setting_is_refused_by_name(name: str, value: Any):
+    with pytest.raises(ConsaError, match=name) as caught:
+        LearnConfig(**{name: value})
+    message = str(caught.value)
+    assert "\n" not in message
+    assert (repr(value) if not isinstance(value, float) else str(value)) in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kv_budget": 10}, {"context": 10}, {"kv_budget": 0, "context": 5}, {"kv_budget": 5, "context": 0}],
+    ids=str,
+)
+def test_budget_and_context_belong_together(options: dict[str, int]):
+    with pytest.raises(ConsaError, match=r"kv_budget|context"):
+        LearnConfig(**options)
+
+
+def test_the_table_of_bad_settings_is_whole():
+    known = {"kv_budget", "context", "log_alpha_min", "log_alpha_max", "activation_checkpointing", "compile"}
+    assert LearnConfig.__dataclass_fields__.keys() == BAD.keys() | known
+    with pytest.raises(TypeError):
+        LearnConfig(0.5)  # type: ignore[misc]
+
+
+def test_the_allocation_says_where_it_comes_from():
+    allocation = learn(tiny(), text(), changed(seed=3), identity={"model": "a", "revision": "b"}).allocation
+    record = allocation.provenance
+    assert (record["model"], record["revision"], record["method"]) == ("a", "b", "consa")
+    assert record["config"]["seed"] == 3 and {"torch", "consa"} <= record["versions"].keys()
+    assert Allocation.from_json(allocation.to_json()) == allocation
