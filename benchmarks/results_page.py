@@ -11,6 +11,7 @@ from pathlib import Path
 from sections.adaptation import adaptation, distributed
 from sections.allocations import allocations, constraints, control, demo, recovered
 from sections.behaviour import behaviour, behaviour_cost
+from sections.cost import cost
 from sections.methods import frontier, methods, needles
 from sections.speed import attention, decode, inference, learning, serving
 from sections.study import places_figure, study
@@ -31,18 +32,17 @@ def main() -> None:
         "Written by `python benchmarks/results_page.py` from `benchmarks/results/`.",
         "",
     ]
-    for name, render in SECTIONS.items():
-        path = HERE / "results" / f"{name}.json"
-        if path.exists():
-            record = json.loads(path.read_text())
-            sections += render(record)
-            if name in FIGURES:
-                write_atomically(PAGE.parent / f"{name}.png", FIGURES[name](record))
+    paths = {name: HERE / "results" / f"{name}.json" for name in SECTIONS}
+    records = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    for name, record in records.items():
+        sections += SECTIONS[name](record)
+        if name in FIGURES:
+            write_atomically(PAGE.parent / f"{name}.png", FIGURES[name](record))
+    sections += cost({name: records[name] for name in CHOSEN_OR_TRAINED if name in records})
     write_atomically(PAGE, ("\n".join(sections).rstrip() + "\n").encode())
     before, rest = README.read_text().split(BEGIN)
     after = rest.split(END)[1]
-    record = json.loads((HERE / "results" / "demo.json").read_text())
-    table = [*recovered(record), "", *source(record)]
+    table = [*recovered(records["demo"]), "", *source(records["demo"])]
     write_atomically(README, (before + BEGIN + "\n".join(table) + END + after).encode())
 
 
@@ -71,6 +71,10 @@ SECTIONS = {
     "decode-short": decode,
 }
 
+CHOSEN_OR_TRAINED = [
+    *("allocations-kv_head", "allocations-layer", "methods", "methods-30m", "methods-60m", "study"),
+    *("adaptation", "adaptation-long", "adaptation-sparsity"),
+]
 FIGURES = {"methods": frontier, "study": places_figure}
 
 

@@ -124,3 +124,21 @@ def test_shares_make_one_table_that_costs_what_was_foretold(
 def test_what_is_not_in_the_plan_is_refused(call: Any):
     with pytest.raises(SystemExit, match=r"--methods takes some of consa,.*got 'duo'"):
         call("none.json", "--methods=duo")
+
+
+def test_the_cost_of_shared_runs_counts_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    cost = import_module("sections.cost")
+    together = {f"nested-{i}": {"seconds": 90.0, "processes": 3, "of_one_run": 3} for i in range(3)}
+    rows = {"dense": {"loss": 2.0}, "joint": {"seconds": 60.0, "learning_seconds": 30.0}, **together}
+    record = {"rows": rows, "hardware": "NVIDIA H100"}
+    assert cost.gpu_seconds(record) == pytest.approx(120)
+    learned = [
+        {"name": "consa/seed0", "seconds": 60.0},
+        {"name": "consa/seed0, gates alone", "seconds": 60.0},
+    ]
+    records = {"methods": record, "learned": {"rows": learned, "hardware": "NVIDIA H200"}}
+    records["cpu"] = {"rows": learned, "hardware": "AMD EPYC"}
+    page = cost.cost(records)
+    assert "| methods.json | 5 | 2.0 |" in page and "| total |  | 3.0 |" in page
+    assert not any("cpu" in line for line in page)
