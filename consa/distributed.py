@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from consa.errors import ConsaError
-from consa.model import attention_layout
+from consa.model import decoder_layers
 
 PATIENCE = timedelta(hours=2)  # others wait while the main process measures; the launcher notices the dead
 
@@ -153,8 +153,7 @@ def sharded(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         return
     trained = copy.deepcopy(model)
     policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
-    for name in attention_layout(model).names:
-        layer: Any = trained.get_submodule(name.rpartition(".")[0])
+    for layer in decoder_layers(trained):
         fully_shard(layer.float(), mp_policy=policy)
         layer.set_gradient_divide_factor(1.0)  # a sum, as of the gradients that are not sharded
         layer.set_force_sum_reduction_for_comms(True)  # gloo knows no other

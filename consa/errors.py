@@ -8,6 +8,11 @@ class ConsaError(ValueError):
         super().__init__(" ".join(message.splitlines()))  # values that are quoted may hold line breaks
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says first, to be quoted in a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class UnsupportedModelError(ConsaError):
     """A model whose attention consa cannot take over exactly; the message names the model and the reason."""
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from consa import distributed
 from consa.config import AdaptConfig, LearnConfig
-from consa.errors import ConsaError
-from consa.model import attention_layout
+from consa.errors import ConsaError, first_line
+from consa.model import decoder_layers
 
 # What may differ when a run is continued: none of these changes what is computed.
 FREE = {"checkpoint_every", "parallel"}
@@ -64,18 +64,10 @@ def prepared(
         for module in model.modules():  # transformers recomputes only in modules in training mode
             if hasattr(module, "gradient_checkpointing"):
                 module.training = True
-    layers = _layers(model) if compile else []
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward, dynamic=False)
     try:
-        yield
-    except TorchDynamoException as error:
-        raise ConsaError(
-            f"layers cannot be compiled: {str(error).splitlines()[0]}; leave compile out"
-        ) from error
+        with _compiled(decoder_layers(model) if compile else []):
+            yield
     finally:
-        for layer in layers:
-            del layer.forward
         if activation_checkpointing:
             model.gradient_checkpointing_disable()
         model.train(training)
@@ -85,9 +77,22 @@ def prepared(
             parameter.requires_grad_(required)
 
 
-def _layers(model: PreTrainedModel) -> list[Any]:
-    """The decoder layers: what holds an attention layer."""
-    return [model.get_submodule(name.rpartition(".")[0]) for name in attention_layout(model).names]
+@contextmanager
+def _compiled(layers: list[Any]) -> Iterator[None]:
+    """Within the block these modules run compiled; a forward of their own, as hooks give them, is put back."""
+    own = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=False)
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise ConsaError(f"layers cannot be compiled: {first_line(error)}; leave compile out") from error
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
 
 
 class Weights:

@@ -33,7 +33,7 @@ from consa import register  # noqa: F401 (the attention that `attached` sets)
 from consa.allocation import Allocation
 from consa.attention import interface
 from consa.attention.plan import Plan
-from consa.errors import ConsaError, InvalidAllocationError, UnsupportedModelError
+from consa.errors import ConsaError, InvalidAllocationError, UnsupportedModelError, first_line
 from consa.files import cache_dir, sha256_of
 from consa.gguf_header import check_header
 
@@ -85,6 +85,11 @@ class AttentionLayout:
     def shape(self) -> tuple[int, int]:
         """Layers, and KV heads of each, as rules take them."""
         return self.num_layers, self.num_kv_heads
+
+
+def decoder_layers(model: PreTrainedModel) -> list[Any]:
+    """The modules that hold an attention layer each, from the bottom to the top."""
+    return [model.get_submodule(name.rpartition(".")[0]) for name in attention_layout(model).names]
 
 
 @contextmanager
@@ -285,7 +290,7 @@ def load_model(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise ConsaError(f"cannot load model {source!r}: {_first_line(error)}") from error
+        raise ConsaError(f"cannot load model {source!r}: {first_line(error)}") from error
     revision = revision or getattr(config, "_commit_hash", None) or _hash_weights(Path(folder))
     return LoadedModel(model, tokenizer, layout, {"model": source, "revision": revision})
 
@@ -310,7 +315,7 @@ def _inspect_source(source: str) -> tuple[str, str | None, Any, AttentionLayout]
     except Exception as error:
         raise ConsaError(
             f"cannot load model {source!r}: not a folder with a config.json, a .gguf file or a reachable Hugging Face"
-            f" model ({_first_line(error)})"
+            f" model ({first_line(error)})"
         ) from error
     try:
         model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
@@ -371,7 +376,7 @@ def _convert_gguf(path: Path) -> tuple[str, str]:
             f"reading {path.name} needs a package: pip install 'consa[gguf]' ({error})"
         ) from error
     except Exception as error:  # gguf and numpy raise whatever a damaged file leads them to
-        raise ConsaError(f"cannot load {path}: damaged or not a GGUF file ({_first_line(error)})") from error
+        raise ConsaError(f"cannot load {path}: damaged or not a GGUF file ({first_line(error)})") from error
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.mkdtemp(dir=folder.parent)
@@ -408,7 +413,3 @@ def quiet() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(before)
         transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -127,11 +127,25 @@ def test_gradient_does_not_depend_on_how_it_is_computed(change: dict[str, Any]):
 def test_layers_are_compiled_within_a_run_only():
     """Else the test above would compare a run with itself."""
     model, graphs = tiny(), torch._dynamo.utils.counters["stats"]
+    hooked = model.model.layers[0]
+    hooked.forward = kept = partial(hooked.forward)  # as hooks replace it
     torch._dynamo.reset()
     before = graphs["unique_graphs"]
     learn(model, text(), changed(compile=True, num_steps=2, refine_evaluations=1))
     assert graphs["unique_graphs"] > before
-    assert not any("forward" in layer.__dict__ for layer in model.model.layers)
+    assert [layer.__dict__.get("forward") for layer in model.model.layers] == [kept, None, None, None]
+
+
+def test_layers_share_their_graphs(monkeypatch: pytest.MonkeyPatch):
+    """More layers need no more of them: what differs, the attention, is left out."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    found = []
+    for count in (2, 4):  # few enough that the compiler would not give up
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        learn(tiny(num_hidden_layers=count), text(), changed(compile=True, num_steps=2))
+        found.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < found[1] <= found[0]
 
 
 def test_layers_that_do_not_compile_are_one_line(monkeypatch: pytest.MonkeyPatch):
