@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import environment, measured_before, parser_of, print_table, write_json
+from common import digits_of, environment, mask_of, measured_before, parser_of, print_table, write_json
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from consa import loop, loss, rules
@@ -173,10 +173,12 @@ class Benchmark:
             if torch.cuda.is_available()
             else None,
             "losses": [round(record["loss"], 4) for record in history],
-            "allocation": ["".join("01"[int(full)] for full in layer) for layer in allocation.full_attention],
+            "allocation": digits_of(allocation),
         }
         compare(self.record["rows"])
-        shown = dict(zip(COLUMNS, cells(name, self.record["rows"][name]), strict=True)) | {"seconds": took}
+        shown = dict(zip(COLUMNS, cells(name, self.record["rows"][name]), strict=True)) | {
+            "seconds": round(took, 1)
+        }
         print(name, shown, flush=True)
         write_json(self.options.out, self.record)
 
@@ -223,19 +225,14 @@ class Source:
         record = json.loads((RESULTS / f"allocations-{granularity}.json").read_text())
         (row,) = (row for row in record["rows"] if row["name"] == f"consa/{granularity}/seed{seed}")
         return cls(
-            mask(row["allocation"]),
+            mask_of(row["allocation"]),
             LearnConfig(**record["settings"] | {"granularity": granularity, "seed": seed}),
         )
 
 
 def by_methods(name: str) -> np.ndarray:
     """What benchmarks/methods.py chose, bool `(layers, kv_heads)`."""
-    return mask(json.loads((RESULTS / "methods.json").read_text())["rows"][name]["allocation"])
-
-
-def mask(layers: list[str]) -> np.ndarray:
-    """bool `(layers, kv_heads)` of "0" and "1"."""
-    return np.array([[head == "1" for head in layer] for layer in layers])
+    return mask_of(json.loads((RESULTS / "methods.json").read_text())["rows"][name]["allocation"])
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import environment, gates_alone, overrides, parser_of, print_table, write_json
+from common import digits_of, environment, gates_alone, overrides, parser_of, print_table, write_json
 
 from consa import rules
 from consa.allocation import Allocation
@@ -114,7 +114,7 @@ def _row(
         "seconds": round(seconds, 1),
         "expected_sparsity": round(last["expected_sparsity"], 4) if last else None,
         "fractional": round(last["fractional"], 3) if last else None,
-        "allocation": ["".join("01"[int(full)] for full in row) for row in allocation.full_attention],
+        "allocation": digits_of(allocation),
         "scores": None if allocation.scores is None else allocation.scores.round(2).tolist(),
     }
 

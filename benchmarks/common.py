@@ -78,12 +78,22 @@ def overrides(items: list[str]) -> dict[str, Any]:
     return found
 
 
+def digits_of(allocation: Allocation) -> list[str]:
+    """A string of each layer: 1 for a KV head on FA, 0 for one on SWA."""
+    return ["".join("01"[int(full)] for full in layer) for layer in allocation.full_attention]
+
+
+def mask_of(digits: list[str]) -> np.ndarray:
+    """What `digits_of` wrote, bool `(layers, kv_heads)`."""
+    return np.array([[head == "1" for head in layer] for layer in digits])
+
+
 def learned_allocations(record: dict[str, Any]) -> list[Allocation]:
     """What benchmarks/allocations.py recorded as learned, a seed each, after the refinement and with its scores."""
     settings = record["settings"]
     return [
         Allocation(
-            full_attention=np.array([[unit == "1" for unit in layer] for layer in row["allocation"]]),
+            full_attention=mask_of(row["allocation"]),
             granularity=settings["granularity"],
             window=settings["window"],
             num_sink_tokens=settings["num_sink_tokens"],

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import environment, measured_before, overrides, parser_of, print_table, write_json
+from common import digits_of, environment, measured_before, overrides, parser_of, print_table, write_json
 
 from consa import rules
 from consa.allocation import Allocation, Granularity
@@ -254,8 +254,7 @@ class Benchmark:
                 "cost": allocation.provenance.get("cost", {"forward_tokens": 0, "backward_tokens": 0}),
             }
             print(row | measured, flush=True)
-            heads = ["".join("01"[int(full)] for full in layer) for layer in allocation.full_attention]
-            self._write(choice.name, row | measured | {"allocation": heads})
+            self._write(choice.name, row | measured | {"allocation": digits_of(allocation)})
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
         self.rows[name] = row

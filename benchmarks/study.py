@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import environment, gates_alone, measured_before, parser_of, print_table, write_json
+from common import environment, gates_alone, mask_of, measured_before, parser_of, print_table, write_json
 from methods import FORWARD, FORWARD_AND_BACKWARD, shares
 from variants import VARIANTS
 
@@ -242,9 +242,10 @@ class Study:
         for name, row in worth_measuring(record["rows"]).items():
             if f"methods/{name}" in self.rows:
                 continue
-            full = np.array([[head == "1" for head in layer] for layer in row["allocation"]])
             allocation = Allocation(
-                full_attention=full, window=budget["window"], num_sink_tokens=budget["num_sink_tokens"]
+                full_attention=mask_of(row["allocation"]),
+                window=budget["window"],
+                num_sink_tokens=budget["num_sink_tokens"],
             )
             key = str(row["allocation"])
             if key not in measured:

@@ -98,3 +98,16 @@ def test_a_variant_changes_what_is_learned_and_leaves_no_trace(study: Any):
     plain = rows["steps/100"]["allocation"]["scores"]
     assert all(found != plain for found in scores.values())
     assert len({json.dumps(found) for found in scores.values()}) == 4
+
+
+def test_of_rules_only_the_best_are_measured_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    recovered = {"consa": (0.1, 0.1), "middle": (0.2, 0.2), "top": (0.3, 0.0), "bosch": (0.0, 0.0)}
+    rows: dict[str, Any] = {"dense": {"method": "dense"}}
+    for method, values in recovered.items():
+        for granularity, value in zip(("kv_head", "layer"), values, strict=True):
+            row = {"method": method, "granularity": granularity, "sparsity": 0.5, "recovered": value}
+            rows[f"{method}-{granularity}"] = row
+    methods = {f"{method}-{unit}" for method in ("consa", "bosch") for unit in ("kv_head", "layer")}
+    found = import_module("study").worth_measuring(rows)
+    assert found.keys() == methods | {"top-kv_head", "middle-layer"}
