@@ -41,7 +41,7 @@ SIZES: dict[str, dict[str, int]] = {  # both with 16 query heads and 8 KV heads 
 }
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
 NEEDLE_SHARE = 4  # one of so many sequences
-HIDDEN = 12  # numbers in a sequence of needles
+TOKENS_PER_NUMBER = 170  # of a sequence of needles: 24 numbers in 4,096
 LEARNING_RATE = {"30m": 1.5e-3, "60m": 1.0e-3}
 WARM_UP_STEPS, MIN_RATE, WEIGHT_DECAY, MAX_NORM = 100, 0.1, 0.1, 1.0
 
@@ -125,21 +125,21 @@ def sequences(
 def needles(
     documents: Iterator[str], tokenizer: PreTrainedTokenizerFast, seq_len: int, rng: random.Random
 ) -> np.ndarray:
-    """A piece of a document with numbers of things hidden in it and asked for later, `(seq_len,)` uint16.
+    """A piece of a document with numbers of things hidden in it and asked for twice later, `(seq_len,)` uint16.
 
     One in four begins with a question as `consa.retrieval` asks it, in between 512 tokens and all of the sequence.
     """
     words = next(text for text in documents if len(text) > 6 * seq_len)[: 6 * seq_len].split(" ")
     inserted: dict[int, list[str]] = {}
-    for index, thing in enumerate(rng.sample(THINGS, HIDDEN)):
+    for index, thing in enumerate(rng.sample(THINGS, seq_len // TOKENS_PER_NUMBER)):
         number = str(rng.randrange(10**6, 10**7))
         of = f" for {thing}" if index else ""
-        first, later = sorted(rng.sample(range(len(words) // 2), 2))
+        first, *later = sorted(rng.sample(range(2 * len(words) // 5), 3))
         inserted.setdefault(first, []).append(f"The special magic number{of} is {number}.")
-        question = (
-            f"What is the special magic number{of} mentioned in the text? " if rng.random() < 0.5 else ""
-        )
-        inserted.setdefault(later, []).append(f"{question}The special magic number{of} is {number}.")
+        for place in later:
+            asked = f"What is the special magic number{of} mentioned in the text? "
+            question = asked if rng.random() < 0.5 else ""
+            inserted.setdefault(place, []).append(f"{question}The special magic number{of} is {number}.")
     pieces = [piece for place, word in enumerate(words) for piece in (*inserted.get(place, []), word)]
     if rng.random() < 0.25:
         task, length = rng.choice(["single", "multi_key"]), rng.randrange(min(512, seq_len), seq_len + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ TITLES = {
 
 
 def study(record: dict[str, Any]) -> list[str]:
+    record = _in_order(record)
     return [
         "## What moves a learned allocation",
         "",
@@ -44,6 +46,15 @@ def study(record: dict[str, Any]) -> list[str]:
         *_parts(record),
         *source(record),
     ]
+
+
+def _in_order(record: dict[str, Any]) -> dict[str, Any]:
+    """Rows by name, numbers by value: several processes wrote them in any order."""
+
+    def key(name: str) -> list[Any]:
+        return [float(part) if place % 2 else part for place, part in enumerate(re.split(r"([\d.]+)", name))]
+
+    return record | {"rows": {name: record["rows"][name] for name in sorted(record["rows"], key=key)}}
 
 
 def _recovered(record: dict[str, Any], name: str, which: str = "losses", only: str = "") -> float | None:
@@ -66,7 +77,7 @@ def _text(value: float | None, form: str = ".3f") -> str:
 
 
 def _budget(record: dict[str, Any]) -> list[str]:
-    names = sorted((n for n in record["rows"] if n.startswith("steps/")), key=lambda n: int(n.split("/")[1]))
+    names = [name for name in record["rows"] if name.startswith("steps/")]
     rows = [
         [
             f"{record['rows'][name]['tokens'] / 1e6:.2f}",
@@ -78,10 +89,7 @@ def _budget(record: dict[str, Any]) -> list[str]:
         for name in names
     ]
     lengths = [name for name in record["rows"] if name.startswith("length/")]
-    shorter = [
-        f"{name.split('/')[1]} tokens: {_text(_recovered(record, name, GATES))}"
-        for name in sorted(lengths, key=lambda n: int(n.split("/")[1]))
-    ]
+    shorter = [f"{name.split('/')[1]} tokens: {_text(_recovered(record, name, GATES))}" for name in lengths]
     shown = "; ".join([*shorter, f"8192 tokens: {_text(_recovered(record, BASE, GATES))}"])
     return [
         "### How much text is needed",
@@ -258,9 +266,10 @@ def places_figure(record: dict[str, Any]) -> bytes:
     """Recovered over tokens, and the share of each layer's KV heads on FA, a line per cell, as PNG."""
     from matplotlib.figure import Figure
 
+    record = _in_order(record)
     drawing = Figure(figsize=(11, 5.5), layout="constrained")
     left, right = drawing.subplots(1, 2, width_ratios=(1, 1.6))
-    names = sorted((n for n in record["rows"] if n.startswith("steps/")), key=lambda n: int(n.split("/")[1]))
+    names = [name for name in record["rows"] if name.startswith("steps/")]
     tokens = [record["rows"][name]["tokens"] for name in names]
     for which, label, style in (("losses", "refined", "-"), (GATES, "gates alone", "--")):
         values = [_recovered(record, name, which) for name in names]
