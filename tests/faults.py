@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import ctypes
 import datetime
 import errno
 import fcntl
 import io
-import json
 import os
 import re
 import shutil
@@ -36,11 +34,9 @@ from typing import Any
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import matplotlib.figure
-import numpy as np
 import rich.live
 import rich.progress
 import rich.table
-import safetensors
 import torch
 import transformers.models.llama.modeling_llama
 
@@ -49,14 +45,14 @@ import consa.evaluation.suite
 import consa.methods.consa
 import consa.runs
 import consa.sweep
-from consa import Allocation, cli, loss, rules
+from consa import cli, loss, rules
 from consa.provenance import hardware, versions
+from tests.fault_results import broken, results
 from tests.models import save_tiny, write_texts
 
 # Imported here so that no fork has to.
-LOADED = (rich.live, rich.progress, rich.table, transformers.models.llama.modeling_llama)
+LOADED = (rich.live, rich.progress, rich.table, transformers.models.llama.modeling_llama, consa.sweep)
 LIMIT = 120  # seconds for one command: a standstill
-HALF_WRITTEN = "half-written"
 COMMON = ["--seq-len", "96", "--num-heldout", "2", "--device", "cpu"]
 STEPS = ["--num-steps", "4", "--sequences-per-step", "1", "--checkpoint-every", "1"]
 SWEEP = [
@@ -217,72 +213,6 @@ def wait(child: int, limit: float = LIMIT) -> int:
         if time.monotonic() > until:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.002)
-
-
-def results(folder: Path) -> dict[str, bytes]:
-    """All files under final names, without measured seconds."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_dir() or any(part.startswith(".") for part in name.parts):
-            continue
-        content = path.read_bytes()
-        if (
-            path.suffix == ".json"
-            and path.parent.name not in ("cells", "model")
-            and name.name != "consa.json"
-        ):
-            content = json.dumps(_timeless(json.loads(content))).encode()
-        elif path.name == "checkpoint.safetensors":  # in any order, as Rust writes maps
-            with safetensors.safe_open(path, framework="np") as file:
-                tensors = {name: file.get_tensor(name).tobytes() for name in sorted(file.keys())}
-                content = repr((sorted(file.metadata().items()), tensors)).encode()
-        elif path.suffix == ".csv":
-            rows = csv.DictReader(io.StringIO(content.decode()))
-            content = repr([{k: v for k, v in row.items() if k != "seconds"} for row in rows]).encode()
-        elif path.suffix == ".md":
-            content = re.sub(rb" (trained|learned|measured) for \d+ s|\nfor \d+ s", b"", content)
-        found[str(name)] = content
-    return found
-
-
-def _timeless(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _timeless(part) for key, part in value.items() if key != "seconds"}
-    return [_timeless(part) for part in value] if isinstance(value, list) else value
-
-
-def broken(folder: Path) -> str:
-    """The first file under a final name, below a trial's folder, that cannot be read whole; or ""."""
-    for path in sorted(folder.rglob("*")):
-        if any(part.startswith(".") for part in path.relative_to(folder).parts) or path.is_dir():
-            continue
-        try:
-            _read(path)
-        except Exception as error:
-            return f"{HALF_WRITTEN}: {path.relative_to(folder)}: {type(error).__name__}: {error}"
-    return ""
-
-
-def _read(path: Path) -> None:
-    content = path.read_bytes()
-    if path.name == "consa.json":
-        consa.checkpoint.verify(path.parent)
-    elif path.name == "allocation.json" or path.parent.name == "allocations":
-        Allocation.load(path)
-    elif path.suffix == ".json":
-        json.loads(content)
-    elif path.suffix == ".jsonl":
-        assert content.endswith(b"\n") and [json.loads(line) for line in content.splitlines()]
-    elif path.suffix == ".npy":
-        np.load(path)
-    elif path.suffix == ".safetensors":
-        with safetensors.safe_open(path, framework="np") as file:
-            assert [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118 (no mapping)
-    elif path.suffix == ".png":
-        assert content.startswith(b"\x89PNG") and content.endswith(b"IEND\xaeB`\x82")
-    elif path.suffix in (".md", ".csv"):
-        assert content.endswith(b"\n")
 
 
 # Faults. Each yields, trial by trial, why it did not go well, or "".

@@ -443,34 +443,9 @@ def command_line(folder: Path) -> Attempt:
     (folder / "text").write_text("text")
     (folder / "damaged.json").write_text('{"schema": 1')
     group: Any = typer.main.get_command(cli.app)
-    words = [*TEXTS, *map(str, NUMBERS), "2GiB", "1e3", "1.5MiB", "-1", "1,2", "0.5,0.9", "layer", "kv_head"]
-    words += [
-        "allocation.json",
-        "damaged.json",
-        "text",
-        "nowhere",
-        ".",
-        "uniform",
-        "any",
-        "even",
-        "joint",
-        "rules",
-    ]
-    words += [
-        "consa,rules",
-        "frozen",
-        "full",
-        "lora",
-        "hf:a/b",
-        "hf:",
-        "*",
-        "[",
-        "[!]",
-        "a/b",
-        "smollm",
-        "--",
-        "-f",
-    ]
+    common = "2GiB 1e3 1.5MiB -1 1,2 0.5,0.9 layer kv_head uniform any even joint rules consa,rules frozen full lora"
+    paths = "allocation.json damaged.json text nowhere . hf:a/b hf: * [ [!] a/b smollm -- -f"
+    words = [*TEXTS, *map(str, NUMBERS), *common.split(), *paths.split()]
     given = {"--sparsity": "0.5", "--layers": "8", "--kv-heads": "2", "--allocation": "allocation.json"}
     given |= {"--data": "text", "--seq-len": "96", "--window": "8", "--out": "out"}
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import FAULTS, broken
+from tests.fault_results import broken
+from tests.faults import FAULTS
 
 ROOT = Path(__file__).parent.parent
 

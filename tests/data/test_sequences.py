@@ -1,8 +1,9 @@
+"""Text becomes the same sequences of tokens wherever it comes from."""
+
 import json
 import subprocess
 import sys
 import tempfile
-import tracemalloc
 import types
 from pathlib import Path
 
@@ -11,74 +12,18 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from consa import data, documents
 from consa.data import SequenceSet, load_sequences
 from consa.errors import ConsaError
+from tests.text import TEXT, encode, fail, jsonl, numbered
 
-TEXT = (
-    "The quick brown fox jumps over the lazy dog.\nIn the beginning there was a loop:\n"
-    "    for index in range(10):\n        total += index\n\nAnd the loop had an end, and the end was good.\n"
-)
 # Whole words and pieces of them, with line breaks, indents and characters of several bytes.
 TEXTS = st.lists(
     st.sampled_from([*TEXT.split(" "), "\n", "\n\n", "   ", "é", "樹", "🌳", "x"]), max_size=60
 ).map(" ".join)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<s>", "</s>"],
-        show_progress=False,
-    )
-    backend.train_from_iterator([TEXT], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-
-
-@pytest.fixture(scope="module")
-def bos_tokenizer(tokenizer):
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>",
-        special_tokens=[("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)],
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-
-
-@pytest.fixture
-def load(tokenizer, tmp_path):
-    """`load_sequences` of the tiny tokenizer, with its own cache and without a progress bar."""
-
-    def load(source, seq_len=8, *, tokenizer=tokenizer, **options):
-        options = {"cache_dir": tmp_path / "cache", "progress": False, "workers": 2} | options
-        return load_sequences(str(source), tokenizer, seq_len, **options)
-
-    return load
-
-
-def encode(tokenizer, text):
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def jsonl(path, texts, **fields):
-    path.write_text("".join(json.dumps({"text": text, **fields}) + "\n" for text in texts), encoding="utf-8")
-    return path
-
-
-def numbered(count, repeat=4):
-    return [f"Document {number} of {count}.\n" + TEXT * repeat for number in range(count)]
-
-
-def fail(*_, **__):
-    raise AssertionError("the cache was not used")
 
 
 # What comes out.
@@ -376,230 +321,6 @@ def test_hugging_face_dataset(load, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConsaError, match="pip install datasets"):
         load("hf:o/n")
-
-
-# The cache.
-
-
-def test_second_time_comes_from_the_cache_memory_mapped(load, tmp_path, monkeypatch):
-    source = jsonl(tmp_path / "a.jsonl", numbered(5), domain="prose")
-    first = load(source)
-    monkeypatch.setattr(data, "_cut", fail)
-    second = load(source.rename(tmp_path / "moved.jsonl"), workers=1)
-    assert isinstance(second.tokens, np.memmap)
-    assert not second.tokens.flags.writeable
-    assert second.tokens.tolist() == first.tokens.tolist()
-    assert second.documents.tolist() == first.documents.tolist()
-    assert second.documents.dtype == first.documents.dtype == np.int64
-    assert (second.domains, second.num_documents) == (first.domains, first.num_documents)
-    assert second.num_skipped == first.num_skipped
-
-
-def test_anything_that_changes_the_result_changes_the_key(load, bos_tokenizer, tmp_path, monkeypatch):
-    source = jsonl(tmp_path / "a.jsonl", numbered(20), body=TEXT)
-    as_text = tmp_path / "a.txt"
-    as_text.write_bytes(source.read_bytes())
-    without_bos = PreTrainedTokenizerFast(tokenizer_object=bos_tokenizer.backend_tokenizer)
-    load(source)
-    load(source, tokenizer=bos_tokenizer, seq_len=10)
-    monkeypatch.setattr(data, "_cut", fail)
-    load(source)
-    for change in (
-        {"seq_len": 9},
-        {"split": "train"},
-        {"heldout_fraction": 0.3},
-        {"max_tokens": 80},
-        {"text_field": "body"},
-        {"tokenizer": bos_tokenizer},
-        {"tokenizer": without_bos, "seq_len": 10},
-        {"source": as_text},
-        {"source": f"{source},{as_text}"},
-    ):
-        with pytest.raises(AssertionError, match="the cache was not used"):
-            load(**{"source": source} | change)
-    jsonl(source, numbered(21), body=TEXT)
-    with pytest.raises(AssertionError, match="the cache was not used"):
-        load(source)
-
-
-def damage(suffix, change):
-    def apply(cache):
-        (file,) = (cache / "sequences").glob(f"*{suffix}")
-        content = bytearray(file.read_bytes())
-        file.unlink()
-        changed = change(content)
-        if changed is not None:
-            file.write_bytes(changed)
-
-    return apply
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        damage(".npy", lambda content: None),
-        damage(".npy", lambda content: content[: len(content) // 2]),
-        damage(".npy", lambda content: content[:-1] + bytes([content[-1] ^ 1])),
-        damage(".npy", lambda content: b""),
-        damage(".json", lambda content: None),
-        damage(".json", lambda content: content[:-5]),
-        damage(".json", lambda content: content.replace(b'"num_skipped": 0', b'"num_skipped": 7')),
-        damage(".json", lambda content: b"[]"),
-        damage(".json", lambda content: b"\xff"),
-    ],
-)
-def test_damaged_entry_is_rebuilt(load, tmp_path, monkeypatch, damage):
-    source = jsonl(tmp_path / "a.jsonl", numbered(5))
-    first = load(source)
-    expected, skipped = first.tokens.tolist(), first.num_skipped
-    damage(tmp_path / "cache")
-    rebuilt = load(source)
-    assert (rebuilt.tokens.tolist(), rebuilt.num_skipped) == (expected, skipped)
-    monkeypatch.setattr(data, "_cut", fail)
-    assert load(source).tokens.tolist() == expected, "the rebuilt entry should be whole"
-
-
-def test_unwritable_cache_warns_once_and_goes_on(load, tmp_path):
-    source = jsonl(tmp_path / "a.jsonl", numbered(5))
-    expected = load(source).tokens.tolist()
-    (tmp_path / "file").write_text("in the way")
-    with pytest.warns(UserWarning, match="not cached") as warned:
-        result = load(source, cache_dir=tmp_path / "file" / "cache")
-    assert len(warned) == 1
-    assert result.tokens.tolist() == expected
-    assert not result.tokens.flags.writeable
-
-
-def test_a_failed_write_leaves_nothing_that_loads(load, tmp_path, monkeypatch):
-    source = jsonl(tmp_path / "a.jsonl", numbered(5))
-    write = data.write_atomically
-
-    def full_disk(path, content):
-        if path.suffix == ".json":
-            raise ConsaError("no room")
-        write(path, content)
-
-    monkeypatch.setattr(data, "write_atomically", full_disk)
-    with pytest.warns(UserWarning, match="no room"):
-        load(source)
-    monkeypatch.setattr(data, "_cut", fail)
-    with pytest.raises(AssertionError, match="the cache was not used"):
-        load(source)
-
-
-def test_default_cache_is_used(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("CONSA_CACHE", str(tmp_path / "own"))
-    load_sequences(str(jsonl(tmp_path / "a.jsonl", numbered(2))), tokenizer, 8, progress=False)
-    assert len(list((tmp_path / "own" / "sequences").iterdir())) == 2
-
-
-# What a user can get wrong.
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"seq_len": 1}, "seq_len is 1;"),
-        ({"split": "test"}, "split is 'test'; choose one of all, train, heldout"),
-        ({"heldout_fraction": 0.0}, "heldout_fraction is 0.0;"),
-        ({"heldout_fraction": 1.0}, "heldout_fraction is 1.0;"),
-        ({"max_tokens": 7}, "max_tokens is 7; allow at least 8"),
-        ({"max_tokens": 0}, "max_tokens is 0; allow at least 8"),
-        ({"workers": 0}, "workers is 0;"),
-        ({"source": "nowhere.txt"}, r"'nowhere\.txt' names no file;"),
-        ({"source": "no/*.txt"}, r"'no/\*\.txt' names no file;"),
-        ({"source": ""}, "data '' names no file;"),
-        ({"source": "hf:"}, "'hf:' is not of the form"),
-        ({"source": "hf:a:b:c:d"}, "'hf:a:b:c:d' is not of the form"),
-        ({"source": "/dev/null"}, "/dev/null is not a regular file"),
-        ({"seq_len": 10_000}, r"seq_len 10000 is longer than each of the 3 documents .* has \d+ tokens"),
-    ],
-)
-def test_bad_argument(load, tmp_path, options, message):
-    source = jsonl(tmp_path / "a.jsonl", numbered(3))
-    with pytest.raises(ConsaError, match=message) as caught:
-        load(**{"source": source} | options)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"", "holds no text"),
-        ("a.jsonl", b"\n\n", "holds no text"),
-        ("a.jsonl.zst", b"", "holds no text"),
-        ("a.txt", "é".encode("latin-1"), r"a\.txt is not UTF-8 text"),
-        ("a.txt", TEXT.encode("utf-16"), r"a\.txt is not UTF-8 text"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"a\.jsonl:3: not a JSON object"),
-        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1: not a JSON object in UTF-8"),
-        ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1: not a JSON object"),
-        ("a.jsonl", b'{"txt": "a"}\n', r"a\.jsonl:1: no field 'text'"),
-        ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl:1: no field 'text' that is a string"),
-        ("a.jsonl", b'["text"]\n', r"a\.jsonl:1: no field 'text'"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: field 'text' is not valid Unicode"),
-        ("a.txt.zst", zstandard.compress(TEXT.encode())[:-3], r"a\.txt\.zst: the file is cut off"),
-        ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n')[:-3], r"a\.jsonl\.zst: the file is cut off"),
-        ("a.jsonl.zst", b"not compressed", r"cannot decompress .*a\.jsonl\.zst"),
-    ],
-)
-def test_bad_content(load, tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConsaError, match=message) as caught:
-        load(tmp_path / name)
-    assert "\n" not in str(caught.value)
-
-
-def test_empty_folder(load, tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ConsaError, match="empty' names no file;"):
-        load(tmp_path / "empty")
-
-
-def test_unreadable_file(load, tmp_path, monkeypatch):
-    source = jsonl(tmp_path / "a.jsonl", numbered(1))
-
-    def refuse(path, *_):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(documents, "open", refuse, raising=False)  # file modes do not stop a test run as root
-    with pytest.raises(ConsaError, match=rf"cannot read {source}: Permission denied"):
-        load(source)
-
-
-def test_split_without_documents_names_how_many_there_are(load, tmp_path):
-    source = jsonl(tmp_path / "a.jsonl", [TEXT, TEXT])
-    assert load(source).num_documents == 2
-    empty = []
-    for split in ("train", "heldout"):
-        try:
-            load(source, split=split, heldout_fraction=0.5)
-        except ConsaError as error:
-            empty.append((split, str(error)))
-    ((split, message),) = empty
-    assert f"split '{split}' with heldout_fraction 0.5 has none of the 2 documents of" in message
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.zst", "a.jsonl.zst"])
-def test_document_over_the_limit(load, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 2**20)
-    content = bytes(2**20 + 1)
-    (tmp_path / name).write_bytes(zstandard.compress(content) if name.endswith("zst") else content)
-    with pytest.raises(ConsaError, match="more than 1048576 bytes"):
-        load(tmp_path / name)
-
-
-def test_small_compressed_file_cannot_fill_the_memory(load, tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 2**20)
-    bomb = zstandard.compress(bytes(2**29))
-    assert len(bomb) < 2**15
-    (tmp_path / "a.jsonl.zst").write_bytes(bomb)
-    tracemalloc.start()
-    try:
-        with pytest.raises(ConsaError, match=r"a\.jsonl\.zst:1: a line of more than"):
-            load(tmp_path / "a.jsonl.zst")
-        assert tracemalloc.get_traced_memory()[1] < 2**27
-    finally:
-        tracemalloc.stop()
 
 
 def test_import_is_cheap():
