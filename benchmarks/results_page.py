@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sections.adaptation import adaptation, distributed
 from sections.allocations import allocations, constraints, control, demo, recovered
+from sections.answers import answers
 from sections.behaviour import behaviour, behaviour_cost
 from sections.cost import cost
 from sections.methods import frontier, methods, needles
@@ -34,6 +35,7 @@ def main() -> None:
     ]
     paths = {name: HERE / "results" / f"{name}.json" for name in SECTIONS}
     records = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    sections += answers(records)
     for name, record in records.items():
         sections += SECTIONS[name](record)
         if name in FIGURES:

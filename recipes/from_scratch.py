@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -89,6 +88,8 @@ def prepare(options: argparse.Namespace) -> None:
 
 def texts(path: Path) -> Iterator[str]:
     """The documents of a file of JSON lines."""
+    import zstandard  # of which training has no need
+
     with path.open("rb") as file:
         raw = zstandard.ZstdDecompressor().stream_reader(file) if path.suffix == ".zst" else file
         for line in io.TextIOWrapper(raw, encoding="utf-8"):  # pyright: ignore[reportArgumentType]

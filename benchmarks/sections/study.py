@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from consa.allocation import Allocation
-from consa.evaluation.intervals import bootstrap
+from consa.evaluation.intervals import Estimate, bootstrap
 from consa.evaluation.table import png
 from consa.relations import agreement, depth
 from consa.rules import RULES
@@ -29,7 +29,7 @@ TITLES = {
 
 
 def study(record: dict[str, Any]) -> list[str]:
-    record = _in_order(record)
+    record = in_order(record)
     return [
         "## What moves a learned allocation",
         "",
@@ -48,7 +48,7 @@ def study(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _in_order(record: dict[str, Any]) -> dict[str, Any]:
+def in_order(record: dict[str, Any]) -> dict[str, Any]:
     """Rows by name, numbers by value: several processes wrote them in any order."""
 
     def key(name: str) -> list[Any]:
@@ -57,7 +57,7 @@ def _in_order(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"rows": {name: record["rows"][name] for name in sorted(record["rows"], key=key)}}
 
 
-def _recovered(record: dict[str, Any], name: str, which: str = "losses", only: str = "") -> float | None:
+def recovered(record: dict[str, Any], name: str, which: str = "losses", only: str = "") -> float | None:
     """Of a cell, on the held-out sequences of a domain or all."""
     rows = record["rows"]
     if name not in rows:
@@ -82,15 +82,15 @@ def _budget(record: dict[str, Any]) -> list[str]:
         [
             f"{record['rows'][name]['tokens'] / 1e6:.2f}",
             name.split("/")[1],
-            _text(_recovered(record, name, GATES)),
-            _text(_recovered(record, name)),
+            _text(recovered(record, name, GATES)),
+            _text(recovered(record, name)),
             f"{record['rows'][name]['fractional']:.2f}",
         ]
         for name in names
     ]
     lengths = [name for name in record["rows"] if name.startswith("length/")]
-    shorter = [f"{name.split('/')[1]} tokens: {_text(_recovered(record, name, GATES))}" for name in lengths]
-    shown = "; ".join([*shorter, f"8192 tokens: {_text(_recovered(record, BASE, GATES))}"])
+    shorter = [f"{name.split('/')[1]} tokens: {_text(recovered(record, name, GATES))}" for name in lengths]
+    shown = "; ".join([*shorter, f"8192 tokens: {_text(recovered(record, BASE, GATES))}"])
     return [
         "### How much text is needed",
         "",
@@ -112,7 +112,7 @@ def _by_gates(row: dict[str, Any]) -> Allocation:
     return Allocation.from_json(json.dumps(row["allocation"] | {"full_attention": row["gates_allocation"]}))
 
 
-def _located(record: dict[str, Any]) -> dict[str, Allocation]:
+def located(record: dict[str, Any]) -> dict[str, Allocation]:
     """Cells that say where FA lies, by what differs in them, the base first."""
     found = {"base": _by_gates(record["rows"][BASE])}
     for group in PLACES:
@@ -123,21 +123,21 @@ def _located(record: dict[str, Any]) -> dict[str, Allocation]:
 
 
 def _places(record: dict[str, Any]) -> list[str]:
-    located = _located(record)
-    base, rows = located["base"], []
+    cells = located(record)
+    base, rows = cells["base"], []
     names = {
         f"{TITLES[group]} {name.partition('/')[2]}": name
         for group in PLACES
         for name in record["rows"]
         if name.startswith(f"{group}/")
     }
-    for title, allocation in located.items():
+    for title, allocation in cells.items():
         alike, where = agreement(base, allocation), depth(allocation)
         rows.append(
             [
                 title,
                 f"{allocation.sparsity:.3f}",
-                _text(_recovered(record, names.get(title, BASE), GATES)),
+                _text(recovered(record, names.get(title, BASE), GATES)),
                 f"{alike.jaccard:.2f} / {alike.expected_jaccard:.2f}",
                 " / ".join(f"{share:.0%}" for share in where.thirds),
                 f"{where.bare} (p {where.p_bare:.3f})",
@@ -171,8 +171,8 @@ def _domains(record: dict[str, Any]) -> list[str]:
     rows = [
         [
             title,
-            *(_text(_recovered(record, name, GATES, domain)) for domain in domains),
-            _text(_recovered(record, name, GATES)),
+            *(_text(recovered(record, name, GATES, domain)) for domain in domains),
+            _text(recovered(record, name, GATES)),
         ]
         for title, name in [("all", BASE), *((name.partition("/")[2], name) for name in learned)]
     ]
@@ -184,32 +184,42 @@ def _domains(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _parts(record: dict[str, Any]) -> list[str]:
+def _runs_of_parts(record: dict[str, Any]) -> dict[str, list[str]]:
+    """Names of the cells with one part changed, by what changed."""
     runs: dict[str, list[str]] = {"as it is": [BASE, "seed/1", "seed/2"]}
     for name in record["rows"]:
         if name.startswith("part/"):
             runs.setdefault(name.split("/")[1], []).append(name)
     for sinks in ("0", "1", "16"):
         runs[f"{sinks} sinks"] = [f"sinks/{sinks}"]
-    rows = []
-    for title, names in runs.items():
-        measured = [record["rows"][name] for name in names if name in record["rows"]]
-        if measured:
-            away = [
-                row["expected_sparsity"] - row["allocation"]["provenance"]["target_sparsity"]
-                for row in measured
+    measured = {title: [name for name in names if name in record["rows"]] for title, names in runs.items()}
+    return {title: names for title, names in measured.items() if names}
+
+
+def parts(record: dict[str, Any]) -> dict[str, list[float]]:
+    """What the gates alone recover, a number for each seed, by the part that was changed."""
+    return {
+        title: [value for name in names if (value := recovered(record, name, GATES)) is not None]
+        for title, names in _runs_of_parts(record).items()
+    }
+
+
+def _parts(record: dict[str, Any]) -> list[str]:
+    values, rows = parts(record), []
+    for title, names in _runs_of_parts(record).items():
+        measured = [record["rows"][name] for name in names]
+        away = [
+            row["expected_sparsity"] - row["allocation"]["provenance"]["target_sparsity"] for row in measured
+        ]
+        rows.append(
+            [
+                title,
+                len(measured),
+                " ".join(_text(value) for value in values[title]),
+                f"{max(away, key=abs):+.3f}",
+                f"{max(row['fractional'] for row in measured):.2f}",
             ]
-            rows.append(
-                [
-                    title,
-                    len(measured),
-                    " ".join(
-                        _text(_recovered(record, name, GATES)) for name in names if name in record["rows"]
-                    ),
-                    f"{max(away, key=abs):+.3f}",
-                    f"{max(row['fractional'] for row in measured):.2f}",
-                ]
-            )
+        )
     return [
         "### What each part of the algorithm gives",
         "",
@@ -221,14 +231,19 @@ def _parts(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _advantages(record: dict[str, Any]) -> list[str]:
-    """What ConSA gains over the best rule and every other method, and KV heads over layers."""
+def losses_of_methods(record: dict[str, Any]) -> dict[tuple[str, ...], np.ndarray]:
+    """Of each held-out sequence, mean over seeds, by sparsity, granularity and method."""
     losses: dict[tuple[str, ...], list[np.ndarray]] = {}
     for name, row in record["rows"].items():
         if name.startswith("methods/"):
             method, granularity, sparsity, _ = name.removeprefix("methods/").rsplit("-", 3)
             losses.setdefault((sparsity, granularity, method), []).append(np.array(row["losses"]))
-    means = {key: np.mean(found, axis=0) for key, found in losses.items()}
+    return {key: np.mean(found, axis=0) for key, found in losses.items()}
+
+
+def _advantages(record: dict[str, Any]) -> list[str]:
+    """What ConSA gains over the best rule and every other method, and KV heads over layers."""
+    means = losses_of_methods(record)
     rows = []
     for sparsity in sorted({key[0] for key in means}, key=float):
         for unit in ("kv_head", "layer"):
@@ -236,14 +251,14 @@ def _advantages(record: dict[str, Any]) -> list[str]:
             rules = [(s, g, m) for s, g, m in means if (s, g) == (sparsity, unit) and m in RULES]
             if ours is not None and rules:
                 best = min(rules, key=lambda key: float(means[key].mean()))
-                gain = _gain(record, means[best], ours)
-                rows.append([sparsity, UNITS[unit], f"{best[2]}, the best rule", gain])
+                more = gain(record, means[best], ours)
+                rows.append([sparsity, UNITS[unit], f"{best[2]}, the best rule", more])
                 for key, theirs in means.items():
                     if key[:2] == (sparsity, unit) and key[2] not in ("consa", *RULES):
-                        rows.append([sparsity, UNITS[unit], key[2], _gain(record, theirs, ours)])
+                        rows.append([sparsity, UNITS[unit], key[2], gain(record, theirs, ours)])
         heads, layers = (means.get((sparsity, unit, "consa")) for unit in ("kv_head", "layer"))
         if heads is not None and layers is not None:
-            rows.append([sparsity, UNITS["kv_head"], "layers, learned", _gain(record, layers, heads)])
+            rows.append([sparsity, UNITS["kv_head"], "layers, learned", gain(record, layers, heads)])
     if not rows:
         return []
     return [
@@ -256,29 +271,30 @@ def _advantages(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _gain(record: dict[str, Any], theirs: np.ndarray, ours: np.ndarray) -> str:
+def gain(record: dict[str, Any], theirs: np.ndarray, ours: np.ndarray) -> Estimate:
+    """What ours recover more than theirs."""
     ends = (np.array(record["rows"][name]["losses"]) for name in ("all_swa/128/4", "dense"))
     gap = float(np.subtract(*ends).mean())
-    return str(bootstrap((theirs - ours) / gap, np.arange(len(ours))))
+    return bootstrap((theirs - ours) / gap, np.arange(len(ours)))
 
 
 def places_figure(record: dict[str, Any]) -> bytes:
     """Recovered over tokens, and the share of each layer's KV heads on FA, a line per cell, as PNG."""
     from matplotlib.figure import Figure
 
-    record = _in_order(record)
+    record = in_order(record)
     drawing = Figure(figsize=(11, 5.5), layout="constrained")
     left, right = drawing.subplots(1, 2, width_ratios=(1, 1.6))
     names = [name for name in record["rows"] if name.startswith("steps/")]
     tokens = [record["rows"][name]["tokens"] for name in names]
     for which, label, style in (("losses", "refined", "-"), (GATES, "gates alone", "--")):
-        values = [_recovered(record, name, which) for name in names]
+        values = [recovered(record, name, which) for name in names]
         left.plot(tokens, values, style, color="C0", marker="o", markersize=4, label=label)
     left.set(xscale="log", xlabel="tokens of learning", ylabel="recovered")
     left.legend(frameon=False)
-    located = _located(record)
-    shares = np.stack([allocation.full_attention.mean(1) for allocation in located.values()])
+    cells = located(record)
+    shares = np.stack([allocation.full_attention.mean(1) for allocation in cells.values()])
     right.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="none")
-    right.set_yticks(range(len(located)), list(located), fontsize=7)
+    right.set_yticks(range(len(cells)), list(cells), fontsize=7)
     right.set(xlabel="layer", title="share of KV heads on FA")
     return png(drawing)

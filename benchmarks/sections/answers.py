@@ -1,0 +1,260 @@
+"""What the study asks, each answered in a few sentences from the records of the sections below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+
+from consa.evaluation.intervals import Estimate, bootstrap
+from consa.relations import agreement, depth
+from consa.rules import RULES
+from sections.study import BASE, GATES, gain, located, losses_of_methods, parts, recovered
+from sections.text import UNITS
+
+Records = dict[str, dict[str, Any]]
+
+
+def answers(records: Records) -> list[str]:
+    """A paragraph for each question that something was measured for."""
+    if "study" in records:
+        records = records | {"study": in_order(records["study"])}
+    found = [(question, answer(records)) for question, answer in QUESTIONS.items()]
+    paragraphs = [f"**{question}** {' '.join(said)}" for question, said in found if said]
+    if not paragraphs:
+        return []
+    return [
+        "## What the study found",
+        "",
+        "In brief; tables and commands are in the sections below. Intervals are paired, 95 %, over the held-out"
+        " documents. SmolLM2-135M-Instruct with a window of 128 and 4 sinks unless another is named.",
+        "",
+        *(line for paragraph in paragraphs for line in (paragraph, "")),
+    ]
+
+
+def _beats_rules(records: Records) -> list[str]:
+    said, lows = [], []
+    if "study" in records:
+        losses = losses_of_methods(records["study"])
+        for unit in UNITS:
+            gains = {
+                sparsity: gain(records["study"], best, losses[sparsity, unit, "consa"])
+                for sparsity, best in _best_rules(losses, unit).items()
+            }
+            lows += [found.low for found in gains.values()]
+            said.append(f"{UNITS[unit]} recover {_listed(gains)} more than the best rule")
+    if "adaptation-sparsity" in records:
+        trained = _trained(records["adaptation-sparsity"])
+        lows += [found.low for found in trained.values()]
+        if trained:
+            said.append(
+                f"and all trained on as much text, KV heads recover {_listed(trained)} more than the best rule"
+            )
+    if not said:
+        return []
+    verdict = "Yes, at each sparsity measured" if min(lows) > 0 else "Not at each sparsity"
+    return [f"{verdict}. Frozen, {'; '.join(said)}.", *_scales(records)]
+
+
+def _listed(found: dict[str, Any]) -> str:
+    return ", ".join(f"{value} at {sparsity}" for sparsity, value in found.items())
+
+
+def _best_rules(losses: dict[tuple[str, ...], np.ndarray], unit: str) -> dict[str, np.ndarray]:
+    """Losses of the best rule at each sparsity where ConSA was measured too."""
+    best: dict[str, np.ndarray] = {}
+    for (sparsity, of, method), found in losses.items():
+        better = sparsity not in best or found.mean() < best[sparsity].mean()
+        if of == unit and method in RULES and better and (sparsity, unit, "consa") in losses:
+            best[sparsity] = found
+    return dict(sorted(best.items(), key=lambda item: float(item[0])))
+
+
+def _trained(record: dict[str, Any]) -> dict[str, Estimate]:
+    """What learned KV heads recover more than the best rule after equal training, by sparsity."""
+    rows = record["rows"]
+    gap = rows["all_swa/4"]["before"]["loss"] - rows["dense"]["after"]["loss"]
+    found = {}
+    for name in rows:
+        if name.startswith("kv_head/4/"):
+            sparsity = name.rpartition("/")[2]
+            of_rules = [
+                row
+                for other, row in rows.items()
+                if other.split("/")[0] in RULES and other.endswith(name[7:])
+            ]
+            if of_rules:
+                best = min(of_rules, key=lambda row: row["after"]["loss"])
+                more = np.subtract(best["after"]["losses"], rows[name]["after"]["losses"]) / gap
+                found[sparsity] = bootstrap(more, np.arange(len(more)))
+    return found
+
+
+def _scales(records: Records) -> list[str]:
+    """The same of the models trained from scratch."""
+    said = []
+    for size in ("30m", "60m"):
+        rows = records.get(f"methods-{size}", {"rows": {}})["rows"].values()
+        for unit in UNITS:
+            gains = {}
+            for sparsity in sorted({row["sparsity"] for row in rows if row.get("method") == "consa"}):
+                own = [
+                    row for row in rows if (row.get("sparsity"), row.get("granularity")) == (sparsity, unit)
+                ]
+                ours = median(row["recovered"] for row in own if row["method"] == "consa")
+                theirs = max(row["recovered"] for row in own if row["method"] in RULES)
+                gains[f"{sparsity:g}"] = f"{ours - theirs:+.3f}"
+            if gains:
+                said.append(f"the model of {size.upper()}, {UNITS[unit]}: {_listed(gains)}")
+    return [f"Trained from scratch, against the best rule: {'; '.join(said)}."] if said else []
+
+
+def _heads_against_layers(records: Records) -> list[str]:
+    if "study" not in records:
+        return []
+    losses = losses_of_methods(records["study"])
+    gains = {
+        sparsity: gain(records["study"], found, losses[sparsity, "kv_head", "consa"])
+        for (sparsity, unit, method), found in sorted(losses.items(), key=lambda item: float(item[0][0]))
+        if (unit, method) == ("layer", "consa") and (sparsity, "kv_head", "consa") in losses
+    }
+    if not gains:
+        return []
+    means = [found.mean for found in gains.values()]
+    verdict = "Yes" if all(found.low > 0 for found in gains.values()) else "Not everywhere"
+    grows = "grows" if means == sorted(means) else "does not grow steadily"
+    return [
+        f"{verdict}: KV heads recover {_listed(gains)} more than layers. The margin {grows} with sparsity."
+    ]
+
+
+def _places(records: Records) -> list[str]:
+    if "study" not in records:
+        return []
+    cells = located(records["study"])
+    base = cells.pop("base")
+    said = []
+    for title in ("window of", "sinks:", "text:", "sequences of", "seed"):
+        alike = {name: agreement(base, other) for name, other in cells.items() if name.startswith(title)}
+        if alike:
+            numbers = ", ".join(
+                f"{name.removeprefix(title).strip()} {a.jaccard:.2f}" for name, a in alike.items()
+            )
+            said.append(f"{title.rstrip(':').removesuffix(' of')} ({numbers})")
+    chance = agreement(base, base).expected_jaccard
+    thirds = {
+        name.rpartition("-")[2]: " / ".join(f"{share:.0%}" for share in depth(allocation).thirds)
+        for name, allocation in cells.items()
+        if name.startswith("target kv_head")
+    }
+    return [
+        f"It depends on the sparsity: the bottom, middle and top third of the layers hold {_listed(thirds)} of the FA"
+        " heads. What moves it, as the Jaccard index of FA heads with those of the base settings"
+        f" ({chance:.2f} by chance): {'; '.join(said)}."
+    ]
+
+
+def _behaviour(records: Records) -> list[str]:
+    if "behaviour" not in records:
+        return []
+    said = []
+    for found in records["behaviour"]["sets"]:
+        aucs = {name.replace("_", " "): median(values["auc"]) for name, values in found["measures"].items()}
+        first, second, *_ = sorted(aucs, key=lambda name: -abs(aucs[name] - 0.5))
+        said.append(
+            f"of {UNITS[found['granularity']]}, {first} (AUC {aucs[first]:.2f}), then {second} ({aucs[second]:.2f})"
+        )
+    return [f"Best {'; '.join(said)}."]
+
+
+def _text(records: Records) -> list[str]:
+    if "study" not in records:
+        return []
+    record = records["study"]
+    runs = {
+        row["tokens"]: (recovered(record, name, GATES), recovered(record, name))
+        for name, row in record["rows"].items()
+        if name.startswith("steps/")
+    }
+    most = max(runs)
+    enough = min(
+        tokens for tokens, (_, refined) in runs.items() if (runs[most][1] or 0) - (refined or 0) < 0.02
+    )
+    shorter = recovered(record, "length/4096", GATES)
+    said = [
+        f"{enough / 1e6:.1f} M tokens, refined, come within 0.02 of the {runs[most][1]:.3f} that"
+        f" {most / 1e6:.0f} M give; {min(runs) / 1e6:.1f} M give {runs[min(runs)][1]:.3f}."
+    ]
+    if shorter is not None:
+        holds = "holds" if shorter > (recovered(record, BASE, GATES) or 0) - 0.02 else "does not hold"
+        said.append(
+            f"What is learned on 4,096 tokens {holds} at 8,192: {shorter:.3f} against"
+            f" {recovered(record, BASE, GATES):.3f} learned there, gates alone."
+        )
+    return said
+
+
+def _parts(records: Records) -> list[str]:
+    if "study" not in records:
+        return []
+    found = parts(records["study"])
+    base = found.pop("as it is", None)
+    if not base or not found:
+        return []
+    less = {title: mean(values) - mean(base) for title, values in found.items()}
+    order = sorted(less, key=lambda title: less[title])
+    noise = max(base) - min(base)
+    return [
+        f"Recovered by gates alone against the {mean(base):.3f} of all parts as they are, whose seeds lie {noise:.3f}"
+        f" apart: {', '.join(f'{title} {less[title]:+.3f}' for title in order)}."
+    ]
+
+
+def _peers(records: Records) -> list[str]:
+    if "study" not in records:
+        return []
+    losses, said, lows = losses_of_methods(records["study"]), [], []
+    for method in ("duo_attention", "prulong", "nll_guided", "bosch", "greedy"):
+        gains = {
+            sparsity: gain(records["study"], found, losses[sparsity, "kv_head", "consa"])
+            for (sparsity, unit, of), found in sorted(losses.items(), key=lambda item: float(item[0][0]))
+            if (unit, of) == ("kv_head", method) and (sparsity, "kv_head", "consa") in losses
+        }
+        if gains:
+            lows += [found.low for found in gains.values()]
+            said.append(f"{method} {_listed({s: f'{found.mean:.3f}' for s, found in gains.items()})}")
+    if not said:
+        return []
+    verdict = "ahead of each" if min(lows) > 0 else "not ahead of each"
+    return [f"With KV heads, ConSA is {verdict}; it recovers more than {'; than '.join(said)}."]
+
+
+def _constraints(records: Records) -> list[str]:
+    said = []
+    for name in ("constraints", "constraints-30m", "constraints-60m"):
+        rows = {row["name"].split("/")[-1]: row for row in records.get(name, {"rows": []})["rows"]}
+        rows = {key: row for key, row in rows.items() if "gates alone" not in row["name"]}
+        free = next((row for key, row in rows.items() if key.startswith("seed")), None)
+        for key, row in rows.items():
+            if free and row is not free:
+                of = "" if name == "constraints" else f"the model of {name.partition('-')[2].upper()}, "
+                said.append(
+                    f"{of}{key} at sparsity {row['sparsity']:g}: {row['recovered'] - free['recovered']:+.3f}"
+                    f" (from {free['recovered']:.3f})"
+                )
+    return [f"Recovered, against free choice: {'; '.join(said)}."] if said else []
+
+
+QUESTIONS: dict[str, Callable[[Records], list[str]]] = {
+    "Do learned allocations beat every rule?": _beats_rules,
+    "Do KV heads beat layers, and does the margin grow with sparsity?": _heads_against_layers,
+    "Where do FA and SWA land, and is it stable?": _places,
+    "Which attention behaviour predicts the decision?": _behaviour,
+    "How much text is needed, and do short sequences do?": _text,
+    "What does each part of the algorithm give?": _parts,
+    "Is ConSA ahead of other methods at equal cost?": _peers,
+    "What do constraints for serving cost?": _constraints,
+}
