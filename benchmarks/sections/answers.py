@@ -11,7 +11,7 @@ import numpy as np
 from consa.evaluation.intervals import Estimate, bootstrap
 from consa.relations import agreement, depth
 from consa.rules import RULES
-from sections.study import BASE, GATES, gain, located, losses_of_methods, parts, recovered
+from sections.study import BASE, GATES, gain, in_order, located, losses_of_methods, parts, recovered
 from sections.text import UNITS
 
 Records = dict[str, dict[str, Any]]
