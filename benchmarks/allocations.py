@@ -56,7 +56,8 @@ def main() -> None:
         print(
             {key: value for key, value in rows[-1].items() if key not in ("allocation", "scores")}, flush=True
         )
-        record = {"settings": asdict(config), "dense": float(ends["dense"][1][:, options.start :].mean())}
+        record: dict[str, Any] = {"model": options.model, "settings": asdict(config)}
+        record["dense"] = float(ends["dense"][1][:, options.start :].mean())
         record["all_swa"] = float(ends["all_swa"][1][:, options.start :].mean())
         record["start"] = options.start
         write_json(options.out, environment() | record | {"heldout_sequences": len(heldout), "rows": rows})

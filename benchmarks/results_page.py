@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sections.adaptation import adaptation, distributed
+from sections.adaptation import adaptation, distributed, from_scratch
 from sections.allocations import allocations, constraints, control, demo, recovered
 from sections.answers import answers
 from sections.behaviour import behaviour, behaviour_cost
@@ -57,9 +57,13 @@ SECTIONS = {
     "adaptation-sparsity": adaptation,
     "distributed": distributed,
     "constraints": constraints,
+    "constraints-30m": constraints,
+    "constraints-60m": constraints,
     "control": control,
     "methods": methods,
     "needles": needles,
+    "training-30m": from_scratch,
+    "training-60m": from_scratch,
     "methods-30m": methods,
     "methods-60m": methods,
     "study": study,

@@ -13,10 +13,13 @@ writes is one that transformers and consa load; what it measured on the way is i
 from __future__ import annotations
 
 import argparse
+import datetime
 import io
 import json
 import math
 import random
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from itertools import count
@@ -29,6 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from consa.provenance import hardware, versions
 from consa.retrieval import THINGS, examples
 
 VOCABULARY = 16_384
@@ -169,7 +173,15 @@ def train(options: argparse.Namespace) -> None:
     )
     stream = batches(text, hidden, tokenizer, options)
     asked = questions(tokenizer, text.shape[1])
-    record: dict[str, Any] = {"parameters": model.num_parameters(), "steps": num_steps, "measured": []}
+    record: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "recipes.from_scratch", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "parameters": model.num_parameters(),
+        "steps": num_steps,
+        "measured": [],
+    }
     began = time.perf_counter()
     for step in range(num_steps):
         for group in optimizer.param_groups:

@@ -63,6 +63,21 @@ def adaptation(record: dict[str, Any]) -> list[str]:
     return lines + _joint(record) + source(record)
 
 
+def from_scratch(record: dict[str, Any]) -> list[str]:
+    columns = ["step", "tokens", "loss", "heldout_loss", "needles", "seconds"]
+    rows = [[row[name] for name in columns] for row in record["measured"]]
+    return [
+        f"## A model of {record['parameters'] / 1e6:.0f} M parameters from scratch",
+        "",
+        "Full attention, 16 query heads on 8 KV heads a layer, sequences of 4,096 tokens, one of four with numbers"
+        " hidden in it (recipes/from_scratch.py). `needles` are the shares of 20 single needles found at 4,096 tokens.",
+        "",
+        *table([name.replace("_", " ") for name in columns], rows),
+        "",
+        *source(record),
+    ]
+
+
 ADAPTED = {
     "dense": "dense",
     "all_swa": "all-SWA",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from sections.text import UNITS, source, table
+from sections.text import UNITS, model_of, source, table
 
 
 def recovered(record: dict[str, Any]) -> list[str]:
@@ -84,14 +84,13 @@ def allocations(record: dict[str, Any]) -> list[str]:
 def constraints(record: dict[str, Any]) -> list[str]:
     settings, rows = record["settings"], record["rows"]
     return [
-        "## The price of a constraint for serving",
+        f"## The price of a constraint for serving: {model_of(record.get('model', 'smollm2-135m'))}",
         "",
-        f"SmolLM2-135M-Instruct, weights frozen, KV heads, window {settings['window']},"
-        f" {settings['num_sink_tokens']} sinks; {settings['num_steps']} steps of {settings['sequences_per_step']}"
-        f" sequences of {settings['seq_len']:,} tokens of Python's standard library, one of each file (its own file of"
-        f" tokens, not that of the other sections); {record['heldout_sequences']} held-out sequences, positions"
-        f" from {record['start']:,} on: dense {record['dense']:.3f}, all-SWA {record['all_swa']:.3f} nats."
-        " `uniform` has as many FA heads in every layer; a layer has three KV heads here, so `even` has no meaning.",
+        f"Weights frozen, KV heads, window {settings['window']}, {settings['num_sink_tokens']} sinks;"
+        f" {settings['num_steps']} steps of {settings['sequences_per_step']} sequences of {settings['seq_len']:,}"
+        f" tokens; {record['heldout_sequences']} held-out sequences, positions from {record['start']:,} on: dense"
+        f" {record['dense']:.3f}, all-SWA {record['all_swa']:.3f} nats. `uniform` has as many FA heads in every layer,"
+        " `even` an even number; with three KV heads to a layer `even` has no meaning.",
         "",
         *table(
             ["learned", "sparsity", "loss", "recovered"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from itertools import combinations
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -14,7 +13,7 @@ from consa.allocation import Allocation
 from consa.evaluation.table import png
 from consa.methods import METHODS
 from consa.relations import agreement, depth
-from sections.text import UNITS, source, spread, table
+from sections.text import UNITS, model_of, source, spread, table
 
 
 def methods(record: dict[str, Any]) -> list[str]:
@@ -25,7 +24,7 @@ def methods(record: dict[str, Any]) -> list[str]:
     )
     processes = sorted({row["processes"] for row in rows})
     page = [
-        f"## Every other way to choose an allocation, beside ConSA: {_model(record)}",
+        f"## Every other way to choose an allocation, beside ConSA: {model_of(settings['model'])}",
         "",
         f"Weights frozen, window {settings['budget']['window']},"
         f" {settings['budget']['num_sink_tokens']} sinks, sequences of {settings['seq_len']:,} tokens."
@@ -87,14 +86,6 @@ def needles(record: dict[str, Any]) -> list[str]:
         "",
         *source(record),
     ]
-
-
-def _model(record: dict[str, Any]) -> str:
-    name = Path(record["settings"]["model"]).name
-    return MODELS.get(name, f"a model of {name.upper()} parameters from scratch")
-
-
-MODELS = {"smollm2-135m": "SmolLM2-135M-Instruct"}
 
 
 def _places(rows: list[dict[str, Any]], window: int) -> list[str]:

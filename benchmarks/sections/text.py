@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+MODELS = {"smollm2-135m": "SmolLM2-135M-Instruct"}
 UNITS = {"kv_head": "KV heads", "layer": "layers"}
 
 
 def table(columns: list[str], rows: list[list[Any]]) -> list[str]:
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
     return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
+
+
+def model_of(name: str) -> str:
+    """A model in words, of its name or its folder."""
+    name = Path(name).name
+    return MODELS.get(name, f"a model of {name.upper()} parameters from scratch")
 
 
 def spread(values: Sequence[float | None], form: str = ".2f") -> str:
