@@ -76,6 +76,7 @@ def cells() -> list[Cell]:
         config = short | {"seq_len": seq_len, "sequences_per_step": 4 * 8192 // seq_len}
         found.append(Cell("length", str(seq_len), config))
     found += [Cell("seed", str(seed), short | {"seed": seed}) for seed in (1, 2)]
+    shorter = {"seq_len": 2048, "sequences_per_step": 16}
     parts: dict[str, tuple[dict[str, Any], str]] = {
         "two multipliers": ({}, "two_multipliers"),
         "sampled sparsity": ({}, "sampled_sparsity"),
@@ -89,6 +90,9 @@ def cells() -> list[Cell]:
         "gate lr 0.3": ({"gate_lr": 0.3}, ""),
         "1 draw a step": ({"sequences_per_step": 1, "num_steps": 400}, ""),
         "16 draws a step": ({"sequences_per_step": 16, "num_steps": 25}, ""),
+        "16 draws of 2,048 tokens": (shorter, ""),
+        "16 draws of 2,048 tokens, 200 steps": (shorter | {"num_steps": 200}, ""),
+        "32 draws of 1,024 tokens": ({"seq_len": 1024, "sequences_per_step": 32}, ""),
     }
     for seed in (0, 1):
         for name, (config, variant) in parts.items():

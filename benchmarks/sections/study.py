@@ -52,7 +52,10 @@ def in_order(record: dict[str, Any]) -> dict[str, Any]:
     """Rows by name, numbers by value: several processes wrote them in any order."""
 
     def key(name: str) -> list[Any]:
-        return [float(part) if place % 2 else part for place, part in enumerate(re.split(r"([\d.]+)", name))]
+        return [
+            float(part) if place % 2 else part
+            for place, part in enumerate(re.split(r"(\d+(?:\.\d+)?)", name))
+        ]
 
     return record | {"rows": {name: record["rows"][name] for name in sorted(record["rows"], key=key)}}
 
