@@ -82,7 +82,7 @@ def main() -> None:
                 name = f"{options.name}/{granularity}/seed{config.seed}"
                 name += "" if constraint == "any" else f"/{constraint}"
                 add(name, result.allocation, seconds, result.history)
-                if config.refine_evaluations:
+                if config.refine_evaluations and constraint == "any":
                     add(f"{name}, gates alone", gates_alone(result.allocation), seconds, result.history)
     columns = ["name", "sparsity", "loss", "recovered", "seconds", "expected_sparsity", "fractional"]
     print_table(columns, [[row[column] for column in columns] for row in rows])

@@ -86,7 +86,11 @@ def _compiled(layers: list[Any]) -> Iterator[None]:
     try:
         yield
     except TorchDynamoException as error:
-        raise ConsaError(f"layers cannot be compiled: {first_line(error)}; leave compile out") from error
+        cause = getattr(error, "inner_exception", None) or error
+        raise ConsaError(
+            f"layers cannot be compiled: {first_line(cause)}; leave compile out, which on a CPU needs g++ and torch in"
+            " a path without spaces"
+        ) from error
     finally:
         for layer, forward in zip(layers, own, strict=True):
             if forward is None:

@@ -31,6 +31,7 @@ from consa.errors import ConsaError
 from consa.model import attached
 from consa.runs import run_adaptation
 from tests.compare import Elements, assert_close
+from tests.compiler import needs_compiler
 from tests.models import allocate, exact, tiny, tokens
 
 ROOT = Path(__file__).parent.parent
@@ -97,8 +98,12 @@ def plain_loss(model: PreTrainedModel, teacher: PreTrainedModel, config: AdaptCo
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(
     "change",
-    [{}, {"micro_batch": 2}, {"activation_checkpointing": True}, {"compile": True}],
-    ids=["", "batch", "checkpointing", "compile"],
+    [
+        pytest.param({}, id=""),
+        pytest.param({"micro_batch": 2}, id="batch"),
+        pytest.param({"activation_checkpointing": True}, id="checkpointing"),
+        pytest.param({"compile": True}, id="compile", marks=needs_compiler),
+    ],
 )
 def test_first_update_is_that_of_the_formula(objective: str, change: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(loss, "CHUNK_TOKENS", 5)

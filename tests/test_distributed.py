@@ -17,6 +17,7 @@ from consa.checkpointing import METRICS
 from consa.config import AdaptConfig, LearnConfig, RunConfig
 from consa.errors import ConsaError
 from tests.compare import assert_close
+from tests.compiler import COMPILES, needs_compiler
 from tests.distributed_job import job
 from tests.models import allocate, tiny
 
@@ -26,13 +27,14 @@ LEARN = {"sparsity": 0.5, "window": 3, "num_sink_tokens": 1, "num_steps": 6, "se
 LEARN |= {"gate_lr": 0.5, "refine_evaluations": 4, "refine_sequences": 3, "checkpoint_every": 2}
 
 
+COMPILED = "fsdp-compiled"
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "frozen": ("learn", LEARN),
     "layers": ("learn", LEARN | {"granularity": "layer", "micro_batch": 2}),
     "joint": ("learn", LEARN | {"mode": "joint", "weight_lr": 1e-3}),
     "joint-fsdp": ("learn", LEARN | {"mode": "joint", "weight_lr": 1e-3, "parallel": "fsdp"}),
     "adapt": ("adapt", ADAPT),
-    "fsdp-compiled": ("adapt", ADAPT | {"parallel": "fsdp", "compile": True}),
+    COMPILED: ("adapt", ADAPT | {"parallel": "fsdp", "compile": True}),
     "lora": ("adapt", ADAPT | {"method": "lora", "distillation": 1.0}),
     "fsdp": ("adapt", ADAPT | {"parallel": "fsdp", "distillation": 1.0, "activation_checkpointing": True}),
 }
@@ -66,7 +68,11 @@ def results(out: Path | str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes made of every job."""
     folder = tmp_path_factory.mktemp("two")
-    jobs = [{"verb": v, "settings": s, "out": str(folder / name)} for name, (v, s) in JOBS.items()]
+    jobs = [
+        {"verb": verb, "settings": settings, "out": str(folder / name)}
+        for name, (verb, settings) in JOBS.items()
+        if name != COMPILED or COMPILES
+    ]
     done = launch(*jobs, {**BFLOAT16, "out": str(folder / "bfloat16")})
     assert done.returncode == 0, done.stderr
     return folder
@@ -80,7 +86,9 @@ def assert_alike(one: Any, other: Any, verb: str) -> None:
         assert_close(value, other[1][name], 1e-3, name)
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_compiler if name == COMPILED else ()) for name in JOBS]
+)
 def test_two_processes_do_what_one_does(name: str, two: Path, tmp_path: Path):
     verb, settings = JOBS[name]
     job(verb, settings, str(tmp_path / "one"))
