@@ -13,7 +13,7 @@ from sections.allocations import allocations, constraints, control, demo, recove
 from sections.answers import answers
 from sections.behaviour import behaviour, behaviour_cost
 from sections.cost import cost
-from sections.methods import frontier, methods, needles
+from sections.methods import frontier, methods, needles, rerun
 from sections.speed import attention, decode, inference, learning, serving
 from sections.study import places_figure, study
 from sections.text import source
@@ -61,6 +61,7 @@ SECTIONS = {
     "constraints-60m": constraints,
     "control": control,
     "methods": methods,
+    "rerun": rerun,
     "needles": needles,
     "training-30m": from_scratch,
     "training-60m": from_scratch,

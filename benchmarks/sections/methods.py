@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from itertools import combinations
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -83,6 +85,33 @@ def needles(record: dict[str, Any]) -> list[str]:
                 for line in lines
             ],
         ),
+        "",
+        *source(record),
+    ]
+
+
+def rerun(record: dict[str, Any]) -> list[str]:
+    """Cells that were run once more on another day, beside what they had given."""
+    before = json.loads((Path(__file__).parents[1] / "results" / "methods.json").read_text())["rows"]
+    again = {name: row for name, row in record["rows"].items() if "recovered" in row}
+    entries = [
+        [
+            name,
+            *(f"{rows[name]['recovered']:.4f}" for rows in (before, again)),
+            f"{row['recovered'] - before[name]['recovered']:+.4f}",
+            sum(
+                one != other
+                for one, other in zip(
+                    "".join(row["allocation"]), "".join(before[name]["allocation"]), strict=True
+                )
+            ),
+        ]
+        for name, row in again.items()
+    ]
+    return [
+        "### Run again",
+        "",
+        *table(["cell", "recovered", "again", "difference", "KV heads decided otherwise"], entries),
         "",
         *source(record),
     ]
