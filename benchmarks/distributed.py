@@ -192,9 +192,8 @@ def run(case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         "seq_len": case.seq_len,
         "num_steps": settings["steps"],
         "sequences_per_step": settings["tokens_per_step"] // case.seq_len,
-        "micro_batch": 4
-        if case.model.startswith("smollm")
-        else 1,  # enough for a GPU not to wait for its CPU
+        # A small model with one sequence at once makes a GPU wait for its CPU.
+        "micro_batch": 4 if case.model.startswith("smollm") else 1,
         "activation_checkpointing": case.model.startswith("qwen"),
         "parallel": case.parallel,
         "checkpoint_every": 2,

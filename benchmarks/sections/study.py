@@ -244,6 +244,12 @@ def losses_of_methods(record: dict[str, Any]) -> dict[tuple[str, ...], np.ndarra
     return {key: np.mean(found, axis=0) for key, found in losses.items()}
 
 
+def best_rule(losses: dict[tuple[str, ...], np.ndarray], sparsity: str, unit: str) -> tuple[str, ...] | None:
+    """Which of the keys is that of the rule with the least loss, if one was measured."""
+    rules = [key for key in losses if key[:2] == (sparsity, unit) and key[2] in RULES]
+    return min(rules, key=lambda key: float(losses[key].mean())) if rules else None
+
+
 def _advantages(record: dict[str, Any]) -> list[str]:
     """What ConSA gains over the best rule and every other method, and KV heads over layers."""
     means = losses_of_methods(record)
@@ -251,9 +257,8 @@ def _advantages(record: dict[str, Any]) -> list[str]:
     for sparsity in sorted({key[0] for key in means}, key=float):
         for unit in ("kv_head", "layer"):
             ours = means.get((sparsity, unit, "consa"))
-            rules = [(s, g, m) for s, g, m in means if (s, g) == (sparsity, unit) and m in RULES]
-            if ours is not None and rules:
-                best = min(rules, key=lambda key: float(means[key].mean()))
+            best = best_rule(means, sparsity, unit)
+            if ours is not None and best:
                 more = gain(record, means[best], ours)
                 rows.append([sparsity, UNITS[unit], f"{best[2]}, the best rule", more])
                 for key, theirs in means.items():
