@@ -5,9 +5,9 @@
 
 TEXT and HELDOUT are JSON lines with `text`, plain or compressed by zstd. `prepare` makes a tokenizer of 16,384 entries
 and, in its tokens, `train.npy`, `heldout.npy` and `needles.npy`, `(num_sequences, seq_len)` uint16. Needles are text
-with numbers hidden in it, some of which are asked for later. `train` mixes one such sequence into every four, with the
-digits of each sequence permuted anew whenever it is seen, so that no number can be learned by heart. The folder it
-writes is one that transformers and consa load; what it measured on the way is in `training.json` there.
+with numbers hidden in it, each of which comes back twice, asked for or not. `train` mixes one such sequence into every
+four, with the digits of each sequence permuted anew whenever it is seen, so that no number can be learned by heart. The
+folder it writes is one that transformers and consa load; what it measured on the way is in `training.json` there.
 """
 
 from __future__ import annotations

@@ -445,25 +445,6 @@ def test_the_command(where: RunConfig, tmp_path: Path):
 # Bad input.
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"method": "qlora"}, "method must be one of full, lora, got 'qlora'"),
-        ({"cross_entropy": 0.0}, "all 0; give one of them a weight"),
-        ({"distillation": -1.0}, r"distillation must be a number >= 0, got -1\.0"),
-        ({"learning_rate": 0.0}, r"learning_rate must be a positive number, got 0\.0"),
-        ({"warmup": 1.5}, r"warmup must be a share in \[0, 1\], got 1\.5"),
-        ({"num_steps": 0}, "num_steps must be an integer >= 1, got 0"),
-        ({"micro_batch": 3}, r"micro_batch must divide sequences_per_step \(2\), got 3"),
-        ({"method": "lora", "parallel": "fsdp"}, "parallel must be ddp with method lora"),
-        ({"lora_targets": " , "}, "lora_targets must name linear layers, got ' , '"),
-    ],
-)
-def test_settings_are_checked(changes: dict[str, Any], named: str):
-    with pytest.raises(ConsaError, match=named):
-        changed(**changes)
-
-
 @pytest.mark.parametrize("target", ["query_key_value", "lm_head"])
 def test_lora_on_a_model_without_such_layers(target: str):
     model = tiny()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from consa import Allocation
-from consa.config import LearnConfig
+from consa.config import AdaptConfig, LearnConfig
 from consa.errors import ConsaError
 from consa.learning import learn
 from tests.learning_case import changed, text
@@ -69,6 +69,25 @@ def test_the_table_of_bad_settings_is_whole():
     assert LearnConfig.__dataclass_fields__.keys() == BAD.keys() | known
     with pytest.raises(TypeError):
         LearnConfig(0.5)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"method": "qlora"}, "method must be one of full, lora, got 'qlora'"),
+        ({"cross_entropy": 0.0}, "all 0; give one of them a weight"),
+        ({"distillation": -1.0}, r"distillation must be a number >= 0, got -1\.0"),
+        ({"learning_rate": 0.0}, r"learning_rate must be a positive number, got 0\.0"),
+        ({"warmup": 1.5}, r"warmup must be a share in \[0, 1\], got 1\.5"),
+        ({"num_steps": 0}, "num_steps must be an integer >= 1, got 0"),
+        ({"micro_batch": 3}, r"micro_batch must divide sequences_per_step \(2\), got 3"),
+        ({"method": "lora", "parallel": "fsdp"}, "parallel must be ddp with method lora"),
+        ({"lora_targets": " , "}, "lora_targets must name linear layers, got ' , '"),
+    ],
+)
+def test_a_bad_setting_of_adaptation_is_refused_by_name(changes: dict[str, Any], named: str):
+    with pytest.raises(ConsaError, match=named):
+        AdaptConfig(**{"sequences_per_step": 2} | changes)
 
 
 def test_the_allocation_says_where_it_comes_from():
