@@ -5,10 +5,11 @@
 TRAIN and HELDOUT are tokens, int `(num_sequences, seq_len)`. The learned allocations are those of `--seed` in
 benchmarks/results/allocations-kv_head.json and -layer.json, of 4 sinks. A row's name ends in the sinks that it is
 trained and measured with; then in the sparsity, where another than theirs is wanted: `kv_head/4/0.9` is what ConSA
-learned in benchmarks/results/methods.json, `interleaved/4/0.9` a rule. Every row trains all weights of the same model
-by `adapt`, on the same sequences in the same order: those of TRAIN that learning, whose settings the files hold, has
-not seen, or all if those are too few. `joint` learns its gates and weights together on the text that the others learned
-their gates on, and then trains on with its mask, on as much text as they.
+learned in benchmarks/results/methods.json, `interleaved/4/0.9` a rule of KV heads and `interleaved_layer/4/0.9` of
+layers. Every row trains all weights of the same model by `adapt`, on the same sequences in the same order: those of
+TRAIN that learning, whose settings the files hold, has not seen, or all if those are too few. `joint` learns its gates
+and weights together on the text that the others learned their gates on, and then trains on with its mask, on as much
+text as they.
 
 Losses are of the held-out sequences, from `--start` on, before and after the training. `recovered` is the share of the
 gap that a row closes from all-SWA, with the row's sinks, to the dense model: as both were, before the training; after
@@ -49,7 +50,9 @@ ROWS = [
     *("dense", "kv_head/4", "all_swa/4", "kv_head/0", "layer/4", "interleaved/4", "middle/4", "joint/4"),
     *("all_swa/0", "distilled/4", "layer/0", "interleaved/0", "middle/0"),
 ]
-KINDS = {row.partition("/")[0] for row in ROWS} | rules.RULES.keys()
+KINDS = (
+    {row.partition("/")[0] for row in ROWS} | rules.RULES.keys() | {f"{rule}_layer" for rule in rules.RULES}
+)
 
 
 def main() -> None:
@@ -200,8 +203,9 @@ class Benchmark:
         shape["sparsity"] = {"dense": 0.0, "all_swa": 1.0}.get(
             kind, float(*sparsity or [heads.config.sparsity])
         )
-        rule = rules.RULES.get(kind, rules.bottom)
-        return rule(layout.num_layers, layout.num_kv_heads, granularity="kv_head", **shape)
+        granularity = "layer" if kind.endswith("_layer") else "kv_head"
+        rule = rules.RULES.get(kind.removesuffix("_layer"), rules.bottom)
+        return rule(layout.num_layers, layout.num_kv_heads, granularity=granularity, **shape)
 
     def measure(self, model: PreTrainedModel, allocation: Allocation | None) -> dict[str, Any]:
         """Held-out loss in nats, and the share of answers found at each length."""

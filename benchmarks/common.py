@@ -6,6 +6,7 @@ import argparse
 import datetime
 import json
 import platform
+import re
 import shlex
 import sys
 from dataclasses import replace
@@ -34,9 +35,9 @@ def parser_of(description: str | None, *, text: bool = False) -> argparse.Argume
 
 
 def environment() -> dict[str, Any]:
-    """The command, hardware, versions and date of this run."""
+    """The command, hardware, versions and date of this run; when it was to stop is no part of what it measures."""
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": re.sub(r" --seconds[ =]\S+", "", shlex.join(["python", *sys.argv])),
         "hardware": hardware(),
         "machine": platform.machine(),
         "date": datetime.date.today().isoformat(),

@@ -56,7 +56,7 @@ class Case:
 
     model: str
     seq_len: int
-    verb: str  # learn or adapt
+    verb: str  # learn, joint learn or adapt
     parallel: str
     kill: int | None = None  # the step at which the last process dies
     folder: str | None = None  # to go on from
@@ -69,7 +69,7 @@ class Case:
 
 def cases(toy: bool) -> list[Case]:
     shapes = [("tiny", 64)] if toy else [("qwen3-0.6b", 8192), ("smollm2-135m", 8192), ("qwen3-0.6b", 32768)]
-    verbs = [("learn", "ddp"), ("adapt", "ddp"), ("adapt", "fsdp")]
+    verbs = [("learn", "ddp"), ("joint learn", "fsdp"), ("adapt", "ddp"), ("adapt", "fsdp")]
     return [Case(*shape, *verb) for shape in shapes for verb in verbs]
 
 
@@ -150,9 +150,9 @@ def killed(number: int, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
 def table(rows: dict[str, dict[str, Any]]) -> list[list[Any]]:
     """The rows, each beside that of one process."""
     lines = []
-    for key, row in rows.items():
-        name, _, number = key.rpartition(" @")
-        one = rows.get(f"{name} @1")
+    keys = (key.rpartition(" @") for key in rows)
+    for name, _, number in sorted(keys, key=lambda key: (key[0], int(key[2]))):
+        row, one = rows[f"{name} @{number}"], rows.get(f"{name} @1")
         speed_up = one and round(row["tokens_per_second"] / one["tokens_per_second"] / int(number), 3)
         same = one and ("yes" if row["allocation"] == one["allocation"] else "NO")
         apart = one and largest_difference(row["losses"], one["losses"])
@@ -188,12 +188,13 @@ def run(case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         if record["step"] == case.kill and distributed.rank() == distributed.world_size() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    small = case.model.startswith("smollm")
     common: dict[str, Any] = {
         "seq_len": case.seq_len,
-        "num_steps": settings["steps"],
+        "num_steps": settings["steps"] * (4 if small else 1),  # its steps are short
         "sequences_per_step": settings["tokens_per_step"] // case.seq_len,
         # A small model with one sequence at once makes a GPU wait for its CPU.
-        "micro_batch": 4 if case.model.startswith("smollm") else 1,
+        "micro_batch": 4 if small else 1,
         "activation_checkpointing": case.model.startswith("qwen"),
         "parallel": case.parallel,
         "checkpoint_every": 2,
@@ -206,8 +207,9 @@ def run(case: Case, settings: dict[str, Any]) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    if case.verb == "learn":
-        config = LearnConfig(**common, sparsity=0.733, window=window, refine_evaluations=4)
+    if case.verb != "adapt":
+        joint: dict[str, Any] = {"mode": "joint", "weight_lr": 1e-4} if case.verb == "joint learn" else {}
+        config = LearnConfig(**common, **joint, sparsity=0.733, window=window, refine_evaluations=4)
         result = learn(model, text, config, **options)
         allocation, history = result.allocation, result.history
     else:
@@ -240,11 +242,11 @@ def made(case: Case, settings: dict[str, Any]) -> tuple[PreTrainedModel, np.ndar
         return model, np.load(settings["train"], mmap_mode="r", allow_pickle=False)
     torch.manual_seed(0)
     config = LlamaConfig(**TINY) if case.model == "tiny" else Qwen3Config(**QWEN3_06B)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    if torch.cuda.is_available():
-        model = model.to("cuda", torch.bfloat16)
+    on_gpu = torch.cuda.is_available()
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32)
     text = np.random.default_rng(0).integers(0, config.vocab_size, (32, case.seq_len))
-    return model, text
+    return model.eval(), text
 
 
 if __name__ == "__main__":

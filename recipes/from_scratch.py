@@ -5,9 +5,10 @@
 
 TEXT and HELDOUT are JSON lines with `text`, plain or compressed by zstd. `prepare` makes a tokenizer of 16,384 entries
 and, in its tokens, `train.npy`, `heldout.npy` and `needles.npy`, `(num_sequences, seq_len)` uint16. Needles are text
-with numbers hidden in it, each of which comes back twice, asked for or not. `train` mixes one such sequence into every
-four, with the digits of each sequence permuted anew whenever it is seen, so that no number can be learned by heart. The
-folder it writes is one that transformers and consa load; what it measured on the way is in `training.json` there.
+with numbers hidden in it, from one that comes back all the time to 24 that come back twice, asked for or not. `train`
+mixes one such sequence into every four, with the digits of each sequence permuted anew whenever it is seen, so that no
+number can be learned by heart. The folder it writes is one that transformers and consa load; what it measured on the
+way is in `training.json` there.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ SIZES: dict[str, dict[str, int]] = {  # both with 16 query heads and 8 KV heads 
 }
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
 NEEDLE_SHARE = 4  # one of so many sequences
-TOKENS_PER_NUMBER = 170  # of a sequence of needles: 24 numbers in 4,096
+TOKENS_PER_MENTION = 56  # of a sequence of needles: 72 in 4,096
 LEARNING_RATE = {"30m": 1.5e-3, "60m": 1.0e-3}
 WARM_UP_STEPS, MIN_RATE, WEIGHT_DECAY, MAX_NORM = 100, 0.1, 0.1, 1.0
 
@@ -130,16 +131,18 @@ def sequences(
 def needles(
     documents: Iterator[str], tokenizer: PreTrainedTokenizerFast, seq_len: int, rng: random.Random
 ) -> np.ndarray:
-    """A piece of a document with numbers of things hidden in it and asked for twice later, `(seq_len,)` uint16.
+    """A piece of a document with numbers of things hidden in it and mentioned again later, `(seq_len,)` uint16.
 
-    One in four begins with a question as `consa.retrieval` asks it, in between 512 tokens and all of the sequence.
+    The fewer numbers, the more often each: the easy sequences teach to copy, the others to tell numbers apart. One in
+    four begins with a question as `consa.retrieval` asks it, in between 512 tokens and all of the sequence.
     """
     words = next(text for text in documents if len(text) > 6 * seq_len)[: 6 * seq_len].split(" ")
     inserted: dict[int, list[str]] = {}
-    for index, thing in enumerate(rng.sample(THINGS, seq_len // TOKENS_PER_NUMBER)):
+    mentions = rng.choice((3, 6, 12, 24, 72))  # of each number
+    for index, thing in enumerate(rng.sample(THINGS, max(1, seq_len // TOKENS_PER_MENTION // mentions))):
         number = str(rng.randrange(10**6, 10**7))
         of = f" for {thing}" if index else ""
-        first, *later = sorted(rng.sample(range(2 * len(words) // 5), 3))
+        first, *later = sorted(rng.choices(range(2 * len(words) // 5), k=mentions))
         inserted.setdefault(first, []).append(f"The special magic number{of} is {number}.")
         for place in later:
             asked = f"What is the special magic number{of} mentioned in the text? "

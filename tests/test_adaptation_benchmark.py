@@ -85,16 +85,17 @@ def test_other_sparsities_come_from_the_methods_and_are_compared_in_pairs(call: 
         for granularity, heads in (("kv_head", ["100", "010", "001", "000"]), ("layer", ["000", "111"] * 2))
     }
     (tmp_path / "methods.json").write_text(json.dumps({"rows": chosen}))
-    record = call("--rows", "dense,all_swa/4,kv_head/4/0.75,layer/4/0.75,top/4/0.75")
+    record = call("--rows", "dense,all_swa/4,kv_head/4/0.75,layer/4/0.75,top/4/0.75,middle_layer/4/0.75")
     rows = record["rows"]
     assert rows["kv_head/4/0.75"]["allocation"] == ["100", "010", "001", "000"]
     assert rows["layer/4/0.75"]["allocation"] == ["000", "111"] * 2
     assert rows["top/4/0.75"]["allocation"] == ["000"] * 3 + ["111"]
+    assert rows["middle_layer/4/0.75"]["allocation"] == ["000", "111", "000", "000"]
     page = "\n".join(import_module("results_page").adaptation(record))
     gap = rows["all_swa/4"]["before"]["loss"] - rows["dense"]["after"]["loss"]
     more = (rows["top/4/0.75"]["after"]["loss"] - rows["kv_head/4/0.75"]["after"]["loss"]) / gap
     assert "With 4 sinks, sparsity 0.75:" in page and "With 4 sinks:" not in page
-    assert f"{more:.3f} [" in page and "] than KV heads, top." in page
+    assert f"{more:.3f} [" in page and "] than KV heads, top; " in page and "] than layers, middle." in page
     with pytest.raises(SystemExit, match=r"or rules, got best/4"):
         call("--rows", "best/4")
 

@@ -98,7 +98,8 @@ def _belongs(name: str, kind: str) -> bool:
 
 def _title(name: str) -> str:
     kind = name.partition("/")[0]
-    return ADAPTED.get(kind, f"KV heads, {kind.replace('_', ' ')}")
+    unit = "layers" if kind.endswith("_layer") else "KV heads"
+    return ADAPTED.get(kind, f"{unit}, {kind.removesuffix('_layer').replace('_', ' ')}")
 
 
 def _paired(rows: dict[str, Any], chosen: dict[str, Any], kind: str) -> list[str]:
@@ -153,10 +154,11 @@ def distributed(record: dict[str, Any]) -> list[str]:
     lines = [
         "## The same run on several processes",
         "",
-        f"Runs of {settings['steps']} steps of {settings['tokens_per_step']:,} tokens, whatever the number of"
-        " processes, one GPU each. `speed-up` is to one process, over how many there are; `memory` is the most that any"
-        " GPU had allocated; `largest difference` is that of the losses to those of one process, relative. Adapting"
-        " keeps its allocation; of Qwen3-0.6B the weights are random.",
+        f"Runs of {settings['steps']} steps ({4 * settings['steps']} of SmolLM2-135M) of"
+        f" {settings['tokens_per_step']:,} tokens, whatever the number of processes, one GPU each. `speed-up` is to one"
+        " process, over how many there are; `memory` is the most that any GPU had allocated; `largest difference` is"
+        " that of the losses to those of one process, relative. Adapting keeps its allocation; of Qwen3-0.6B the"
+        " weights are random.",
         "",
         *table(record["columns"], record["table"]),
         "",

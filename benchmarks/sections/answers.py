@@ -97,7 +97,7 @@ def _trained(record: dict[str, Any]) -> dict[str, Estimate]:
             of_rules = [
                 row
                 for other, row in rows.items()
-                if other.split("/")[0] in RULES and other.endswith(name[7:])
+                if other.split("/")[0].removesuffix("_layer") in RULES and other.endswith(name[7:])
             ]
             if of_rules:
                 best = min(of_rules, key=lambda row: row["after"]["loss"])
