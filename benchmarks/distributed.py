@@ -1,13 +1,14 @@
 """The same runs on one process and on several: speed, memory, whether they end alike, and what a dead one leads to.
 
-    python benchmarks/distributed.py --train train.npy --processes 1,2,4 --out benchmarks/results/distributed.json
-    python benchmarks/distributed.py --toy --tokens-per-step 512 --out distributed.json
+    python benchmarks/distributed.py --train train.npy --kill 2 --out benchmarks/results/distributed.json
+    python benchmarks/distributed.py --toy --tokens-per-step 512 --kill 2 --out distributed.json
 
 TRAIN is tokens, int `(num_sequences, seq_len)`. `torchrun` starts each number of processes, one GPU each (NCCL), or
 with `--toy` on the CPU (gloo), on a tiny model and short random text. A step's sequences are the same on any number, so
 all rows of a case compute the same; Qwen3-0.6B has random weights and random tokens. `speed-up` is to one process, over
 how many there are. `memory` is what the fullest GPU had allocated at most. `largest difference` is that of the losses
-to those of one process, relative. At last, of the most processes one is killed at a step, and half as many go on.
+to those of one process, relative. With `--kill 2` one of two processes is killed at a step at last, and half as many go
+on.
 
 Rows that the file holds are not measured again.
 """
@@ -69,8 +70,9 @@ class Case:
 
 def cases(toy: bool) -> list[Case]:
     shapes = [("tiny", 64)] if toy else [("qwen3-0.6b", 8192), ("smollm2-135m", 8192), ("qwen3-0.6b", 32768)]
-    verbs = [("learn", "ddp"), ("joint learn", "fsdp"), ("adapt", "ddp"), ("adapt", "fsdp")]
-    return [Case(*shape, *verb) for shape in shapes for verb in verbs]
+    verbs = [("learn", "ddp"), ("adapt", "ddp"), ("adapt", "fsdp")]
+    joint = Case(*shapes[0], "joint learn", "fsdp")
+    return [*(Case(*shape, *verb) for shape in shapes for verb in verbs), joint]
 
 
 def main() -> None:
@@ -80,6 +82,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--train")
     parser.add_argument("--processes", default="1,2")
+    parser.add_argument("--kill", type=int, metavar="N", help="of so many processes, one")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--tokens-per-step", type=int, default=2**17)
     parser.add_argument("--toy", action="store_true", help="on the CPU, tiny")
@@ -88,7 +91,7 @@ def main() -> None:
     if options.train is None and not options.toy:
         parser.error("give --train, or --toy")
     numbers = [int(number) for number in options.processes.split(",")]
-    free = ("processes", "out")
+    free = ("processes", "kill", "out")
     settings = {name: value for name, value in vars(options).items() if name not in free}
     record: dict[str, Any] = environment() | {"settings": settings, "rows": {}, "killed": None}
     before = measured_before(options.out, settings)
@@ -101,8 +104,8 @@ def main() -> None:
             write_json(options.out, record | {"columns": COLUMNS, "table": table(record["rows"])})
             if done.returncode:
                 raise SystemExit(done.stderr)
-    if max(numbers) > 1 and not record["killed"]:
-        record["killed"] = killed(max(numbers), cases(options.toy)[-1], settings)
+    if options.kill and not record["killed"]:
+        record["killed"] = killed(options.kill, cases(options.toy)[2], settings)
         write_json(options.out, record | {"columns": COLUMNS, "table": table(record["rows"])})
     print_table(COLUMNS, table(record["rows"]))
     print(record["killed"])

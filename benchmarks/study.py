@@ -92,6 +92,8 @@ def cells() -> list[Cell]:
         "16 draws a step": ({"sequences_per_step": 16, "num_steps": 25}, ""),
         "16 draws of 2,048 tokens": (shorter, ""),
         "16 draws of 2,048 tokens, 200 steps": (shorter | {"num_steps": 200}, ""),
+        "8 draws of 2,048 tokens, 200 steps": ({**shorter, "sequences_per_step": 8, "num_steps": 200}, ""),
+        "4 draws of 2,048 tokens, 400 steps": ({**shorter, "sequences_per_step": 4, "num_steps": 400}, ""),
         "32 draws of 1,024 tokens": ({"seq_len": 1024, "sequences_per_step": 32}, ""),
     }
     for seed in (0, 1):

@@ -52,7 +52,8 @@ def group(device: str | None = None) -> Iterator[None]:
                 " start fewer processes"
             )
         torch.cuda.set_device(local_rank)
-    dist.init_process_group(timeout=PATIENCE)
+    # Both, in words: some versions of torch give GPUs a backend and leave tensors on the CPU without one.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield
     except RuntimeError as error:
