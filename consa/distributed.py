@@ -111,6 +111,15 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_gather(tensor: Tensor) -> Tensor:
+    """The rows of `tensor`, which lies on the CPU, of all processes, in the order of their ranks."""
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
+
+
 def check_same(value: Any, what: str) -> None:
     """Raise ConsaError, on every process, unless `value` is the same on all."""
     if world_size() > 1:

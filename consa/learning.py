@@ -227,19 +227,21 @@ def _accumulate_gradients(
     generator = loop.generator(config.seed, f"noise {state.step}")
     draws = gates.stratified_uniform(config.sequences_per_step, units.count, generator)
     draws = draws[distributed.share(len(draws))]
-    total = 0.0
+    found = []
     for batch, uniform in zip(batches, draws.split(config.micro_batch), strict=True):
         tokens = torch.from_numpy(batch.astype(np.int64)).to(model.device)
         z = units.spread(gates.sample(state.log_alpha, uniform), elsewhere=1.0)  # (layers, batch, kv_heads)
         with plan.gated(z, model.device) as leaf:
-            total += float(loss.backward(model, tokens, scale=len(batch) / config.sequences_per_step))
+            value = float(loss.backward(model, tokens, scale=len(batch) / config.sequences_per_step))
         if leaf.grad is not None and z.requires_grad:
-            z.backward(leaf.grad.cpu())
-    if distributed.world_size() > 1:
-        gradient = torch.zeros(units.count) if state.log_alpha.grad is None else state.log_alpha.grad
-        summed = distributed.all_reduce(torch.cat([gradient, torch.tensor([total])]))
-        state.log_alpha.grad, total = summed[:-1], float(summed[-1])
-    return total
+            (gradient,) = torch.autograd.grad(z, state.log_alpha, leaf.grad.cpu())
+        else:
+            gradient = torch.zeros(units.count)
+        found.append([*gradient.tolist(), value])
+    # Added up in the order of the step's sequences, so that any number of processes ends with the same bits.
+    summed = distributed.all_gather(torch.tensor(found, dtype=torch.float64)).sum(0)
+    state.log_alpha.grad = summed[:-1].float()
+    return float(summed[-1])
 
 
 def _update(state: _State, value: float, target: float, config: LearnConfig) -> dict[str, float]:
