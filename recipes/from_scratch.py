@@ -33,6 +33,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from consa.model import decoder_layers
 from consa.provenance import hardware, versions
 from consa.retrieval import THINGS, examples
 
@@ -169,7 +170,9 @@ def train(options: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = fresh(options.size, len(tokenizer), text.shape[1], options.seed)
     model.to(device)
-    run: Any = torch.compile(model, dynamic=False) if device.type == "cuda" else model
+    if device.type == "cuda":  # layer by layer: a whole model, compiled, builds a mask, which flash attention refuses
+        for layer in decoder_layers(model):
+            layer.forward = torch.compile(layer.forward, dynamic=False)
     num_steps = max(1, int(options.tokens) // (options.sequences_per_step * text.shape[1]))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True
@@ -193,7 +196,7 @@ def train(options: argparse.Namespace) -> None:
         for _ in range(options.sequences_per_step // options.micro_batch):
             tokens = next(stream).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = run(input_ids=tokens, labels=tokens, use_cache=False).loss
+                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
             share = options.micro_batch / options.sequences_per_step
             (loss * share).backward()
             total += loss.detach() * share
@@ -259,6 +262,7 @@ def questions(tokenizer: PreTrainedTokenizerFast, seq_len: int, number: int = 20
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # each question has a length of its own
 def measure(
     model: PreTrainedModel, heldout: np.ndarray, asked: list[tuple[Tensor, int]], rows: int = 32
 ) -> dict[str, float]:
