@@ -57,6 +57,7 @@ SECTIONS = {
     "adaptation-sparsity": adaptation,
     "distributed": distributed,
     "constraints": constraints,
+    "constraints-long": constraints,
     "control": control,
     "methods": methods,
     "rerun": rerun,

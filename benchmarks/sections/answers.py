@@ -22,7 +22,7 @@ from sections.study import (
     parts,
     recovered,
 )
-from sections.text import UNITS
+from sections.text import UNITS, model_of
 
 Records = dict[str, dict[str, Any]]
 
@@ -233,15 +233,17 @@ PEERS = ("duo_attention", "prulong", "nll_guided", "bosch", "greedy")
 
 def _constraints(records: Records) -> list[str]:
     said = []
-    for name in ("constraints", "constraints-30m", "constraints-60m"):
-        rows = {row["name"].split("/")[-1]: row for row in records.get(name, {"rows": []})["rows"]}
+    for name in ("constraints", "constraints-long", "constraints-30m", "constraints-60m"):
+        record = records.get(name, {"rows": []})
+        rows = {row["name"].split("/")[-1]: row for row in record["rows"]}
         rows = {key: row for key, row in rows.items() if "gates alone" not in row["name"]}
         free = next((row for key, row in rows.items() if key.startswith("seed")), None)
         for key, row in rows.items():
             if free and row is not free:
-                of = "" if name == "constraints" else f"the model of {name.partition('-')[2].upper()}, "
+                model = model_of(record.get("model", "smollm2-135m"))
+                of = f"{model} on sequences of {record['settings']['seq_len']:,} tokens"
                 said.append(
-                    f"{of}{key} at sparsity {row['sparsity']:g}: {row['recovered'] - free['recovered']:+.3f}"
+                    f"{of}, {key} at sparsity {row['sparsity']:g}: {row['recovered'] - free['recovered']:+.3f}"
                     f" (from {free['recovered']:.3f})"
                 )
     return [f"Recovered, against free choice: {'; '.join(said)}."] if said else []
