@@ -1,10 +1,11 @@
-"""What the processes of tests/test_distributed.py run: `torchrun ... tests/distributed_job.py JSON`, a list of jobs."""
+"""What several processes run in tests, `torchrun ... tests/distributed_job.py DEVICE JSON`, a list of jobs."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,27 @@ from consa.errors import ConsaError
 from consa.learning import learn
 from tests.models import allocate, tiny, tokens
 
+ROOT = Path(__file__).parent.parent
+SHAPES: dict[str, dict[str, int]] = {"cpu": {}, "cuda": {"head_dim": 32, "hidden_size": 192}}
+
+
+def launch(*jobs: dict[str, Any], device: str = "cpu") -> Any:
+    """Run the jobs in two processes; returns how that ended."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*command, __file__, device, json.dumps(jobs)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+
+
+def results(out: Path | str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What a job wrote: its record, and the weights it ended with."""
+    return json.loads(Path(out).read_text()), torch.load(f"{out}.pt", weights_only=True, map_location="cpu")
+
 
 def job(
     verb: str,
@@ -26,6 +48,7 @@ def job(
     kill: int | None = None,
     run_dir: str | None = None,
     dtype: str = "float32",
+    device: str = "cpu",
 ) -> None:
     """Learn or adapt a tiny model, and write what comes of it. The last process may die at a step."""
 
@@ -33,7 +56,7 @@ def job(
         if record["step"] == kill and distributed.rank() == distributed.world_size() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    model, text = tiny().to(getattr(torch, dtype)), tokens(9, 24).numpy()
+    model, text = tiny(**SHAPES[device]).to(device, getattr(torch, dtype)), tokens(9, 24).numpy()
     folder = None if run_dir is None else Path(run_dir)
     if verb == "learn":
         result = learn(model, text, LearnConfig(**settings), run_dir=folder, on_step=on_step)
@@ -50,8 +73,8 @@ def job(
 
 if __name__ == "__main__":
     try:
-        with distributed.group("cpu"):
-            for options in json.loads(sys.argv[1]):
-                job(**options)
+        with distributed.group(sys.argv[1]):
+            for options in json.loads(sys.argv[2]):
+                job(**options, device=sys.argv[1])
     except ConsaError as error:
         sys.exit(f"error: {error}")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +14,9 @@ from consa.config import AdaptConfig, LearnConfig, RunConfig
 from consa.errors import ConsaError
 from tests.compare import assert_close
 from tests.compiler import COMPILES, needs_compiler
-from tests.distributed_job import job
+from tests.distributed_job import job, launch, results
 from tests.models import allocate, tiny
 
-ROOT = Path(__file__).parent.parent
 ADAPT = {"num_steps": 4, "sequences_per_step": 4, "learning_rate": 3e-3, "checkpoint_every": 2}
 LEARN = {"sparsity": 0.5, "window": 3, "num_sink_tokens": 1, "num_steps": 6, "sequences_per_step": 4}
 LEARN |= {"gate_lr": 0.5, "refine_evaluations": 4, "refine_sequences": 3, "checkpoint_every": 2}
@@ -45,23 +40,6 @@ BFLOAT16: dict[str, Any] = {
     "settings": ADAPT | {"parallel": "fsdp", "learning_rate": 1e-4, "num_steps": 8},
     "dtype": "bfloat16",
 }
-
-
-def launch(*jobs: dict[str, Any]) -> Any:
-    """Run the jobs in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return subprocess.run(
-        [*command, str(ROOT / "tests" / "distributed_job.py"), json.dumps(jobs)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=120,
-    )
-
-
-def results(out: Path | str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    return json.loads(Path(out).read_text()), torch.load(f"{out}.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
