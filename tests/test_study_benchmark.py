@@ -83,11 +83,14 @@ def test_gains_are_paired(monkeypatch: pytest.MonkeyPatch):
     rows = {"dense": 1.0, "all_swa/128/4": 2.0, "methods/interleaved-kv_head-0.5-seed0": 1.6}
     rows |= {f"methods/consa-kv_head-0.5-seed{seed}": 1.2 + 0.1 * seed for seed in range(2)}
     rows |= {"methods/top-kv_head-0.5-seed0": 1.9, "methods/consa-layer-0.5-seed0": 1.45}
+    rows |= {f"shorter/0.5/{seed}": 1.1 + 0.1 * seed for seed in range(2)}
     document = np.array([0.0, 0.3, 0.9])  # harder or easier for all alike
     record = {"rows": {name: {"losses": (document + loss).tolist()} for name, loss in rows.items()}}
-    page = "\n".join(import_module("sections.study")._advantages(record))
+    section = import_module("sections.study")
+    page = "\n".join(section._advantages(record))
     assert "| 0.5 | KV heads | interleaved, the best rule | 0.350 [0.350, 0.350] |" in page
     assert "| 0.5 | KV heads | layers, learned | 0.200 [0.200, 0.200] |" in page
+    assert "| 0.5 | 2 | 0.100 [0.100, 0.100] |" in "\n".join(section._shorter(record))
 
 
 def test_a_variant_changes_what_is_learned_and_leaves_no_trace(study: Any):
