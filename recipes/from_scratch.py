@@ -170,7 +170,8 @@ def train(options: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = fresh(options.size, len(tokenizer), text.shape[1], options.seed)
     model.to(device)
-    if device.type == "cuda":  # layer by layer: a whole model, compiled, builds a mask, which flash attention refuses
+    if device.type == "cuda":
+        # Layer by layer: a model compiled whole builds a mask, which flash attention refuses.
         for layer in decoder_layers(model):
             layer.forward = torch.compile(layer.forward, dynamic=False)
     num_steps = max(1, int(options.tokens) // (options.sequences_per_step * text.shape[1]))
