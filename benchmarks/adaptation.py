@@ -141,7 +141,7 @@ class Benchmark:
             "learn_sequences_per_step": self.learning.sequences_per_step,
             "rows": {},
         }
-        self.record["rows"] = measured_before(options.out, settings).get("rows", {})
+        self.record |= measured_before(options.out, settings)
 
     def add(self, name: str) -> None:
         """Train, measure, write."""

@@ -51,13 +51,23 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 
 def measured_before(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The record that a killed or unfinished run left at `path`, if there is one; refuses one of other settings."""
+    """What a killed or unfinished run left at `path`, for the record of this one; refuses what has other settings.
+
+    Returns:
+        `rows` and whatever else was measured or remarked, and in `earlier`, if there are any, how many of the rows were
+        measured on other hardware or another day, with both.
+    """
     if not path.exists():
-        return {}
+        return {"rows": {}}
     before = json.loads(path.read_text())
     if before["settings"] != settings:
         raise SystemExit(f"{path} was measured with {before['settings']}; choose another --out")
-    return before
+    earlier = list(before.get("earlier", []))
+    if (before["hardware"], before["date"]) != (hardware(), datetime.date.today().isoformat()):
+        number = len(before["rows"]) - sum(entry["rows"] for entry in earlier)
+        earlier.append({"rows": number, "hardware": before["hardware"], "date": before["date"]})
+    kept = {name: before[name] for name in ("rows", "killed", "remark") if name in before}
+    return kept | ({"earlier": earlier} if earlier else {})
 
 
 def print_table(columns: list[str], rows: list[list[Any]]) -> None:

@@ -93,9 +93,8 @@ def main() -> None:
     numbers = [int(number) for number in options.processes.split(",")]
     free = ("processes", "kill", "out")
     settings = {name: value for name, value in vars(options).items() if name not in free}
-    record: dict[str, Any] = environment() | {"settings": settings, "rows": {}, "killed": None}
-    before = measured_before(options.out, settings)
-    record |= {name: before[name] for name in ("rows", "killed") if name in before}
+    record: dict[str, Any] = environment() | {"settings": settings, "killed": None}
+    record |= measured_before(options.out, settings)
     for number in numbers:
         missing = [case for case in cases(options.toy) if f"{case.name} @{number}" not in record["rows"]]
         if missing:

@@ -214,7 +214,7 @@ class Benchmark:
         }
         self.compiled = settings["budget"].pop("compile")  # one file may hold rows of both kinds
         self.record: dict[str, Any] = environment() | {"settings": settings, "rows": {}}
-        self.record["rows"] = measured_before(self.out, settings).get("rows", {})
+        self.record |= measured_before(self.out, settings)
         self.questions = {
             length: examples("single", loaded.tokenizer, length=length, count=options.examples, seed=1)
             for length in lengths

@@ -203,7 +203,7 @@ class Study:
             "domains": domains[: len(self.heldout)],
             "rows": {},
         }
-        self.record["rows"] = measured_before(options.out, settings).get("rows", {})
+        self.record |= measured_before(options.out, settings)
         self._end("dense", 0.0, 128, 4)
         if torch.cuda.is_available():  # so that no cell pays for compiling kernels
             learn(self.loaded.model, self.train, replace(_config(cells()[0], options), num_steps=2))

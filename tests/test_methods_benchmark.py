@@ -142,3 +142,27 @@ def test_the_cost_of_shared_runs_counts_once(monkeypatch: pytest.MonkeyPatch):
     page = cost.cost(records)
     assert "| methods.json | 5 | 2.0 |" in page and "| total |  | 3.0 |" in page
     assert not any("cpu" in line for line in page)
+
+
+def test_rows_keep_where_and_when_they_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each run's number of rows, the hardware and the day, however often a file is continued."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    common, source = import_module("common"), import_module("sections.text").source
+    path, settings = tmp_path / "out.json", {"start": 1}
+    assert common.measured_before(path, settings) == {"rows": {}}
+    record = common.environment() | {"settings": settings, "rows": {"a": 1, "b": 2}}
+    common.write_json(path, record)
+    assert common.measured_before(path, settings) == {"rows": record["rows"]}, "the same day and machine"
+    common.write_json(path, record | {"hardware": "an abacus", "date": "1999-12-31", "remark": "Slow."})
+    found = common.measured_before(path, settings)
+    assert found["rows"] == record["rows"] and found["remark"] == "Slow."
+    assert found["earlier"] == [{"rows": 2, "hardware": "an abacus", "date": "1999-12-31"}]
+    common.write_json(path, record | found | {"rows": {"a": 1, "b": 2, "c": 3}, "date": "2000-01-01"})
+    record |= common.measured_before(path, settings)
+    assert [(entry["rows"], entry["date"]) for entry in record["earlier"]] == [
+        (2, "1999-12-31"),
+        (1, "2000-01-01"),
+    ]
+    assert "2 of the rows on an abacus, 1999-12-31. 1 of the rows on" in source(record)[0]
+    with pytest.raises(SystemExit, match="was measured with"):
+        common.measured_before(path, {"start": 2})

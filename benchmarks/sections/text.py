@@ -33,5 +33,12 @@ def spread(values: Sequence[float | None], form: str = ".2f") -> str:
 
 def source(record: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    earlier = "".join(
+        f" {entry['rows']} of the rows on {entry['hardware']}, {entry['date']}."
+        for entry in record.get("earlier", [])
+    )
     remark = f" {record['remark']}" if "remark" in record else ""
-    return [f"`{record['command']}` on {record['hardware']}, {record['date']}; {versions}.{remark}", ""]
+    return [
+        f"`{record['command']}` on {record['hardware']}, {record['date']}; {versions}.{earlier}{remark}",
+        "",
+    ]
