@@ -11,6 +11,7 @@ the runs print goes to runs/campaign/NAME.log, and what they need is in `jobs`.
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -21,17 +22,20 @@ from pathlib import Path
 import torch
 from common import parser_of
 
+from consa.rules import RULES
+
 RESULTS = "benchmarks/results"
 ON_TEXT = "--train train.npy --heldout heldout.npy"
 COMPILED = "--budget micro_batch=4 --budget compile=true"
-OF_SCRATCH = (
-    "consa,duo_attention,prulong,bosch,greedy,nll_guided,bottom,top,middle,interleaved,interleaved_late"
+OF_SCRATCH = ",".join(["consa", "duo_attention", "prulong", "bosch", "greedy", "nll_guided", *RULES])
+TRAINED = ",".join(
+    [
+        *("dense", "all_swa/4"),
+        *("kv_head/4/0.9", "interleaved_layer/4/0.9", "layer/4/0.9"),
+        *("kv_head/4/0.5", "top/4/0.5", "layer/4/0.5"),
+        *("kv_head/4/0.733", "interleaved_late/4/0.733", "layer/4/0.733"),
+    ]
 )
-OF_SCRATCH += ",sandwich,uniform_heads,random_units"
-TRAINED = (
-    "dense,all_swa/4,kv_head/4/0.9,interleaved_layer/4/0.9,layer/4/0.9,kv_head/4/0.5,top/4/0.5,layer/4/0.5"
-)
-TRAINED += ",kv_head/4/0.733,interleaved_late/4/0.733,layer/4/0.733"
 POLL_SECONDS = 0.5
 
 
@@ -52,7 +56,7 @@ class Job:
 
 def jobs() -> list[Job]:
     """In order of interest."""
-    python = sys.executable
+    python = shlex.quote(sys.executable)
     several = (
         f"{python} benchmarks/distributed.py --train train.npy --steps 6 --out {RESULTS}/distributed.json"
     )
