@@ -103,8 +103,9 @@ def jobs() -> list[Job]:
     )
     return [
         *found,
+        Job("rerun", (again, uniform)),
         Job("adaptation", (adaptation,)),
-        Job("study", (study, again, uniform)),
+        Job("study", (study,)),
         Job("methods", (methods,)),
     ]
 

@@ -253,7 +253,8 @@ class Benchmark:
                 "of_one_run": len(run),
                 "cost": allocation.provenance.get("cost", {"forward_tokens": 0, "backward_tokens": 0}),
             }
-            print(row | measured, flush=True)
+            shown = {name: value for name, value in (row | measured).items() if name != "losses"}
+            print(shown, flush=True)
             self._write(choice.name, row | measured | {"allocation": digits_of(allocation)})
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
@@ -261,7 +262,7 @@ class Benchmark:
         write_json(self.out, self.record)
 
     def _measure(self, allocation: Allocation) -> dict[str, Any]:
-        """Held-out loss from `start` on, nats; share of answers found at each length; KV cache of a held-out sequence.
+        """Held-out loss from `start` on, nats, also of each sequence; share of answers found at each length; KV cache.
 
         Some methods decide alike; what is already measured is not measured again.
         """
@@ -276,8 +277,10 @@ class Benchmark:
                 for length, questions in self.questions.items()
             }
             cache = allocation.kv_cache_bytes(self.heldout.shape[1], head_dim=self.loaded.layout.head_dim)
+            each = losses[:, self.start :].mean(1, dtype=np.float64)
             self.measured[mask] = {
-                "loss": round(float(losses[:, self.start :].mean(dtype=np.float64)), 5),
+                "loss": round(float(each.mean()), 5),
+                "losses": each.round(5).tolist(),
                 "retrieval": {length: round(float(np.mean(scores)), 4) for length, scores in found.items()},
                 "cache_bytes": cache,
             }

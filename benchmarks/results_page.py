@@ -81,7 +81,7 @@ SECTIONS = {
 
 CHOSEN_OR_TRAINED = [
     *("allocations-kv_head", "allocations-layer", "methods", "methods-30m", "methods-60m", "study"),
-    *("adaptation", "adaptation-long", "adaptation-sparsity"),
+    *("training-30m", "training-60m", "adaptation", "adaptation-long", "adaptation-sparsity"),
 ]
 FIGURES = {"methods": frontier, "study": places_figure}
 

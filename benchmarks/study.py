@@ -77,10 +77,9 @@ def cells() -> list[Cell]:
         found.append(Cell("length", str(seq_len), config))
     found += [Cell("seed", str(seed), short | {"seed": seed}) for seed in (1, 2)]
     shorter = {"seq_len": 2048, "sequences_per_step": 16}
-    for seed in range(3):
-        for sparsity in (0.733, 0.9, 0.5):
-            config = shorter | {"sparsity": sparsity, "seed": seed, "refine_sequences": 32}
-            found.append(Cell("shorter", f"{sparsity:g}/{seed}", config))
+    for sparsity in (0.733, 0.9, 0.5):
+        config = shorter | {"sparsity": sparsity, "refine_sequences": 32}
+        found.append(Cell("shorter", f"{sparsity:g}/0", config))
     parts: dict[str, tuple[dict[str, Any], str]] = {
         "two multipliers": ({}, "two_multipliers"),
         "sampled sparsity": ({}, "sampled_sparsity"),

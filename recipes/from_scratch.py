@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from consa.model import decoder_layers
@@ -48,6 +49,12 @@ HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
 NEEDLE_SHARE = 4  # one of so many sequences
 TOKENS_PER_MENTION = 56  # of a sequence of needles: 72 in 4,096
 LEARNING_RATE = {"30m": 1.5e-3, "60m": 1.0e-3}
+ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 WARM_UP_STEPS, MIN_RATE, WEIGHT_DECAY, MAX_NORM = 100, 0.1, 0.1, 1.0
 
 
@@ -196,7 +203,10 @@ def train(options: argparse.Namespace) -> None:
         total = torch.zeros((), device=device)
         for _ in range(options.sequences_per_step // options.micro_batch):
             tokens = next(stream).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with (
+                torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"),
+                sdpa_kernel(ATTENTION, set_priority=True),
+            ):
                 loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
             share = options.micro_batch / options.sequences_per_step
             (loss * share).backward()

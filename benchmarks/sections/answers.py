@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 from statistics import mean, median
 from typing import Any
 
 import numpy as np
+from common import mask_of
 
+from consa.allocation import Allocation
 from consa.evaluation.intervals import Estimate, bootstrap
 from consa.relations import agreement, depth
 from consa.rules import RULES
@@ -21,10 +24,12 @@ from sections.study import (
     losses_of_methods,
     parts,
     recovered,
+    shorter_runs,
 )
 from sections.text import UNITS, model_of
 
 Records = dict[str, dict[str, Any]]
+SIZES = ("30m", "60m")  # of the models trained from scratch
 
 
 def answers(records: Records) -> list[str]:
@@ -68,12 +73,14 @@ def _beats_rules(records: Records) -> list[str]:
     ]
     if not said:
         return []
-    trained = _trained(records["adaptation-sparsity"]) if "adaptation-sparsity" in records else {}
-    if trained:
+    trained = {}
+    if "adaptation-sparsity" in records:
+        trained = {unit: _trained(records["adaptation-sparsity"], unit) for unit in UNITS}
+        more = (f"{UNITS[unit]} {_listed(found)}" for unit, found in trained.items())
         said.append(
-            f"and all trained on as much text, KV heads recover {_listed(trained)} more than the best rule"
+            f"all trained on as much text, {' and '.join(more)} more than the best rule, layers or heads"
         )
-    every = [estimate for found in (*frozen.values(), trained) for estimate in found.values()]
+    every = [estimate for found in (*frozen.values(), *trained.values()) for estimate in found.values()]
     verdict = (
         "Yes, at each sparsity measured"
         if all(estimate.low > 0 for estimate in every)
@@ -86,43 +93,58 @@ def _listed(found: dict[str, Any]) -> str:
     return ", ".join(f"{value} at {sparsity}" for sparsity, value in found.items())
 
 
-def _trained(record: dict[str, Any]) -> dict[str, Estimate]:
-    """What learned KV heads recover more than the best rule after equal training, by sparsity."""
+def _trained(record: dict[str, Any], unit: str) -> dict[str, Estimate]:
+    """What learned KV heads or layers recover more than the best rule after equal training, by sparsity."""
     rows = record["rows"]
     gap = rows["all_swa/4"]["before"]["loss"] - rows["dense"]["after"]["loss"]
     found = {}
-    for name in rows:
-        if name.startswith("kv_head/4/"):
-            sparsity = name.rpartition("/")[2]
-            of_rules = [
-                row
-                for other, row in rows.items()
-                if other.split("/")[0].removesuffix("_layer") in RULES and other.endswith(name[7:])
-            ]
-            if of_rules:
-                best = min(of_rules, key=lambda row: row["after"]["loss"])
-                more = np.subtract(best["after"]["losses"], rows[name]["after"]["losses"]) / gap
-                found[sparsity] = bootstrap(more, np.arange(len(more)))
+    for sparsity in sorted(name.rpartition("/")[2] for name in rows if name.startswith(f"{unit}/4/")):
+        of_rules = [
+            row
+            for name, row in rows.items()
+            if name.split("/")[0].removesuffix("_layer") in RULES and name.endswith(f"/4/{sparsity}")
+        ]
+        if of_rules:
+            best = min(of_rules, key=lambda row: row["after"]["loss"])
+            more = np.subtract(best["after"]["losses"], rows[f"{unit}/4/{sparsity}"]["after"]["losses"]) / gap
+            found[sparsity] = bootstrap(more, np.arange(len(more)))
     return found
 
 
 def _scales(records: Records) -> list[str]:
     """The same of the models trained from scratch."""
     said = []
-    for size in ("30m", "60m"):
-        rows = records.get(f"methods-{size}", {"rows": {}})["rows"].values()
-        for unit in UNITS:
-            gains = {}
-            for sparsity in sorted({row["sparsity"] for row in rows if row.get("method") == "consa"}):
-                own = [
-                    row for row in rows if (row.get("sparsity"), row.get("granularity")) == (sparsity, unit)
-                ]
-                ours = median(row["recovered"] for row in own if row["method"] == "consa")
-                theirs = max(row["recovered"] for row in own if row["method"] in RULES)
-                gains[f"{sparsity:g}"] = f"{ours - theirs:+.3f}"
-            if gains:
-                said.append(f"the model of {size.upper()}, {UNITS[unit]}: {_listed(gains)}")
+    for size, unit in product(SIZES, UNITS):
+        gains = {
+            sparsity: f"{ours - theirs:+.3f}"
+            for sparsity, ours, (theirs, _) in _beside(records, size, unit, rules=True)
+        }
+        if gains:
+            said.append(f"the model of {size.upper()}, {UNITS[unit]}: {_listed(gains)}")
     return [f"Trained from scratch, against the best rule: {'; '.join(said)}."] if said else []
+
+
+def _beside(
+    records: Records, size: str, unit: str, *, rules: bool
+) -> Iterator[tuple[str, float, tuple[float, str]]]:
+    """By sparsity: what ConSA recovers on a model from scratch, and the best rule or other method, with its name."""
+    rows = [
+        row
+        for row in records.get(f"methods-{size}", {"rows": {}})["rows"].values()
+        if row.get("granularity") == unit
+    ]
+    for sparsity in sorted({row["sparsity"] for row in rows}):
+        found: dict[str, list[float]] = {}
+        for row in rows:
+            if row["sparsity"] == sparsity:
+                found.setdefault(row["method"], []).append(row["recovered"])
+        others = [
+            (median(values), name)
+            for name, values in found.items()
+            if name != "consa" and (name in RULES) == rules
+        ]
+        if "consa" in found and others:
+            yield f"{sparsity:g}", median(found["consa"]), max(others)
 
 
 def _heads_against_layers(records: Records) -> list[str]:
@@ -157,8 +179,24 @@ def _places(records: Records) -> list[str]:
     return [
         f"It depends on the sparsity: the bottom, middle and top third of the layers hold {_listed(thirds)} of the FA"
         " heads. What moves it, as the Jaccard index of FA heads with those of the base settings"
-        f" ({chance:.2f} by chance): {'; '.join(said)}."
+        f" ({chance:.2f} by chance): {'; '.join(said)}.",
+        *_places_of_scales(records),
     ]
+
+
+def _places_of_scales(records: Records) -> list[str]:
+    """The thirds of the models trained from scratch."""
+    said = []
+    for size in SIZES:
+        record, thirds = records.get(f"methods-{size}", {"rows": {}}), {}
+        for row in record["rows"].values():
+            if (row["method"], row.get("granularity"), row.get("seed")) == ("consa", "kv_head", 0):
+                full, window = mask_of(row["allocation"]), record["settings"]["budget"]["window"]
+                where = depth(Allocation(full_attention=full, window=window))
+                thirds[row["sparsity"]] = " / ".join(f"{share:.0%}" for share in where.thirds)
+        if thirds:
+            said.append(f"of {size.upper()} {_listed(dict(sorted(thirds.items())))}")
+    return [f"The models trained from scratch: {'; '.join(said)}."] if said else []
 
 
 def _behaviour(records: Records) -> list[str]:
@@ -194,6 +232,11 @@ def _text(records: Records) -> list[str]:
             f"What is learned on 4,096 tokens {holds} at 8,192: {shorter:.3f} against"
             f" {recovered(record, BASE, GATES):.3f} learned there, gates alone."
         )
+    if whole := shorter_runs(record):
+        gains = {sparsity: found for sparsity, _, found in whole}
+        said.append(
+            f"Whole runs on 2,048 tokens, refined, recover {_listed(gains)} more than those on 8,192."
+        )
     return said
 
 
@@ -224,8 +267,22 @@ def _peers(records: Records) -> list[str]:
     verdict = "ahead of each" if all(found.low > 0 for found in every) else "not ahead of each"
     return [
         f"With KV heads, ConSA is {verdict}; it recovers more than {'; than '.join(said)}. What each costs is in the"
-        " table of methods."
+        " table of methods.",
+        *_peers_of_scales(records),
     ]
+
+
+def _peers_of_scales(records: Records) -> list[str]:
+    """The best other method on the models trained from scratch."""
+    said = []
+    for size in SIZES:
+        gains = {
+            sparsity: f"{ours - theirs:+.3f} ({name})"
+            for sparsity, ours, (theirs, name) in _beside(records, size, "kv_head", rules=False)
+        }
+        if gains:
+            said.append(f"the model of {size.upper()}: {_listed(gains)}")
+    return [f"Trained from scratch, against the best of them: {'; '.join(said)}."] if said else []
 
 
 PEERS = ("duo_attention", "prulong", "nll_guided", "bosch", "greedy")

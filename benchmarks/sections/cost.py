@@ -13,7 +13,7 @@ def cost(records: dict[str, dict[str, Any]]) -> list[str]:
     for name, record in records.items():
         minutes = gpu_seconds(record) / 60
         if "NVIDIA" in record["hardware"] and minutes:
-            entries.append([f"{name}.json", len(record["rows"]), f"{minutes:.1f}"])
+            entries.append([f"{name}.json", len(record.get("rows", [""])), f"{minutes:.1f}"])
     if not entries:
         return []
     total = sum(float(minutes) for *_, minutes in entries)
@@ -30,6 +30,8 @@ def cost(records: dict[str, dict[str, Any]]) -> list[str]:
 
 def gpu_seconds(record: dict[str, Any]) -> float:
     """Seconds of its runs, each over the processes that shared its GPU."""
+    if "rows" not in record:  # one long run
+        return record["measured"][-1]["seconds"] / record.get("processes", 1)
     rows = record["rows"].values() if isinstance(record["rows"], dict) else record["rows"]
     return sum(
         ((row.get("seconds") or 0) + (row.get("learning_seconds") or 0))
