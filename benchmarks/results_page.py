@@ -13,7 +13,7 @@ from sections.allocations import allocations, constraints, control, demo, recove
 from sections.answers import answers
 from sections.behaviour import behaviour, behaviour_cost
 from sections.cost import cost
-from sections.methods import frontier, methods, needles, rerun
+from sections.methods import frontier, headline, methods, needles, rerun
 from sections.speed import attention, decode, inference, learning, serving
 from sections.study import places_figure, study
 from sections.text import source
@@ -44,7 +44,14 @@ def main() -> None:
     write_atomically(PAGE, ("\n".join(sections).rstrip() + "\n").encode())
     before, rest = README.read_text().split(BEGIN)
     after = rest.split(END)[1]
-    table = [*recovered(records["demo"]), "", *source(records["demo"])]
+    table = headline(records["methods"], records["adaptation-sparsity"])
+    table += [
+        "And what `make demo` ends with:",
+        "",
+        *recovered(records["demo"]),
+        "",
+        *source(records["demo"]),
+    ]
     write_atomically(README, (before + BEGIN + "\n".join(table) + END + after).encode())
 
 

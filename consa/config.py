@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
 from consa.allocation import Granularity, check_sparsity
@@ -80,35 +81,18 @@ class LearnConfig:
         check_sparsity(self.sparsity)
         if (self.kv_budget is None) != (self.context is None):
             raise ConsaError("kv_budget (bytes) and context (tokens) belong together; give both or neither")
-        choices = {"granularity": ("layer", "kv_head"), "mode": ("frozen", "joint")}
-        choices |= {"parallel": ("ddp", "fsdp")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConsaError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        least = {"window": 1, "num_sink_tokens": 0, "seq_len": 2, "num_steps": 1, "sequences_per_step": 1}
-        least |= {"micro_batch": 1, "checkpoint_every": 1, "kv_budget": 1, "context": 1, "seed": 0}
-        least |= {"refine_evaluations": 0, "refine_sequences": 1}
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is None and name in ("kv_budget", "context"):
-                continue
-            if not isinstance(value, int) or value < minimum:
-                raise ConsaError(f"{name} must be an integer >= {minimum}, got {value!r}")
-        positive = ("weight_lr", "gate_lr", "penalty", "multiplier_step", "penalty_growth", "averaged")
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConsaError(f"{name} must be a positive number, got {value!r}")
-        if not 0 <= self.sharpening < math.inf:
-            raise ConsaError(f"sharpening must be a number >= 0, got {self.sharpening!r}")
-        for name in ("warmup", "sharpening_start", "averaged"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConsaError(f"{name} must be a share in [0, 1], got {getattr(self, name)!r}")
-        if self.sequences_per_step % self.micro_batch:
-            raise ConsaError(
-                f"micro_batch must divide sequences_per_step ({self.sequences_per_step}), got {self.micro_batch}"
-            )
-        _check_compile(self)
+        _check_choices(
+            self, granularity=("layer", "kv_head"), mode=("frozen", "joint"), parallel=("ddp", "fsdp")
+        )
+        _check_integers(self, window=1, num_sink_tokens=0, seq_len=2, num_steps=1, sequences_per_step=1)
+        _check_integers(self, micro_batch=1, checkpoint_every=1, kv_budget=1, context=1, seed=0)
+        _check_integers(self, refine_evaluations=0, refine_sequences=1)
+        _check_positive(
+            self, "weight_lr", "gate_lr", "penalty", "multiplier_step", "penalty_growth", "averaged"
+        )
+        _check_not_negative(self, "sharpening")
+        _check_shares(self, "warmup", "sharpening_start", "averaged")
+        _check_steps(self)
         if self.mode == "frozen" and self.parallel == "fsdp":
             raise ConsaError("parallel must be ddp with mode frozen, which trains no weights; got 'fsdp'")
         if not self.log_alpha_min < self.initial_log_alpha < self.log_alpha_max:
@@ -181,33 +165,17 @@ class AdaptConfig:
     checkpoint_every: int = _option(50, "steps between checkpoints")
 
     def __post_init__(self) -> None:
-        for name, allowed in {"method": ("full", "lora"), "parallel": ("ddp", "fsdp")}.items():
-            if getattr(self, name) not in allowed:
-                raise ConsaError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        least = {"seq_len": 2, "num_steps": 1, "sequences_per_step": 1, "micro_batch": 1, "seed": 0}
-        least |= {"lora_rank": 1, "evaluate_every": 1, "checkpoint_every": 1}
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < minimum:
-                raise ConsaError(f"{name} must be an integer >= {minimum}, got {value!r}")
-        for name in ("learning_rate", "max_grad_norm", "lora_alpha"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConsaError(f"{name} must be a positive number, got {value!r}")
-        for name in ("cross_entropy", "distillation", "hidden_loss"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConsaError(f"{name} must be a number >= 0, got {getattr(self, name)!r}")
+        _check_choices(self, method=("full", "lora"), parallel=("ddp", "fsdp"))
+        _check_integers(self, seq_len=2, num_steps=1, sequences_per_step=1, micro_batch=1, seed=0)
+        _check_integers(self, lora_rank=1, evaluate_every=1, checkpoint_every=1)
+        _check_positive(self, "learning_rate", "max_grad_norm", "lora_alpha")
+        _check_not_negative(self, "cross_entropy", "distillation", "hidden_loss")
         if not self.cross_entropy + self.distillation + self.hidden_loss:
             raise ConsaError(
                 "cross_entropy, distillation and hidden_loss are all 0; give one of them a weight"
             )
-        if not 0 <= self.warmup <= 1:
-            raise ConsaError(f"warmup must be a share in [0, 1], got {self.warmup!r}")
-        if self.sequences_per_step % self.micro_batch:
-            raise ConsaError(
-                f"micro_batch must divide sequences_per_step ({self.sequences_per_step}), got {self.micro_batch}"
-            )
-        _check_compile(self)
+        _check_shares(self, "warmup")
+        _check_steps(self)
         if self.method == "lora" and self.parallel == "fsdp":
             raise ConsaError(
                 "parallel must be ddp with method lora, whose trained weights are few; got 'fsdp'"
@@ -229,7 +197,11 @@ class AdaptConfig:
         return peak * (1 + math.cos(math.pi * (step - rising) / (self.num_steps - rising))) / 2
 
 
-def _check_compile(config: LearnConfig | AdaptConfig) -> None:
+def _check_steps(config: LearnConfig | AdaptConfig) -> None:
+    if config.sequences_per_step % config.micro_batch:
+        raise ConsaError(
+            f"micro_batch must divide sequences_per_step ({config.sequences_per_step}), got {config.micro_batch}"
+        )
     if config.compile and config.activation_checkpointing:
         raise ConsaError(
             "compile must be off with activation_checkpointing, whose layers are not compiled when they are"
@@ -269,12 +241,8 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, minimum in {"num_heldout": 1, "start": 0, "max_tokens": 1}.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < minimum):
-                raise ConsaError(f"{name} must be an integer >= {minimum}, got {value!r}")
-        if self.dtype not in (None, "float32", "bfloat16"):
-            raise ConsaError(f"dtype must be one of float32, bfloat16, got {self.dtype!r}")
+        _check_integers(self, num_heldout=1, start=0, max_tokens=1)
+        _check_choices(self, dtype=("float32", "bfloat16"))
 
     def start_for(self, config: LearnConfig) -> int:
         """The first position whose loss counts.
@@ -320,12 +288,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         LearnConfig(sparsity=self.sparsity, granularity=self.granularity)  # the same limits as in learning
-        least = {"seq_len": 2, "window": 1, "num_sink_tokens": 0, "examples": 1, "limit": 1}
-        least |= {"batch_size": 1, "cache_tokens": 1, "seed": 0}
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < minimum):
-                raise ConsaError(f"{name} must be an integer >= {minimum}, got {value!r}")
+        _check_integers(self, seq_len=2, window=1, num_sink_tokens=0, examples=1, limit=1)
+        _check_integers(self, batch_size=1, cache_tokens=1, seed=0)
         for task in self.retrieval_tasks:
             if task not in TASKS:
                 raise ConsaError(f"retrieval task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -373,8 +337,7 @@ class SweepConfig:
     compile: bool = _option(False, "compile layers where gates are trained on the text, as in learning")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.seeds, int) or self.seeds < 1:
-            raise ConsaError(f"seeds must be an integer >= 1, got {self.seeds!r}")
+        _check_integers(self, seeds=1)
         for name in ("sparsity", "granularity", "methods"):
             if not words_of(getattr(self, name)):
                 raise ConsaError(f"{name} is empty; name at least one")
@@ -407,3 +370,42 @@ class SweepConfig:
 def words_of(text: str | None) -> tuple[str, ...]:
     """The words of an option that takes several, with commas between; each once."""
     return tuple(dict.fromkeys(word.strip() for word in (text or "").split(",") if word.strip()))
+
+
+def _given(config: Any, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Settings by name, but for those that may be left out and are."""
+    optional = {item.name for item in fields(config) if item.default is None}
+    for name in names:
+        value = getattr(config, name)
+        if value is not None or name not in optional:
+            yield name, value
+
+
+def _check_choices(config: Any, **allowed: tuple[str, ...]) -> None:
+    for name, value in _given(config, allowed):
+        if value not in allowed[name]:
+            raise ConsaError(f"{name} must be one of {', '.join(allowed[name])}, got {value!r}")
+
+
+def _check_integers(config: Any, **least: int) -> None:
+    for name, value in _given(config, least):
+        if not isinstance(value, int) or value < least[name]:
+            raise ConsaError(f"{name} must be an integer >= {least[name]}, got {value!r}")
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    for name, value in _given(config, names):
+        if not 0 < value < math.inf:
+            raise ConsaError(f"{name} must be a positive number, got {value!r}")
+
+
+def _check_not_negative(config: Any, *names: str) -> None:
+    for name, value in _given(config, names):
+        if not 0 <= value < math.inf:
+            raise ConsaError(f"{name} must be a number >= 0, got {value!r}")
+
+
+def _check_shares(config: Any, *names: str) -> None:
+    for name, value in _given(config, names):
+        if not 0 <= value <= 1:
+            raise ConsaError(f"{name} must be a share in [0, 1], got {value!r}")

@@ -15,6 +15,7 @@ from consa.allocation import Allocation
 from consa.evaluation.table import png
 from consa.methods import METHODS
 from consa.relations import agreement, depth
+from consa.rules import RULES
 from sections.text import UNITS, model_of, source, spread, table
 
 
@@ -65,6 +66,61 @@ def methods(record: dict[str, Any]) -> list[str]:
         columns = ["method", "unit", "recovered", "range", "retrieval", "seconds", "Mtokens"]
         page += [f"Sparsity {sparsity:g}:", "", *table(columns, entries), ""]
     return page + _one_run_for_all(rows) + _places(rows, settings["budget"]["window"]) + source(record)
+
+
+def headline(record: dict[str, Any], trained: dict[str, Any]) -> list[str]:
+    """The page in one table: what each method recovers, frozen, and ConSA and the best rule once trained on.
+
+    Args:
+        record: of benchmarks/methods.py.
+        trained: of benchmarks/adaptation.py, its rows named by sparsity.
+    """
+    settings = record["settings"]
+    rows = [row for row in record["rows"].values() if "recovered" in row]
+    sparsities = sorted({row["sparsity"] for row in rows})
+    found: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        if row["method"] not in RULES and (row["granularity"] == "kv_head" or row["method"] == "consa"):
+            name = f"{row['method']}, {UNITS[row['granularity']]}"
+            found.setdefault(name, {}).setdefault(row["sparsity"], []).append(row["recovered"])
+    medians = {name: [median(of[sparsity]) for sparsity in sparsities] for name, of in found.items()}
+    medians["best of the rules, layers or heads"] = [
+        max(row["recovered"] for row in rows if row["method"] in RULES and row["sparsity"] == sparsity)
+        for sparsity in sparsities
+    ]
+    lines = sorted(medians.items(), key=lambda line: -line[1][-1])
+    lines += [
+        ("trained on: consa, KV heads", [_trained(trained, "kv_head", sparsity) for sparsity in sparsities]),
+        (
+            "trained on: best of the rules, layers or heads",
+            [_trained(trained, "", sparsity) for sparsity in sparsities],
+        ),
+    ]
+    tokens = trained["steps"] * trained["settings"]["sequences_per_step"] * trained["seq_len"]
+    return [
+        f"{model_of(settings['model'])}, sequences of {settings['seq_len']:,} tokens, window"
+        f" {settings['budget']['window']}, {settings['budget']['num_sink_tokens']} sinks: the share of the loss"
+        " between all-SWA (0) and dense (1) that an allocation keeps on held-out text, the median over the seeds of"
+        f" what draws. `trained on`: every weight on {tokens / 1e6:.1f} M tokens, and 1 is the dense model trained as"
+        " long.",
+        "",
+        *table(
+            ["recovered at sparsity", *(f"{sparsity:g}" for sparsity in sparsities)],
+            [[name, *(f"{value:.3f}" for value in values)] for name, values in lines],
+        ),
+        "",
+        *source(record),
+    ]
+
+
+def _trained(record: dict[str, Any], kind: str, sparsity: float) -> float:
+    """What a row recovers after training, or the best rule's if no kind is given."""
+    return max(
+        row["recovered"]
+        for name, row in record["rows"].items()
+        if name.endswith(f"/{sparsity:g}")
+        and (name.startswith(f"{kind}/") if kind else name.split("/")[0].removesuffix("_layer") in RULES)
+    )
 
 
 def needles(record: dict[str, Any]) -> list[str]:
