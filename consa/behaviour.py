@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +26,7 @@ from consa.config import RunConfig
 from consa.data import load_sequences
 from consa.documents import check_data
 from consa.errors import ConsaError
-from consa.model import attached, attention_layout, load_model
+from consa.model import attached, attention_layout, load_model, observed
 from consa.progress import note, progress
 from consa.provenance import hardware, versions
 from consa.relations import Behaviour
@@ -98,7 +97,7 @@ def measure(
     on_text, on_repeated, on_needles = (_Means(layout.shape) for _ in range(3))
 
     def observe(tokens: np.ndarray, observer: Any, text: str) -> None:
-        with _observed(model, dense, observer):
+        with torch.no_grad(), observed(model, dense, observer):
             loss.hidden_states(model, _batch(model, tokens))
         tell(text)
 
@@ -185,28 +184,6 @@ def num_passes(model: PreTrainedModel, num_sequences: int, *, needles: bool, cau
     layout = attention_layout(model)
     units = (layout.num_layers - len(layout.native_windows)) * layout.num_kv_heads
     return num_sequences + 1 + NUM_NEEDLES * needles + (1 + units) * causal
-
-
-@contextmanager
-def _observed(model: PreTrainedModel, dense: Allocation, observer: Callable[..., None]) -> Iterator[None]:
-    """Within the block each layer's attention is shown to `observer`, and computed as always."""
-    with attached(model, dense) as plan, torch.no_grad():
-        attend = plan.attend
-
-        def show_and_attend(
-            layer: int,
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            first: Tensor | None,
-            scaling: float,
-            softcap: float | None,
-        ) -> Tensor:
-            observer(layer, q, k, scaling, softcap)
-            return attend(layer, q, k, v, first, scaling, softcap)
-
-        plan.attend = show_and_attend  # on this plan alone, which ends with the block
-        yield
 
 
 class _Means:

@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -127,6 +127,33 @@ def attached(model: PreTrainedModel, allocation: Allocation) -> Iterator[Plan]:
         for module in modules:
             module.__dict__.pop("consa_plan", None)
         model.set_attn_implementation(before)
+
+
+Observer = Callable[[int, Tensor, Tensor, float, float | None], None]
+"""What `observed` calls, with the layer, its queries `(batch, q_heads, queries, head_dim)`, its keys
+`(batch, kv_heads, keys, head_dim)`, the factor on the scores, and their bound by tanh or None."""
+
+
+@contextmanager
+def observed(model: PreTrainedModel, allocation: Allocation, observer: Observer) -> Iterator[None]:
+    """As `attached`, and each layer shows `observer` what it attends with before it does."""
+    with attached(model, allocation) as plan:
+        attend = plan.attend
+
+        def show_and_attend(
+            layer: int,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            first: Tensor | None,
+            scaling: float,
+            softcap: float | None,
+        ) -> Tensor:
+            observer(layer, q, k, scaling, softcap)
+            return attend(layer, q, k, v, first, scaling, softcap)
+
+        plan.attend = show_and_attend  # on this plan alone, which ends with the block
+        yield
 
 
 def check_fits(allocation: Allocation, layout: AttentionLayout, model_name: str) -> None:

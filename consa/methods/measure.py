@@ -11,7 +11,7 @@ from torch import Tensor
 from consa import loss
 from consa.attention import masks
 from consa.methods.problem import Problem, Text
-from consa.model import attached
+from consa.model import observed
 
 QUERY_BLOCK = 256
 
@@ -25,31 +25,20 @@ def mean_over_queries(problem: Problem, text: Text, queries: range, measure: Mea
     """Mean of `measure` over the positions `queries` of a text, float64 `(num_layers, q_heads)`."""
     layout = problem.loaded.layout
     total = torch.zeros(layout.num_layers, layout.num_q_heads, dtype=torch.float64)
-    with torch.no_grad(), attached(problem.loaded.model, problem.dense) as plan:
-        attend = plan.attend
 
-        def measured(
-            layer: int,
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            first: Tensor | None,
-            scaling: float,
-            softcap: float | None,
-        ) -> Tensor:
-            key = torch.arange(queries.stop, device=q.device)
-            keys = k[0, :, None, : queries.stop].float()
-            for block in (queries[i : i + QUERY_BLOCK] for i in range(0, len(queries), QUERY_BLOCK)):
-                query = torch.arange(block.start, block.stop, device=q.device)[:, None]
-                heads = q[0, :, block.start : block.stop].unflatten(0, (k.shape[1], -1)).float()
-                scores = heads @ keys.transpose(-1, -2) * scaling
-                if softcap is not None:
-                    scores = softcap * torch.tanh(scores / softcap)
-                weights = scores.masked_fill(~masks.causal(query, key), float("-inf")).softmax(-1)
-                total[layer] += measure(weights.flatten(0, 1), query, key).sum(-1).cpu()
-            return attend(layer, q, k, v, first, scaling, softcap)
+    def add(layer: int, q: Tensor, k: Tensor, scaling: float, softcap: float | None) -> None:
+        key = torch.arange(queries.stop, device=q.device)
+        keys = k[0, :, None, : queries.stop].float()
+        for block in (queries[i : i + QUERY_BLOCK] for i in range(0, len(queries), QUERY_BLOCK)):
+            query = torch.arange(block.start, block.stop, device=q.device)[:, None]
+            heads = q[0, :, block.start : block.stop].unflatten(0, (k.shape[1], -1)).float()
+            scores = heads @ keys.transpose(-1, -2) * scaling
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            weights = scores.masked_fill(~masks.causal(query, key), float("-inf")).softmax(-1)
+            total[layer] += measure(weights.flatten(0, 1), query, key).sum(-1).cpu()
 
-        plan.attend = measured
+    with torch.no_grad(), observed(problem.loaded.model, problem.dense, add):
         loss.hidden_states(problem.loaded.model, problem.tensor(text))
     problem.forward_tokens += len(text.tokens)
     return total / len(queries)
