@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +70,7 @@ def adapt(
     decided = {**loop.fingerprint(config, sequences, identity), "allocation": _record(allocation)}
     run = Checkpoint(run_dir, decided) if run_dir else None
     with ExitStack() as stack:
+        stack.enter_context(loss.evaluating(model))  # the teacher too
         trained = stack.enter_context(distributed.sharded(model)) if config.parallel == "fsdp" else model
         teacher = None if trained is model else model
         if trained is model and config.needs_teacher and config.method == "full":
@@ -97,19 +97,15 @@ def adapt(
                 trained, teacher, plan, loop.batches(sequences, config, step), config
             )
             value = sum(getattr(config, name) * part for name, part in parts.items())
-            if not math.isfinite(value):
-                raise ConsaError(
-                    f"the loss became {value} at step {step + 1};"
-                    + (f" the last good checkpoint is kept in {run_dir};" if run_dir else "")
-                    + " lower learning_rate, or use float32"
-                )
+            done = step + 1
+            loop.check_finite({"step": done, "loss": value}, config, run_dir)
             rate = config.learning_rate_at(step)
             norm = weights.update(max_norm=config.max_grad_norm, learning_rate=rate)
             seconds = time.perf_counter() - began
-            done = step + 1
             record = {"step": done, "loss": value, **parts, "learning_rate": rate, "grad_norm": norm}
             if evaluate and (done % config.evaluate_every == 0 or done == config.num_steps):
                 record |= evaluate(trained)
+            loop.check_finite(record, config, run_dir)
             history.append(record)
             if on_step:
                 speed = config.sequences_per_step * sequences.shape[1] / seconds
@@ -165,12 +161,17 @@ def _additions(model: PreTrainedModel, config: AdaptConfig, run_dir: Path | None
             _save_additions(model, run_dir / ADAPTER)
         succeeded = True
     finally:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                if succeeded:
-                    module.merge()
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module.get_base_layer())
+        layers = [(n, module) for n, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+        bare = []
+        for name, module in layers:
+            if succeeded:
+                module.merge()
+            parent, _, child = name.rpartition(".")
+            outer = model.get_submodule(parent)
+            if not isinstance(outer, BaseTunerLayer):  # those of one module's several parameters are nested
+                bare.append((outer, child, module.get_base_layer()))
+        for outer, child, layer in bare:
+            setattr(outer, child, layer)
         model.delete_adapter("default")
 
 

@@ -95,6 +95,9 @@ class LearnConfig:
         _check_steps(self)
         if self.mode == "frozen" and self.parallel == "fsdp":
             raise ConsaError("parallel must be ddp with mode frozen, which trains no weights; got 'fsdp'")
+        for name in ("log_alpha_min", "log_alpha_max"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConsaError(f"{name} must be a finite number, got {getattr(self, name)!r}")
         if not self.log_alpha_min < self.initial_log_alpha < self.log_alpha_max:
             raise ConsaError(
                 f"initial_log_alpha must lie between log_alpha_min ({self.log_alpha_min}) and log_alpha_max"
@@ -111,7 +114,7 @@ class LearnConfig:
 
     @property
     def constraint(self) -> Constraint:
-        """What the decision must meet. A layer decided as one meets everything, so only KV heads are constrained."""
+        """What the decision must meet; it counts for KV heads only."""
         if self.granularity == "layer":
             return ANY
         return Constraint(
@@ -258,7 +261,7 @@ class RunConfig:
         if self.max_tokens is not None and self.max_tokens < config.seq_len:
             raise ConsaError(f"max_tokens must be at least seq_len ({config.seq_len}), got {self.max_tokens}")
         if self.start is None:
-            return min(max(4 * config.window, config.seq_len // 8), config.seq_len // 2)
+            return min(max(4 * config.window, config.seq_len // 8), config.seq_len // 2, config.seq_len - 2)
         if self.start >= config.seq_len - 1:
             raise ConsaError(f"start must be below seq_len - 1 ({config.seq_len - 1}), got {self.start}")
         return self.start
@@ -350,7 +353,7 @@ class SweepConfig:
     def sparsities(self) -> tuple[float, ...]:
         """Numbers in `sparsity`."""
         try:
-            return tuple(float(share) for share in words_of(self.sparsity))
+            return tuple(dict.fromkeys(float(share) for share in words_of(self.sparsity)))
         except ValueError:
             raise ConsaError(f"sparsity must be shares with commas between, got {self.sparsity!r}") from None
 

@@ -44,7 +44,8 @@ def find_sources(data: str, text_field: str) -> list[Source]:
             continue
         name, paths = os.path.expanduser(part), _find_paths(part)
         for path in paths:
-            sources.setdefault(path, _file_source(path, text_field, is_named=path == Path(name)))
+            if path.resolve() not in sources:
+                sources[path.resolve()] = _file_source(path, text_field, is_named=path == Path(name))
     return list(sources.values())
 
 

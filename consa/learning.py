@@ -96,15 +96,11 @@ def learn(
                 value = _accumulate_gradients(
                     trained, plan, state, units, loop.batches(sequences, config, step), config
                 )
-                if not math.isfinite(value):
-                    raise ConsaError(
-                        f"the loss became {value} at step {step + 1};"
-                        + (f" the last good checkpoint is kept in {run_dir};" if run_dir else "")
-                        + " lower gate_lr or weight_lr, or use float32"
-                    )
+                loop.check_finite({"step": step + 1, "loss": value}, config, run_dir)
                 record = _update(
                     state, value, target_at(step + 1, config.num_steps, target, config.warmup), config
                 )
+                loop.check_finite(record, config, run_dir)
                 history.append(record)
                 if on_step:
                     seconds = time.perf_counter() - began
@@ -138,16 +134,24 @@ def target_units(layout: AttentionLayout, config: LearnConfig) -> int:
     Only counts that the configuration's constraint allows.
 
     Raises:
-        ConsaError: the KV heads of a layer do not split as the constraint asks, or the budget is too small.
+        ConsaError: the KV heads of a layer do not split as the constraint asks, the budget is too small, or joint mode
+            has nothing to choose.
     """
     units = units_of(layout, config.granularity)
     step = config.constraint.step(len(units.layers), units.per_layer)
     if config.kv_budget is None or config.context is None:
-        return step * num_full_units(units.count // step, config.sparsity)
-    affordable = num_full_units_within(
-        config.kv_budget, config.context, example=_dense_start(layout, config), head_dim=layout.head_dim
-    )
-    return affordable // step * step
+        found = step * num_full_units(units.count // step, config.sparsity)
+    else:
+        affordable = num_full_units_within(
+            config.kv_budget, config.context, example=_dense_start(layout, config), head_dim=layout.head_dim
+        )
+        found = affordable // step * step
+    if config.mode == "joint" and found in (0, units.count):
+        raise ConsaError(
+            f"mode must be frozen where {found} of {units.count} units keep full attention and none is to be chosen;"
+            " to train the weights, use adapt"
+        )
+    return found
 
 
 @dataclass
@@ -253,8 +257,7 @@ def _update(state: _State, value: float, target: float, config: LearnConfig) -> 
     (constraint + sharpening * (is_open * (1 - is_open)).mean()).backward()
     state.gate_optimizer.step()
     state.gate_optimizer.zero_grad()
-    if state.weights:
-        state.weights.update(max_norm=1.0)
+    joint = {"grad_norm": state.weights.update(max_norm=1.0)} if state.weights else {}
     with torch.no_grad():
         state.log_alpha.clamp_(config.log_alpha_min, config.log_alpha_max)
         expected = float(1 - gates.probability_open(state.log_alpha).mean())
@@ -269,6 +272,7 @@ def _update(state: _State, value: float, target: float, config: LearnConfig) -> 
         "target": target,
         "multiplier": state.constraint.multiplier,
         "fractional": gates.fractional_share(state.log_alpha.detach()),
+        **joint,
     }
 
 

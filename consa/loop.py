@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,10 @@ from transformers import PreTrainedModel
 from consa import distributed
 from consa.config import AdaptConfig, LearnConfig
 from consa.errors import ConsaError, first_line
+from consa.loss import evaluating
 from consa.model import decoder_layers
 
-# What may differ when a run is continued: none of these changes what is computed.
+# What may differ when a run is continued: none of these changes what is computed, but for rounding.
 FREE = {"checkpoint_every", "parallel"}
 
 
@@ -34,10 +37,12 @@ def batches(sequences: np.ndarray, config: LearnConfig | AdaptConfig, step: int)
 
 def order(sequences: np.ndarray, config: LearnConfig | AdaptConfig, places: range) -> list[int]:
     """The sequences at some places of the run's stream: each once per epoch, every epoch in its own order."""
-    chosen = []
-    for epoch, place in (divmod(place, len(sequences)) for place in places):
-        chosen.append(int(np.random.default_rng([config.seed, epoch]).permutation(len(sequences))[place]))
-    return chosen
+    count = len(sequences)
+    epochs = {
+        epoch: np.random.default_rng([config.seed, epoch]).permutation(count)
+        for epoch in {place // count for place in places}
+    }
+    return [int(epochs[place // count][place % count]) for place in places]
 
 
 @contextmanager
@@ -52,29 +57,40 @@ def prepared(
         ConsaError: the layers do not compile.
     """
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    training = model.training
     deterministic = torch.are_deterministic_algorithms_enabled()
-    model.eval()  # no dropout: the model is to be trained as it will be used
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
     fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     settings.fill_uninitialized_memory = False  # it costs time and guards against nothing
-    if activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in model.modules():  # transformers recomputes only in modules in training mode
-            if hasattr(module, "gradient_checkpointing"):
-                module.training = True
     try:
-        with _compiled(decoder_layers(model) if compile else []):
+        # No dropout: the model is to be trained as it will be used.
+        with (
+            evaluating(model),
+            _recomputing(model) if activation_checkpointing else nullcontext(),
+            _compiled(decoder_layers(model) if compile else []),
+        ):
             yield
     finally:
-        if activation_checkpointing:
-            model.gradient_checkpointing_disable()
-        model.train(training)
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         settings.fill_uninitialized_memory = fill
         for parameter, required in wanted:
             parameter.requires_grad_(required)
+
+
+@contextmanager
+def _recomputing(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block layers keep their inputs alone and are computed again in the backward pass."""
+    before = model.is_gradient_checkpointing
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():  # transformers recomputes only in modules in training mode
+        if hasattr(module, "gradient_checkpointing"):
+            module.training = True
+    try:
+        yield
+    finally:
+        if not before:
+            model.gradient_checkpointing_disable()
 
 
 @contextmanager
@@ -221,6 +237,22 @@ def check(config: LearnConfig | AdaptConfig, sequences: np.ndarray) -> None:
             f"no training text: got sequences of shape {sequences.shape}; give longer or more documents"
         )
     distributed.check_divides(config.sequences_per_step, config.micro_batch)
+
+
+def check_finite(record: dict[str, Any], config: LearnConfig | AdaptConfig, run_dir: Path | None) -> None:
+    """Make sure that training has not diverged, before anything is kept of a step.
+
+    Raises:
+        ConsaError: one of the step's numbers is not finite.
+    """
+    for name, value in record.items():
+        if not math.isfinite(value):
+            rates = "gate_lr or weight_lr" if isinstance(config, LearnConfig) else "learning_rate"
+            raise ConsaError(
+                f"the {name} became {value} at step {record['step']};"
+                + (f" the last good checkpoint is kept in {run_dir};" if run_dir else "")
+                + f" lower {rates}, or use float32"
+            )
 
 
 def fingerprint(

@@ -23,9 +23,22 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 def token_losses(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Cross-entropy of each next token without gradients, float32 `(batch, seq - 1)`, in nats."""
-    with torch.no_grad(), output_layer(model) as head:
+    with torch.no_grad(), evaluating(model), output_layer(model) as head:
         hidden = hidden_states(model, tokens)
         return torch.cat([cross_entropy(head(hidden[:, c]), tokens, c) for c in _chunks(tokens)], dim=1)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block nothing is dropped out; then every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.eval()
+        for module in training:
+            module.training = True
 
 
 Objective = Callable[[Tensor, Tensor, slice], Tensor]
@@ -79,6 +92,7 @@ def output_layer(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor]]
     of it, turns hidden states into logits.
     """
     backbone = model.base_model
+    own = vars(backbone).get("forward")  # as hooks give it
     given: list[Tensor] = []
 
     def head(hidden: Tensor) -> Tensor:
@@ -90,6 +104,8 @@ def output_layer(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor]]
             ).logits
         finally:
             del backbone.forward
+            if own:
+                backbone.forward = own
 
     yield head
 

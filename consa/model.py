@@ -424,7 +424,10 @@ def _convert_gguf(path: Path) -> tuple[str, str]:
 
 def _hash_weights(folder: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    weights = list(folder.glob("*.safetensors")) or list(
+        folder.glob("*.bin")
+    )  # as transformers looks for them
+    for path in sorted([folder / "config.json", *weights]):
         digest.update(f"{path.name} {sha256_of(path)}\n".encode())
     return digest.hexdigest()
 

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -274,8 +274,9 @@ def _claimed(folder: Path) -> Iterator[None]:
             finally:
                 if missing and [path.name for path in folder.iterdir()] == [lock.name]:
                     lock.unlink()
-                    for path in missing:
-                        path.rmdir()
+                    with suppress(OSError):  # another run may have begun beside this one
+                        for path in missing:
+                            path.rmdir()
     except OSError as error:
         raise ConsaError(
             f"cannot write {folder}: {error.strerror or error}; choose another folder with --out"
@@ -289,10 +290,12 @@ def _check_same_run(folder: Path, settings: dict[str, Any]) -> None:
         return
     try:
         found = read_json(path, max_bytes=2**20)
-        before = _without_free({part: found[part] for part in settings})
+        other = isinstance(found["run"], dict) and not settings.keys() <= found.keys()
+        before = {} if other else _without_free({part: found[part] for part in settings})
     except (ConsaError, LookupError, TypeError, AttributeError) as error:
         raise ConsaError(f"cannot continue from {path}: damaged; delete the folder to start over") from error
-    difference = first_difference(before, _without_free(json.loads(json.dumps(settings))))
+    wanted = _without_free(json.loads(json.dumps(settings)))
+    difference = "of another command" if other else first_difference(before, wanted)
     if difference:
         raise ConsaError(
             f"{folder} holds a different run ({difference});"
@@ -398,6 +401,10 @@ def _measure(
                 update(done, name)
 
             found[name] = jobs[name](loaded.model, tokens, on_batch=on_batch)
+            if not np.isfinite(found[name]).all():
+                raise ConsaError(
+                    f"{name} has held-out losses that are not finite; use float32 or train at lower rates"
+                )
             save_losses(paths[name], found[name])
     return {
         name: (allocation.sparsity if allocation else 0.0, found[name]) for name, allocation in named.items()
@@ -418,7 +425,8 @@ def _seconds(name: str, began: float, ended: float) -> dict[str, float]:
 
 def _write_summary(folder: Path, found: dict[str, Any], markdown: str) -> None:
     _write_json(folder / "summary.json", found)
-    write_atomically(folder / "summary.md", markdown.encode())
+    # A path may hold bytes that are no text.
+    write_atomically(folder / "summary.md", markdown.encode(errors="backslashreplace"))
 
 
 def _write_json(path: Path, record: dict[str, Any]) -> None:

@@ -289,10 +289,12 @@ def _check_same_sweep(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        before = _decisive(read_json(path, max_bytes=2**20))
+        found = read_json(path, max_bytes=2**20)
+        other = isinstance(found["run"], dict) and not {"sweep", "eval"} <= found.keys()
+        before = {} if other else _decisive(found)
     except (ConsaError, LookupError, TypeError, AttributeError) as error:
         raise ConsaError(f"cannot continue from {path}: damaged; delete the folder to start over") from error
-    difference = first_difference(before, _decisive(settings))
+    difference = "it is of another command" if other else first_difference(before, _decisive(settings))
     if difference:
         raise ConsaError(
             f"{folder} holds a different sweep ({difference}); choose another folder with --out, or delete it"

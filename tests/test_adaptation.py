@@ -464,6 +464,27 @@ def test_lora_on_named_layers_only():
     assert moved == {"q_proj", "v_proj"}
 
 
+def test_lora_on_experts_whose_parameters_peft_nests():
+    model = tiny("qwen3_moe")
+    names, decided, seen = list(model.state_dict()), allocate(model, window=3), []
+
+    def look(record: dict[str, float]) -> None:
+        with torch.no_grad():
+            seen[:] = [model(tokens(2, 24), use_cache=False).logits]
+
+    adapt(model, text(), decided, changed(method="lora"), on_step=look)
+    assert list(model.state_dict()) == names
+    with torch.no_grad(), attached(model, decided):
+        assert_close(model(tokens(2, 24), use_cache=False).logits, seen[0], 1e-4)
+
+
+def test_a_model_in_training_mode_follows_itself_without_dropout():
+    model = tiny("phi3", resid_pdrop=0.5).train()
+    config = changed(cross_entropy=0.0, distillation=1.0, num_steps=1)
+    (record,) = adapt(model, text(), rules.bottom(4, 3, sparsity=0.0, window=3, num_sink_tokens=0), config)
+    assert record["distillation"] < 1e-5 and all(module.training for module in model.modules())
+
+
 def test_without_peft(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(adaptation, "find_spec", lambda name: None)
     with pytest.raises(ConsaError, match=r"pip install 'consa\[lora\]'"):
@@ -484,3 +505,30 @@ def test_a_loss_that_is_not_finite_and_no_text():
         adapt(model, text(), allocation(), QUICK)
     with pytest.raises(ConsaError, match="no training text"):
         adapt(tiny(), text()[:0], allocation(), QUICK)
+
+
+def test_what_diverges_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = changed(num_steps=4, checkpoint_every=1)
+    with pytest.raises(ConsaError, match="the heldout_loss became inf at step 4; the last good checkpoint"):
+        adapt(tiny(), text(), allocation(), config, run_dir=tmp_path, evaluate=spoiled_at(2))
+    update, norms = loop.Weights.update, iter([0.5, float("nan")])
+
+    def diverging(self: loop.Weights, **settings: Any) -> float:
+        update(self, **settings)
+        return next(norms)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Weights, "update", diverging)
+        with pytest.raises(ConsaError, match=r"the grad_norm became nan at step 2; .* lower learning_rate"):
+            adapt(tiny(), text(), allocation(), config, run_dir=tmp_path / "b")
+    steps: list[float] = []
+    for folder, step in ((tmp_path, 4), (tmp_path / "b", 2)):
+        adapt(tiny(), text(), allocation(), config, run_dir=folder, on_step=lambda r: steps.append(r["step"]))
+        assert steps[0] == step and steps.pop() == 4
+        steps.clear()
+
+
+def spoiled_at(call: int) -> Any:
+    """A measure that is infinite when it is called for the second time, say."""
+    found = iter([*[1.0] * (call - 1), float("inf")])
+    return lambda model: {"heldout_loss": next(found)}

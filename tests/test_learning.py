@@ -385,6 +385,21 @@ def test_joint_mode_trains_every_weight_and_lowers_the_loss():
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.99])
+def test_joint_mode_with_nothing_to_choose_is_refused(sparsity: float):
+    with pytest.raises(ConsaError, match=r"mode must be frozen where .* none is to be chosen; .* use adapt"):
+        learn(tiny(), text(), changed(mode="joint", sparsity=sparsity))
+
+
+def test_a_model_in_training_mode_is_learned_and_refined_without_dropout():
+    model, config = tiny("phi3", resid_pdrop=0.5), changed(refine_evaluations=12)
+    results, exchanges = [], ([], [])
+    for training, seen in zip((False, True), exchanges, strict=True):
+        results.append(learn(model.train(training), text(), config, on_exchange=seen.append).history)
+        assert all(module.training == training for module in model.modules())
+    assert results[0] == results[1] and exchanges[0] == exchanges[1] != []
+
+
 # What goes wrong on the way.
 
 

@@ -164,6 +164,18 @@ def test_identity_follows_the_weights(tiny_model_folder: Path, tmp_path: Path):
     assert load_model(str(tmp_path)).identity["revision"] != changed.identity["revision"]
 
 
+def test_identity_follows_weights_that_are_not_safetensors(tiny_model_folder: Path, tmp_path: Path):
+    loaded = load_model(str(tiny_model_folder))
+    revisions = set()
+    for factor in (1.0, 1.1):
+        loaded.model.config.save_pretrained(tmp_path)
+        loaded.tokenizer.save_pretrained(tmp_path)
+        weights = {name: factor * tensor for name, tensor in loaded.model.state_dict().items()}
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+        revisions.add(load_model(str(tmp_path)).identity["revision"])
+    assert len(revisions) == 2
+
+
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(
         model_module.PACKAGED_MODELS, "some-model", ("no_such_package", "x.gguf", "pip install some-model")

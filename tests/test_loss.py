@@ -143,3 +143,17 @@ def test_the_output_layer_leaves_no_trace_even_when_it_fails():
             head(torch.zeros(1, 3, 5))
         assert "forward" not in vars(model.base_model)
     assert torch.equal(own_loss(model, ids), wanted)
+
+
+def test_a_forward_of_the_backbones_own_is_put_back():
+    model, calls = tiny(), []
+    plain = model.base_model.forward
+
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    model.base_model.forward = hooked
+    for _ in range(2):
+        loss.token_losses(model, tokens(1, 12))
+    assert vars(model.base_model)["forward"] is hooked and len(calls) == 2

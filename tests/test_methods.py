@@ -209,6 +209,13 @@ def test_questions_end_with_their_answers(tokenizer: Any):
         assert all(prompt.count(number.strip()) == 1 for number in numbers)
 
 
+def test_nested_learns_too_if_the_largest_sparsity_leaves_nothing_to_choose(tokenizer: Any):
+    loaded = loaded_from(tiny(), tokenizer)
+    found = choose("nested", loaded, text_of(loaded.model, 4, 40), ChoiceConfig(**SMALL), [0.5, 1.0])
+    assert all(allocation.provenance["cost"]["backward_tokens"] for allocation in found.values())
+    assert found[1.0].sparsity == 1.0 and np.ptp(found[0.5].scores) > 0
+
+
 @pytest.mark.parametrize("granularity", ["layer", "kv_head"])
 def test_nested_allocations_are_nested_and_exact_after_one_run(granularity: Any, tokenizer: Any):
     model = tiny()

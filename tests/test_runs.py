@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from consa import Allocation, ConsaError, rules, runs
-from consa.config import LearnConfig, RunConfig
+from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig, SweepConfig
 from consa.data import load_sequences
 from consa.evaluation.perplexity import heldout_losses, sampled_losses
 from consa.model import load_model
 from consa.rules import RULES
 from consa.runs import run
+from consa.sweep import sweep
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
@@ -139,6 +140,30 @@ def test_another_run_does_not_touch_the_folder(
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_a_folder_of_another_command_is_not_called_damaged(
+    finished: tuple[Path, dict[str, Any]], where: RunConfig
+):
+    folder, _ = finished
+    allocation = Allocation.load(folder / "allocation.json")
+    with pytest.raises(ConsaError, match=r"a different run \(of another command\); choose another folder"):
+        runs.run_adaptation(where, allocation, AdaptConfig(seq_len=96), folder, command="c")
+    with pytest.raises(ConsaError, match=r"a different sweep \(it is of another command\); choose another"):
+        sweep(where, SweepConfig(), EvalConfig(seq_len=96, window=8), folder, command="c")
+
+
+def test_a_path_that_is_no_text_ends_in_the_summary(where: RunConfig, tmp_path: Path):
+    (folder := tmp_path / "caf\udce9").mkdir()
+    (folder / "a.txt").write_text("Once upon a time there was a river. " * 200)
+    config = replace(CONFIG, sparsity=1.0)
+    run(
+        replace(where, data=str(folder), heldout_data=where.data, num_heldout=1),
+        config,
+        tmp_path / "out",
+        command=f"consa learn --data {folder}",
+    )
+    assert "caf\\udce9" in (tmp_path / "out" / "summary.md").read_text()
+
+
 def test_more_may_be_measured_later(where: RunConfig, tmp_path: Path):
     config = replace(CONFIG, num_steps=2, refine_evaluations=0)
     first = run(where, config, tmp_path, command="c")
@@ -254,6 +279,19 @@ def test_a_run_that_cannot_begin_leaves_nothing(tmp_path: Path, where: RunConfig
         assert [path.name for path in tmp_path.iterdir()] in ([], [".lock"])
 
 
+def test_a_run_that_cannot_begin_says_so_beside_one_that_does(
+    tmp_path: Path, where: RunConfig, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any) -> None:
+        (tmp_path / "runs" / "other").mkdir()
+        raise ConsaError("no such model")
+
+    monkeypatch.setattr(runs, "_load", fail)
+    with pytest.raises(ConsaError, match="no such model"):
+        run(where, CONFIG, tmp_path / "runs" / "own", command="c")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
+
+
 @pytest.mark.parametrize(
     ("changes", "settings"),
     [
@@ -308,6 +346,7 @@ def test_gates_that_are_certain_draw_the_decision(where: RunConfig):
         (300, 1024, None, 512),
         (1, 16, None, 4),
         (64, 99, 0, 0),
+        (1, 2, None, 0),
     ],
 )
 def test_where_counting_starts(window: int, seq_len: int, given: int | None, expected: int):

@@ -165,6 +165,10 @@ def test_a_ranking_runs_once_for_all_sparsities_and_again_for_what_is_added(
     assert (tmp_path / "allocations" / f"{names[0]}.json").stat().st_mtime_ns == kept
 
 
+def test_a_sparsity_written_in_two_ways_is_one():
+    assert SweepConfig(sparsity="0.5,0.50,.9").sparsities == (0.5, 0.9)
+
+
 def test_all_rules_by_one_word_each_once():
     config = SweepConfig(sparsity="0.5", granularity="layer,kv_head", methods="rules,middle", seeds=3)
     wanted = list(choices(config, MEASURED))

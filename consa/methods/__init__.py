@@ -7,7 +7,7 @@ Its provenance says what the choice cost, in tokens sent forward and backward th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -64,21 +64,12 @@ class ChoiceConfig:
                 raise ConsaError(f"{name} must be an integer >= 1, got {value!r}")
         self.for_learning()
 
-    def for_learning(self, **more: Any) -> LearnConfig:
-        """The settings of `consa.learning.learn` that these stand for."""
-        return LearnConfig(
-            sparsity=self.sparsity,
-            granularity=self.granularity,
-            window=self.window,
-            num_sink_tokens=self.num_sink_tokens,
-            seed=self.seed,
-            num_steps=self.num_steps,
-            sequences_per_step=self.sequences_per_step,
-            refine_sequences=self.evaluation_sequences,
-            micro_batch=self.micro_batch,
-            compile=self.compile,
-            **more,
-        )
+    def for_learning(self, **other: Any) -> LearnConfig:
+        """The settings of `consa.learning.learn` that these stand for, but for `other`."""
+        alike = {item.name for item in fields(self)} & {item.name for item in fields(LearnConfig)}
+        settings: dict[str, Any] = {name: getattr(self, name) for name in alike}
+        settings["refine_sequences"] = self.evaluation_sequences
+        return LearnConfig(**settings | other)
 
 
 Method = Callable[["LoadedModel", np.ndarray, ChoiceConfig], Allocation]
@@ -136,10 +127,8 @@ def choose(
     Raises:
         ConsaError: there is no such method, or as the method.
     """
-    method, asked = (
-        method_named(name),
-        {sparsity: replace(config, sparsity=sparsity) for sparsity in sparsities},
-    )
+    method = method_named(name)
+    asked = {sparsity: replace(config, sparsity=sparsity) for sparsity in sparsities}
     if name not in RANKINGS:
         return {sparsity: method(loaded, sequences, config) for sparsity, config in asked.items()}
     from consa.methods.problem import Problem

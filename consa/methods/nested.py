@@ -19,7 +19,10 @@ from consa.model import LoadedModel
 def nested(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) -> Allocation:
     """Learn once, up to the config's sparsity; the scores rank the units for every smaller one too."""
     problem = Problem(loaded, sequences, config)
-    learning = config.for_learning(warmup=1.0, averaged=1.0, refine_evaluations=0)
+    most = 1 - 1 / problem.units.count  # where no unit is left to keep FA, there is nothing to learn
+    learning = config.for_learning(
+        sparsity=min(config.sparsity, most), warmup=1.0, averaged=1.0, refine_evaluations=0
+    )
     result = learn(loaded.model, sequences, learning)
     assert result.allocation.scores is not None
     tokens = len(result.history) * config.sequences_per_step * sequences.shape[1]
