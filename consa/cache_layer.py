@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from consa.attention.branches import fused_for
-from consa.attention.cached import Heads, HeadSplit, NewKeys, by_start, pick, selector
+from consa.attention.cached import Heads, HeadSplit, NewKeys, as_computed, by_start, pick, selector
 from consa.errors import ConsaError
 
 GROWTH = 64  # tokens by which storage grows: at most as many unused, and a copy costs a 64th of what attention reads
@@ -58,6 +58,8 @@ class HybridLayer(CacheLayerMixin):
 
     def _start(self, first: Tensor | None) -> None:
         """Take note of where the sequences start."""
+        if first is not None and not first.any():
+            first = None
         self.first = first
         self._earliest, self._latest = (0, 0) if first is None else (int(first.min()), int(first.max()))
         self._first_there = None if first is None or not self.is_initialized else first.to(self.device)
@@ -78,12 +80,22 @@ class HybridLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, None]:
         """Hand the new tokens over to the attention function, which writes them: it alone knows about padding."""
+        key_states, value_states = as_computed(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+            self._leave_inference_mode()
         if torch.is_grad_enabled() and key_states.requires_grad and self.length:
             raise ConsaError("no gradient flows through cached keys; use torch.no_grad(), or use_cache=False")
         self._waiting = True
         return NewKeys(self, key_states, value_states), None
+
+    def _leave_inference_mode(self) -> None:
+        """Copy what was stored in it and could not be written to out of it."""
+        for name in STORAGE:
+            storage = getattr(self, name)
+            if storage is not None and storage.is_inference():
+                setattr(self, name, storage.clone())
 
     @property
     def is_empty(self) -> bool:
@@ -339,7 +351,7 @@ class HybridLayer(CacheLayerMixin):
             setattr(self, name, moved)
 
     def activate_past_recording(self) -> None:
-        """From now on remember what is overwritten, so that `crop` can take tokens back, until the next `crop`."""
+        """From now on remember what is overwritten, so that `crop` can take it back; each `crop` forgets it."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:

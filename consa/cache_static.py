@@ -43,6 +43,7 @@ class StaticHybridLayer(HybridLayer):
         if not self.is_initialized:
             super()._forget()
         self.length = 0
+        self._begun = False  # whether every sequence is known to have a real token
         self._start(None)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -64,8 +65,14 @@ class StaticHybridLayer(HybridLayer):
     def can_append(self, key: Tensor, first: Tensor | None) -> bool:
         """Whether `append` will do."""
         if _recording():
-            return key.shape[2] == 1
+            return key.shape[2] == 1 and (first is None or self._begun)
         return super().can_append(key, first)
+
+    def write(self, key: Tensor, value: Tensor, first: Tensor | None) -> list[Tensor]:
+        """As `HybridLayer.write`."""
+        full = super().write(key, value, first)
+        self._begun = not _recording() and self._latest < self.length
+        return full
 
     def append(self, key: Tensor, value: Tensor) -> list[tuple[Heads, Tensor, Tensor, Tensor | None]]:
         """As `HybridLayer.append`."""

@@ -440,7 +440,7 @@ def test_what_would_not_be_exact_is_refused(model):
             model(ids, **{CACHE: HybridCache(allocation, max_length=15)})
         with pytest.raises(ConsaError, match="made for 20 tokens, and 21 are needed"):
             decode(model, HybridCache(allocation, max_length=20), tokens(1, 21), [20, 1])
-        with pytest.raises(ConsaError, match="static cache is not supported"):
+        with pytest.raises(ConsaError, match=r"static cache of transformers. own is not supported"):
             model(ids, **{CACHE: StaticCache(model.config, max_cache_len=30)})
         with pytest.raises(ConsaError, match="cannot be honoured"):
             model(ids, attention_mask=torch.ones(2, 1, 20, 20, dtype=torch.bool))
@@ -464,3 +464,116 @@ def test_decoding_compiles_to_one_graph():
                     compiled(ids[:, column : column + 1], position_ids=position, **{CACHE: cache}).logits
                 )
     torch.testing.assert_close(torch.cat(out, 1), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_a_compiled_prefill_token_by_token_is_exact(padded: bool):
+    """What is recorded before anything was written knows no starts; with padding it must not be written as text."""
+    model = tiny(num_hidden_layers=2)
+    allocation = allocate(model)
+    ids, mask = left_padding(tokens(2, 8), [0, 3 * padded])
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    torch._dynamo.reset()
+    with torch.no_grad(), attached(model, allocation):
+        wanted = model(ids, attention_mask=mask, position_ids=position, use_cache=False).logits
+        compiled = torch.compile(model, backend="eager")
+        cache, out = HybridCache(allocation, max_length=16), []
+        for column in range(8):
+            here = slice(column, column + 1)
+            options = {
+                "position_ids": position[:, here],
+                "attention_mask": mask[:, : column + 1],
+                CACHE: cache,
+            }
+            out.append(compiled(ids[:, here], **options).logits)
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(out, 1)[real], wanted[real], atol=1e-4, rtol=0)
+
+
+def test_a_growing_cache_compiles():
+    model = tiny(num_hidden_layers=2)
+    allocation = allocate(model)
+    ids = tokens(2, 22)
+    torch._dynamo.reset()
+    with torch.no_grad(), attached(model, allocation):
+        wanted = model(ids, use_cache=False).logits
+        compiled, cache, out = torch.compile(model, backend="eager"), HybridCache(allocation), []
+        for begin, end in ((0, 20), (20, 21), (21, 22)):
+            position = torch.arange(begin, end).expand(2, -1)
+            out.append(compiled(ids[:, begin:end], position_ids=position, **{CACHE: cache}).logits)
+    torch.testing.assert_close(torch.cat(out, 1), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("max_length", [None, 50])
+def test_a_mask_may_say_already_what_comes_later(model, max_length: int | None):
+    allocation = allocate(model)
+    ids, mask = left_padding(tokens(2, 20), [0, 6])
+    longer = torch.cat([mask, torch.ones(2, 30, dtype=torch.long)], 1)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), attached(model, allocation):
+        wanted = model(ids, attention_mask=mask, position_ids=position, use_cache=False).logits
+        cache, out = HybridCache(allocation, max_length=max_length), []
+        for here in (slice(0, 9), slice(9, 20)):
+            options = {"attention_mask": longer, "position_ids": position[:, here], CACHE: cache}
+            out.append(model(ids[:, here], **options).logits)
+    torch.testing.assert_close(torch.cat(out, 1)[mask.bool()], wanted[mask.bool()], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("max_length", [None, 30])
+def test_rows_without_padding_go_on_alone(model, max_length: int | None):
+    allocation = allocate(model)
+    ids, mask = left_padding(tokens(3, 21), [0, 6, 0])
+    rows, cache = torch.tensor([0, 2]), HybridCache(allocation, max_length=max_length)
+    with torch.no_grad(), attached(model, allocation):
+        wanted = model(ids[rows], use_cache=False).logits[:, -1:]
+        model(ids[:, :20], attention_mask=mask[:, :20], **{CACHE: cache})
+        cache.batch_select_indices(rows)
+        got = model(ids[rows, 20:], position_ids=torch.full((2, 1), 20), **{CACHE: cache}).logits
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("max_length", [None, 40])
+def test_inference_mode_leaves_model_and_cache_usable(model, max_length: int | None):
+    allocation = allocate(model)
+    ids, cache = tokens(2, 22), HybridCache(allocation, max_length=max_length)
+    with attached(model, allocation):
+        with torch.inference_mode():
+            model(ids[:, :20], **{CACHE: cache})
+        model(ids[:, :20], labels=ids[:, :20], use_cache=False).loss.backward()
+        model.zero_grad()
+        with torch.no_grad():
+            wanted = model(ids, use_cache=False).logits[:, 20:]
+            position = torch.arange(20, 22).expand(2, -1)
+            got = model(ids[:, 20:], position_ids=position, **{CACHE: cache}).logits
+    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("max_length", [None, 40])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_autocast_computes_as_without_a_cache_and_as_the_dense_model(padded: bool, max_length: int | None):
+    model = tiny()
+    ids, mask = left_padding(tokens(2, 22), [0, 6 * padded])
+    position, real = (mask.cumsum(1) - 1).clamp(min=0), mask.bool()
+    inputs = {"attention_mask": mask, "position_ids": position, "use_cache": False}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        dense = model(ids, **inputs).logits
+        everything = Allocation(full_attention=np.ones((4, 3), bool), window=7)
+        with attached(model, everything):
+            torch.testing.assert_close(model(ids, **inputs).logits[real], dense[real], atol=0.15, rtol=0)
+        allocation = allocate(model)
+        with attached(model, allocation):
+            wanted, cache, out = (
+                model(ids, **inputs).logits,
+                HybridCache(allocation, max_length=max_length),
+                [],
+            )
+            for here in (slice(0, 20), slice(20, 21), slice(21, 22)):
+                part = {"attention_mask": mask[:, : here.stop], "position_ids": position[:, here]}
+                out.append(model(ids[:, here], **part, **{CACHE: cache}).logits)
+    assert (wanted - dense)[real].abs().max() > 1  # the hybrid is not the dense model
+    torch.testing.assert_close(torch.cat(out, 1)[real], wanted[real], atol=0.15, rtol=0)
+
+
+def test_a_hybrids_cache_in_another_model_is_named(model):
+    with pytest.raises(AttributeError, match="a HybridCache is for hybrids alone"):
+        model(tokens(1, 8), **{CACHE: HybridCache(allocate(model))})

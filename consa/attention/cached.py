@@ -62,6 +62,22 @@ class NewKeys(NamedTuple):
     key: Tensor  # (batch, kv_heads, tokens, head_dim)
     value: Tensor
 
+    def __getattr__(self, name: str) -> Any:  # what other attention asks of keys
+        raise AttributeError(
+            f"no {name}: a HybridCache is for hybrids alone; use consa.load or consa.attached, or another cache"
+        )
+
+
+def as_computed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys or values in the dtype that attention computes in: autocast's, where that is on.
+
+    Rotated queries and keys come in float32 then, beside values of lower precision.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
 
 def cached_attention(
     q: Tensor, new: NewKeys, first: Tensor | None, *, scaling: float, softcap: float | None

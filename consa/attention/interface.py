@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from consa.allocation import Allocation
-from consa.attention.cached import NewKeys
+from consa.attention.cached import NewKeys, as_computed
 from consa.attention.plan import Plan
 from consa.errors import ConsaError
 
@@ -63,8 +63,10 @@ def _attend(
     if scaling is None:
         scaling = float(query.shape[-1] ** -0.5)
     if isinstance(key, NewKeys):
+        (query,) = as_computed(query)
         out = plan.attend_cached(module.layer_idx, query, key, first, scaling, softcap)
     else:
+        query, key, value = as_computed(query, key, value)
         out = plan.attend(module.layer_idx, query, key, value, first, scaling, softcap)
     return out.transpose(1, 2).contiguous(), None
 
@@ -113,27 +115,28 @@ def consa_mask(
     transformers passes on as it is.
 
     Raises:
-        ConsaError: packed sequences, a static cache, or a mask with holes, none of which would be exact.
+        ConsaError: packed sequences, a static cache of transformers' own, or a mask with holes: none would be exact.
     """
     static = (
         kv_length == 0
     )  # consa's own static layers ask for no length; transformers lets them skip no mask
     if not allow_is_causal_skip and not static:
         raise ConsaError(
-            "packed sequences and custom masks are not supported; give each document its own row"
+            "packed sequences and custom masks are not supported; give each document its own row, and pass"
+            " attention_mask under torch.compile"
         )
     if not static and int(q_offset) + q_length != kv_offset + kv_length:
         raise ConsaError(
-            f"keys end at {kv_offset + kv_length} but queries at {int(q_offset) + q_length}: a static cache is not"
-            " supported, use the default dynamic one; and an attention mask must cover all keys"
+            f"keys end at {kv_offset + kv_length} but queries at {int(q_offset) + q_length}: a static cache of"
+            " transformers' own is not supported, use HybridCache or the default; and an attention mask must cover all"
+            " keys"
         )
     if attention_mask is None:
         return None
-    if attention_mask.shape[-1] < kv_length:
-        raise ConsaError(
-            f"the attention mask covers {attention_mask.shape[-1]} of {kv_length} keys; cover all"
-        )
-    real = attention_mask[:, -kv_length:].bool().cpu()
+    end = attention_mask.shape[-1] if static else kv_offset + kv_length
+    if attention_mask.shape[-1] < end:
+        raise ConsaError(f"the attention mask covers {attention_mask.shape[-1]} of {end} keys; cover all")
+    real = attention_mask[:, kv_offset:end].bool().cpu()  # it may say already what comes after the keys
     starts = torch.cat([real[:, :1], real[:, 1:] & ~real[:, :-1]], dim=1)
     if int(starts.sum(1).max()) > 1:
         raise ConsaError("the attention mask has holes; only padding before or after a sequence is supported")

@@ -112,7 +112,7 @@ class Plan:
         """
         if self._gates is not None:
             raise ConsaError("a hybrid's cache does not keep what full attention needs; pass use_cache=False")
-        if new.cache.split != self._splits[layer]:
+        if not new.cache.split == self._splits[layer]:
             raise ConsaError("the cache was made for another allocation than the model's; make a new one")
         if new.cache.is_empty:
             out = self.attend(layer, q, new.key, new.value, first, scaling, softcap)
@@ -154,6 +154,7 @@ class Plan:
             return Rows.sort(values[sequences], gates[sequences.to(device)])
         key = (layer, batch, device)
         if key not in self._rows:
-            values = self._fixed[layer].expand(batch, -1)
-            self._rows[key] = Rows.sort(values, values.to(device))
+            with torch.inference_mode(False):  # training may come later
+                values = self._fixed[layer].expand(batch, -1)
+                self._rows[key] = Rows.sort(values, values.to(device))
         return self._rows[key]
