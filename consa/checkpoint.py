@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from consa.allocation import Allocation
 from consa.attention import interface
 from consa.attention.plan import Plan
-from consa.errors import ConsaError, UnsupportedModelError
+from consa.errors import ConsaError, UnsupportedModelError, first_line
 from consa.files import check_writable, read_json, sha256_of
 from consa.model import attention_layout, check_fits, inspect_attention, quiet
 from consa.register import ARCHITECTURE_PREFIX, PREFIX, TAKEN
@@ -81,7 +81,8 @@ def convert(
 
     Raises:
         InvalidAllocationError: the allocation was made for another model.
-        ConsaError: plain was asked for and is not possible, or the folder cannot be written.
+        ConsaError: plain was asked for and is not possible, transformers does not save the model, or the folder cannot be
+            written.
     """
     folder = Path(out_dir)
     check_wish(folder, kind)
@@ -126,6 +127,10 @@ def convert(
         raise ConsaError(
             f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; choose a folder with room"
         ) from error
+    except ConsaError:
+        raise
+    except ValueError as error:  # transformers' own checks, as of a generation config
+        raise ConsaError(f"{type(model).__name__} cannot be saved: {first_line(error)}") from error
     return Converted(folder, kind, reason)
 
 

@@ -351,3 +351,11 @@ def test_a_hybrid_is_written_where_it_is_asked_for(model, tmp_path):
         assert torch.equal(logits(load(tmp_path / "out"), ids), logits(model, ids))
     with pytest.raises(ConsaError, match="kind must be auto, hybrid or plain, got 'stock'"):
         convert(model, layerwise(), tmp_path / "other", kind="stock")  # pyright: ignore[reportArgumentType]
+
+
+def test_what_transformers_does_not_save_is_one_line(tmp_path):
+    model = tiny()
+    model.generation_config.temperature = 0.5  # without sampling
+    with pytest.raises(ConsaError, match=r"^LlamaForCausalLM cannot be saved: "):
+        convert(model, allocate(model), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
