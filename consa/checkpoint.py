@@ -81,8 +81,8 @@ def convert(
 
     Raises:
         InvalidAllocationError: the allocation was made for another model.
-        ConsaError: plain was asked for and is not possible, transformers does not save the model, or the folder cannot be
-            written.
+        ConsaError: plain was asked for and is not possible, transformers does not save the model, or the folder cannot
+            be written.
     """
     folder = Path(out_dir)
     check_wish(folder, kind)
