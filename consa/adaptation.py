@@ -151,11 +151,12 @@ def _additions(model: PreTrainedModel, config: AdaptConfig, run_dir: Path | None
         target_modules=EVERY_LINEAR if EVERY_LINEAR in targets else list(targets),
         task_type="CAUSAL_LM",
     )
-    succeeded = False
+    added = succeeded = False
     try:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             model.add_adapter(described)
+            added = True
         yield
         if run_dir and distributed.is_main():
             _save_additions(model, run_dir / ADAPTER)
@@ -172,7 +173,8 @@ def _additions(model: PreTrainedModel, config: AdaptConfig, run_dir: Path | None
                 bare.append((outer, child, module.get_base_layer()))
         for outer, child, layer in bare:
             setattr(outer, child, layer)
-        model.delete_adapter("default")
+        if added:
+            model.delete_adapter("default")
 
 
 def _save_additions(model: PreTrainedModel, folder: Path) -> None:

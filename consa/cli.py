@@ -99,7 +99,10 @@ def demo(
 def adapt(
     *,
     allocation: Annotated[
-        Path, typer.Option("--allocation", metavar="FILE", help="an allocation.json, or one published")
+        Path,
+        typer.Option(
+            "--allocation", metavar="FILE", help="an allocation.json, a run's folder, or one published"
+        ),
     ],
     out: Out = None,
     tensorboard: Tensorboard = False,
@@ -168,7 +171,10 @@ def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="as in learn")],
     *,
     allocation: Annotated[
-        Path, typer.Option("--allocation", metavar="FILE", help="an allocation.json, or one published")
+        Path,
+        typer.Option(
+            "--allocation", metavar="FILE", help="an allocation.json, a run's folder, or one published"
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="a new folder for the checkpoint")],
     kind: Annotated[
@@ -247,7 +253,7 @@ def bench(
         Path | None, typer.Option(metavar="FOLDER", help="for bench.json and bench.png", show_default=False)
     ] = None,
 ) -> None:
-    """Measure a converted model beside the dense one: prefill, decoding, KV cache and peak memory."""
+    """Measure a hybrid that consa converted beside the dense one: prefill, decoding, KV cache and peak memory."""
     lists = []
     for name, text in (("contexts", contexts), ("batch_sizes", batch_sizes)):
         try:
@@ -387,9 +393,12 @@ def behaviour(
             limits[name] = getattr(allocation, name)
     where = RunConfig(**options)
     from consa import behaviour as verb
+    from consa.model import check_fits, read_layout
     from consa.relations import MEASURES, relate
 
     path = out or cast(Path, run) / "behaviour.safetensors"
+    if allocation:
+        check_fits(allocation, read_layout(where.model), where.model)
     found = verb.run(where, path, num_sequences=sequences, causal_sequences=causal_sequences, **limits)
     columns, rows = ["measure", "lowest", "mean", "highest"], []
     for name in filter(found.measures.__contains__, MEASURES):

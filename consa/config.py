@@ -394,6 +394,8 @@ def _check_integers(config: Any, **least: int) -> None:
     for name, value in _given(config, least):
         if not isinstance(value, int) or value < least[name]:
             raise ConsaError(f"{name} must be an integer >= {least[name]}, got {value!r}")
+        if value >= 2**63:
+            raise ConsaError(f"{name} must be below 2**63, got {value}")
 
 
 def _check_positive(config: Any, *names: str) -> None:

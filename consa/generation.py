@@ -38,6 +38,9 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ConsaError(f"top_p must be a share in (0, 1], got {self.top_p!r}")
 
+        if not 0 <= self.seed < 2**63:
+            raise ConsaError(f"seed must be an integer >= 0 and below 2**63, got {self.seed!r}")
+
     def options(self) -> dict[str, Any]:
         """As `generate` takes them."""
         if self.temperature == 0:  # None: a model's own settings for sampling would only cause warnings

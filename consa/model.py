@@ -309,10 +309,7 @@ def load_model(
     folder, revision, config, layout = _inspect_source(source)
     try:
         with quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False
-            ).eval()
-            model = model.to(device)
+            model: Any = _whole(folder, dtype=dtype).eval().to(device)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except torch.OutOfMemoryError:
         raise
@@ -320,6 +317,17 @@ def load_model(
         raise ConsaError(f"cannot load model {source!r}: {first_line(error)}") from error
     revision = revision or getattr(config, "_commit_hash", None) or _hash_weights(Path(folder))
     return LoadedModel(model, tokenizer, layout, {"model": source, "revision": revision})
+
+
+def _whole(folder: str | Path, **options: Any) -> Any:
+    """The model that transformers loads; weights that are missing it would draw at random, without a word here."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=False, output_loading_info=True, **options
+    )
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise ConsaError(f"its files lack {len(missing)} weights, the first {missing[0]}; get them whole")
+    return model
 
 
 def read_layout(source: str) -> AttentionLayout:
@@ -390,9 +398,7 @@ def _convert_gguf(path: Path) -> tuple[str, str]:
                 transformers, "GgufConfig"
             ):  # newer versions may keep the blocks of the file otherwise
                 arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-            loaded = AutoModelForCausalLM.from_pretrained(
-                path.parent, dtype=torch.float32, trust_remote_code=False, **arguments
-            )
+            loaded = _whole(path.parent, dtype=torch.float32, **arguments)
             config = type(loaded.config).from_dict(
                 {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
             )

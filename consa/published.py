@@ -14,8 +14,10 @@ def names() -> list[str]:
 
 
 def resolve(name: str | Path) -> Path:
-    """The path itself, or the file of the allocation published under that name where there is nothing at the path."""
+    """The path itself; of a run's folder its allocation; where there is nothing, what is published under that name."""
     path = Path(name)
+    if os.path.isfile(path / "allocation.json"):
+        return path / "allocation.json"
     if not os.path.exists(path) and path.as_posix() in names():
         return FOLDER / f"{path}.json"
     return path

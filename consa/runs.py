@@ -173,7 +173,7 @@ def run_adaptation(
             if not means:  # another process than the main one: it computes along where layers are sharded
                 return {}
             mean, dense, floor = float(found[:, start:].mean()), means["dense"], means["all_swa"]
-            recovered = {"recovered": (floor - mean) / (floor - dense)} if floor != dense else {}
+            recovered = {"recovered": (floor - mean) / (floor - dense)} if floor > dense else {}
             return {"heldout_loss": mean} | recovered
 
         began = time.monotonic()
@@ -293,7 +293,10 @@ def _check_same_run(folder: Path, settings: dict[str, Any]) -> None:
         other = isinstance(found["run"], dict) and not settings.keys() <= found.keys()
         before = {} if other else _without_free({part: found[part] for part in settings})
     except (ConsaError, LookupError, TypeError, AttributeError) as error:
-        raise ConsaError(f"cannot continue from {path}: damaged; delete the folder to start over") from error
+        raise ConsaError(
+            f"cannot continue from {path}: damaged, or of no run; choose another folder with --out, or delete this one"
+            " if it is a run's"
+        ) from error
     wanted = _without_free(json.loads(json.dumps(settings)))
     difference = "of another command" if other else first_difference(before, wanted)
     if difference:

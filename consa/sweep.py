@@ -293,7 +293,10 @@ def _check_same_sweep(folder: Path, settings: dict[str, Any]) -> None:
         other = isinstance(found["run"], dict) and not {"sweep", "eval"} <= found.keys()
         before = {} if other else _decisive(found)
     except (ConsaError, LookupError, TypeError, AttributeError) as error:
-        raise ConsaError(f"cannot continue from {path}: damaged; delete the folder to start over") from error
+        raise ConsaError(
+            f"cannot continue from {path}: damaged, or of no sweep; choose another folder with --out, or delete this"
+            " one if it is a sweep's"
+        ) from error
     difference = "it is of another command" if other else first_difference(before, _decisive(settings))
     if difference:
         raise ConsaError(

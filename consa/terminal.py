@@ -25,11 +25,14 @@ LIGHTER = {
     "learn": "lower --micro-batch or --seq-len, or turn on --activation-checkpointing",
     "sweep": "lower --micro-batch, --batch-size, --seq-len or --lengths",
 }
+RESUMING = ("adapt", "demo", "learn", "sweep")
 INTERRUPTED = 130  # what shells say of a command that Ctrl-C has ended
 
 
 class Commands(TyperGroup):
     """Turns whatever a user can cause into one line on stderr and an exit code."""
+
+    _interrupted: str | None = None  # the command that was
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Parse, run, exit: 2 for what a command line gets wrong."""
@@ -37,11 +40,12 @@ class Commands(TyperGroup):
         try:
             status = super().main(*args, **options | {"standalone_mode": False})
         except UsageError as error:
-            status = fail(str(error.format_message()).rstrip("."), 2)
+            status = fail(_usage(str(error.format_message()).rstrip(".")), 2)
         except typer.Abort:
             status = INTERRUPTED
         if status == INTERRUPTED:  # in a command, or in typer around it
-            fail("interrupted; the same command continues where it was", INTERRUPTED)
+            goes_on = "; the same command continues where it was" if self._interrupted in RESUMING else ""
+            fail(f"interrupted{goes_on}", INTERRUPTED)
         sys.exit(status if isinstance(status, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
@@ -51,7 +55,11 @@ class Commands(TyperGroup):
         except ConsaError as error:
             raise typer.Exit(fail(str(error), 2)) from None
         except KeyboardInterrupt:
+            self._interrupted = ctx.invoked_subcommand
             raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:  # whoever read the output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
         except OSError as error:
             raise typer.Exit(
                 fail(f"{error.filename or 'the system'}: {error.strerror or error}", 2)
@@ -67,6 +75,12 @@ def fail(message: str, status: int) -> int:
     """Say what went wrong in a line on stderr; returns the exit status as given."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _usage(message: str) -> str:
+    if "unexpected extra argument" in message:
+        return f"{message[:120]}; a pattern such as 'texts/*.txt' needs quotes, or the shell makes many names of it"
+    return message
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -100,4 +114,5 @@ def show(columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*row, style="bold" if row[0] == "learned" else None)
-    Console().print(table)
+    # A file or a pipe has no width that a table would have to be cut to.
+    Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 400).print(table)

@@ -290,6 +290,11 @@ def test_interrupted_and_out_of_memory(monkeypatch: pytest.MonkeyPatch):
 
     failing(KeyboardInterrupt())
     assert "same command continues" in refused("demo", status=130)
+    from consa import checkpoint
+
+    monkeypatch.setattr(checkpoint, "check_wish", runs.run)
+    words = ("convert", "m", "--allocation", "smollm2-135m/layer-0.5", "--out", "o")
+    assert refused(*words, status=130) == "error: interrupted"
     for error in (
         torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
         RuntimeError(

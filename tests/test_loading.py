@@ -13,6 +13,7 @@ import torch
 from consa import model as model_module
 from consa.errors import ConsaError
 from consa.model import attention_layout, load_model, read_layout
+from tests.models import byte_tokenizer, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -182,3 +183,20 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(ConsaError, match=r"'some-model' .* run: pip install some-model"):
         load_model("some-model")
+
+
+def test_weights_that_are_missing_are_named(tiny_model_folder: Path, tmp_path: Path):
+    loaded = load_model(str(tiny_model_folder))
+    loaded.tokenizer.save_pretrained(tmp_path)
+    weights = {n: t for n, t in loaded.model.state_dict().items() if "layers.2" not in n}
+    loaded.model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ConsaError, match=r"its files lack 9 weights, the first model\.layers\.2\."):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_weights_are_not_missing(tied: bool, tmp_path: Path):
+    model = tiny(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert torch.equal(load_model(str(tmp_path)).model.lm_head.weight, model.lm_head.weight)

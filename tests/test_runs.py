@@ -17,7 +17,7 @@ import torch
 from consa import Allocation, ConsaError, rules, runs
 from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig, SweepConfig
 from consa.data import load_sequences
-from consa.evaluation.perplexity import heldout_losses, sampled_losses
+from consa.evaluation.perplexity import compare, heldout_losses, sampled_losses
 from consa.model import load_model
 from consa.rules import RULES
 from consa.runs import run
@@ -336,6 +336,12 @@ def test_gates_that_are_certain_draw_the_decision(where: RunConfig):
     assert not np.array_equal(draws[0], draws[2])
     with pytest.raises(ConsaError, match="no scores"):
         sampled_losses(loaded.model, tokens, decided)
+
+
+def test_what_a_dense_model_no_better_leaves_unsaid():
+    found = {"dense": (0.0, np.full((1, 9), 3.0)), "all_swa": (1.0, np.full((1, 9), 2.5))}
+    found["learned"] = (0.5, np.full((1, 9), 3.5))
+    assert all(np.isnan(row.recovered) for row in compare(found, start=2).rows)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,8 @@ class Row:
         name: of the allocation.
         sparsity: achieved share of units on SWA.
         loss: mean cross-entropy from `Comparison.start` on, nats.
-        recovered: share of the gap from all-SWA to dense that the allocation closes; 1 is dense, 0 is all-SWA.
+        recovered: share of the gap from all-SWA to dense that the allocation closes; 1 is dense, 0 is all-SWA; NaN
+            where dense is no better.
         by_position: mean cross-entropy of each bucket of positions, nats.
     """
 
@@ -182,6 +183,6 @@ def compare(losses: dict[str, tuple[float, np.ndarray]], *, start: int) -> Compa
         sparsity, values = losses[name]
         mean = float(values[:, start:].mean())
         by_position = tuple(float(values[:, a:b].mean()) for a, b in buckets)
-        recovered = (floor - mean) / (floor - dense) if floor != dense else float("nan")
+        recovered = (floor - mean) / (floor - dense) if floor > dense else float("nan")
         rows.append(Row(name, sparsity, mean, recovered, by_position))
     return Comparison(start, buckets, tuple(rows))

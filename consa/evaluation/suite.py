@@ -350,7 +350,7 @@ def _lines(
             recovered=1.0
             if allocation is None
             else float((floor - own["all"].mean()) / gap)
-            if gap
+            if gap > 0
             else None,
             by_position={int(part): estimate(own[part]) for part in firsts},
             differences_by_position={int(part): estimate(own[part] - dense[part]) for part in firsts},
