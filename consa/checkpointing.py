@@ -88,6 +88,19 @@ def _lines(path: Path) -> list[str]:
     return read_text(path, max_bytes=MAX_METRICS_BYTES).splitlines()
 
 
+def check_free(folder: Path) -> None:
+    """Refuse a folder that a run has not begun in but that holds files: a folder of text, say.
+
+    Raises:
+        ConsaError: it does; the message names one.
+    """
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        if path.is_file() and not path.name.startswith("."):
+            raise ConsaError(
+                f"{folder} holds files of something else ({path.name}); choose another with --out"
+            )
+
+
 def first_difference(found: Any, wanted: Any, name: str = "") -> str:
     """The first setting in which two records differ, with both values, or ""."""
     if isinstance(found, dict) and isinstance(wanted, dict):

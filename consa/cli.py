@@ -397,6 +397,8 @@ def behaviour(
     from consa.relations import MEASURES, relate
 
     path = out or cast(Path, run) / "behaviour.safetensors"
+    if path.is_dir():
+        raise ConsaError(f"out must be a file, got the folder {path}")
     if allocation:
         check_fits(allocation, read_layout(where.model), where.model)
     found = verb.run(where, path, num_sequences=sequences, causal_sequences=causal_sequences, **limits)

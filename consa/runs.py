@@ -23,7 +23,7 @@ from consa import distributed, loop, rules, summary
 from consa.adaptation import adapt, check_lora
 from consa.allocation import Allocation
 from consa.checkpoint import convert
-from consa.checkpointing import first_difference
+from consa.checkpointing import check_free, first_difference
 from consa.config import AdaptConfig, LearnConfig, RunConfig
 from consa.data import SequenceSet, load_sequences
 from consa.documents import check_data
@@ -38,6 +38,7 @@ from consa.report import figures
 
 # What may differ when a run is continued: none of these changes what is learned.
 FREE = {"num_heldout", "start", *loop.FREE}
+MOST_FRACTIONAL = 0.2  # share of undecided gates that is worth a word
 
 
 def run(
@@ -98,6 +99,10 @@ def run(
         sampled = losses.pop("sampled", None)
         comparison = compare(losses, start=start)
         last = result.history[-1] if result.history else {}
+        if last.get("fractional", 0) > MOST_FRACTIONAL:
+            note(
+                f"Undecided: {last['fractional']:.0%} of the gates; take more steps, or read the result with care"
+            )
         found = {
             "losses": {
                 "dense": comparison.rows[0].loss,
@@ -249,6 +254,8 @@ def _convert(loaded: LoadedModel, allocation: Allocation, folder: Path, *, kind:
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
     """Make `folder` and hold its lock; if nothing came of the block, leave no trace of it."""
+    if not (folder / "config.json").exists():
+        check_free(folder)
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     lock = folder / ".lock"
     in_use = ConsaError(f"{folder} is in use by another process; wait for that one or choose another --out")

@@ -16,7 +16,7 @@ import numpy as np
 
 from consa import rules
 from consa.allocation import Allocation
-from consa.checkpointing import first_difference
+from consa.checkpointing import check_free, first_difference
 from consa.config import EvalConfig, LearnConfig, RunConfig, SweepConfig, words_of
 from consa.data import load_sequences
 from consa.documents import check_data
@@ -287,7 +287,7 @@ def _check_same_sweep(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse a folder whose allocations were chosen for something else."""
     path = folder / "config.json"
     if not path.exists():
-        return
+        return check_free(folder)
     try:
         found = read_json(path, max_bytes=2**20)
         other = isinstance(found["run"], dict) and not {"sweep", "eval"} <= found.keys()

@@ -279,6 +279,15 @@ def test_a_run_that_cannot_begin_leaves_nothing(tmp_path: Path, where: RunConfig
         assert [path.name for path in tmp_path.iterdir()] in ([], [".lock"])
 
 
+def test_a_folder_of_something_else_is_left_alone(where: RunConfig, tmp_path: Path):
+    (tmp_path / "book.txt").write_text("Once upon a time")
+    with pytest.raises(ConsaError, match=r"holds files of something else \(book\.txt\); choose another"):
+        run(where, CONFIG, tmp_path, command="c")
+    with pytest.raises(ConsaError, match="holds files of something else"):
+        sweep(where, SweepConfig(), EvalConfig(seq_len=96, window=8), tmp_path, command="c")
+    assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]
+
+
 def test_a_run_that_cannot_begin_says_so_beside_one_that_does(
     tmp_path: Path, where: RunConfig, monkeypatch: pytest.MonkeyPatch
 ):
