@@ -27,7 +27,7 @@ from consa.rules import RULES
 RESULTS = "benchmarks/results"
 ON_TEXT = "--train train.npy --heldout heldout.npy"
 COMPILED = "--budget micro_batch=4 --budget compile=true"
-OF_SCRATCH = ",".join(["consa", "duo_attention", "prulong", "bosch", "greedy", "nll_guided", *RULES])
+OF_SCRATCH = ",".join(["consa", *RULES, "nll_guided", "duo_attention", "bosch", "prulong", "greedy"])
 TRAINED = ",".join(
     [
         *("dense", "all_swa/4"),
@@ -65,9 +65,10 @@ def jobs() -> list[Job]:
         text = f"--model models/{size} --train prepared/train.npy --heldout prepared/heldout.npy"
         alike = "sequences_per_step=8", "micro_batch=8", "compile=true"
         budget, settings = (" ".join(f"--{word} {item}" for item in alike) for word in ("budget", "set"))
-        training = (
-            f"test -e models/{size}/training.json || {python} -m recipes.from_scratch train prepared --size {size}"
-            f" --tokens {tokens} --out models/{size}"
+        training = (  # and what was measured on weights that are no more goes
+            f"test -e models/{size}/training.json || {{ {python} -m recipes.from_scratch train prepared --size {size}"
+            f" --tokens {tokens} --out models/{size} && rm -f {RESULTS}/methods-{size}.json"
+            f" {RESULTS}/constraints-{size}.json; }}"
         )
         methods = (
             f"{python} benchmarks/methods.py {text} --lengths 1024,2048,4096 {budget} --methods {OF_SCRATCH}"
@@ -81,7 +82,7 @@ def jobs() -> list[Job]:
         copied = f"cp models/{size}/training.json {RESULTS}/training-{size}.json"
         found.append(
             Job(
-                size, (f"{training} && {copied}", f"{methods} --seeds 1", constraints, f"{methods} --seeds 3")
+                size, (f"{training} && {copied}", constraints, f"{methods} --seeds 1", f"{methods} --seeds 3")
             )
         )
     again = (
