@@ -310,8 +310,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="what to measure besides dense and all-SWA, several times if you like: an allocation.json, a rule,"
-            " or the .tsv of DuoAttention or PruLong",
+            help="what to measure besides dense and all-SWA, several times if you like: an allocation.json, a"
+            " run's folder, a rule, or the .tsv of DuoAttention or PruLong",
         ),
     ] = None,
     out: Out = None,
