@@ -140,19 +140,13 @@ def observed(model: PreTrainedModel, allocation: Allocation, observer: Observer)
     with attached(model, allocation) as plan:
         attend = plan.attend
 
-        def show_and_attend(
-            layer: int,
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            first: Tensor | None,
-            scaling: float,
-            softcap: float | None,
-        ) -> Tensor:
+        def show_and_attend(layer: int, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+            *_, scaling, softcap = rest
             observer(layer, q, k, scaling, softcap)
-            return attend(layer, q, k, v, first, scaling, softcap)
+            return attend(layer, q, k, *rest)
 
-        plan.attend = show_and_attend  # on this plan alone, which ends with the block
+        # Of this plan alone, which ends with the block; it is called by place.
+        plan.attend = show_and_attend  # pyright: ignore[reportAttributeAccessIssue]
         yield
 
 
@@ -430,9 +424,8 @@ def _convert_gguf(path: Path) -> tuple[str, str]:
 
 def _hash_weights(folder: Path) -> str:
     digest = hashlib.sha256()
-    weights = list(folder.glob("*.safetensors")) or list(
-        folder.glob("*.bin")
-    )  # as transformers looks for them
+    # As transformers looks for them.
+    weights = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
     for path in sorted([folder / "config.json", *weights]):
         digest.update(f"{path.name} {sha256_of(path)}\n".encode())
     return digest.hexdigest()

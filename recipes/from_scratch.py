@@ -49,7 +49,7 @@ HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
 NEEDLE_SHARE = 4  # one of so many sequences
 TOKENS_PER_MENTION = 56  # of a sequence of needles: 72 in 4,096
 LEARNING_RATE = {"30m": 1.5e-3, "60m": 1.0e-3}
-ATTENTION = [
+ATTENTION = [  # the fastest first
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,

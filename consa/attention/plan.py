@@ -112,6 +112,7 @@ class Plan:
         """
         if self._gates is not None:
             raise ConsaError("a hybrid's cache does not keep what full attention needs; pass use_cache=False")
+        # Of dataclasses, torch.compile can tell == and not !=.
         if not new.cache.split == self._splits[layer]:
             raise ConsaError("the cache was made for another allocation than the model's; make a new one")
         if new.cache.is_empty:
