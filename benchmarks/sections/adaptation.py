@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from consa.evaluation.intervals import bootstrap
+from consa.rules import RULES
 from sections.text import source, table
 
 
@@ -76,6 +77,16 @@ def from_scratch(record: dict[str, Any]) -> list[str]:
         "",
         *source(record),
     ]
+
+
+def best_trained_rule(record: dict[str, Any], sparsity: str) -> dict[str, Any] | None:
+    """Of the rows of rules with 4 sinks at that sparsity the one of least loss after training, if there are any."""
+    rows = [
+        row
+        for name, row in record["rows"].items()
+        if name.split("/")[0].removesuffix("_layer") in RULES and name.endswith(f"/4/{sparsity}")
+    ]
+    return min(rows, key=lambda row: row["after"]["loss"], default=None)
 
 
 ADAPTED = {

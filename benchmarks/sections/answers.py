@@ -14,6 +14,7 @@ from consa.allocation import Allocation
 from consa.evaluation.intervals import Estimate, bootstrap
 from consa.relations import agreement, depth
 from consa.rules import RULES
+from sections.adaptation import best_trained_rule
 from sections.study import (
     BASE,
     GATES,
@@ -99,13 +100,7 @@ def _trained(record: dict[str, Any], unit: str) -> dict[str, Estimate]:
     gap = rows["all_swa/4"]["before"]["loss"] - rows["dense"]["after"]["loss"]
     found = {}
     for sparsity in sorted(name.rpartition("/")[2] for name in rows if name.startswith(f"{unit}/4/")):
-        of_rules = [
-            row
-            for name, row in rows.items()
-            if name.split("/")[0].removesuffix("_layer") in RULES and name.endswith(f"/4/{sparsity}")
-        ]
-        if of_rules:
-            best = min(of_rules, key=lambda row: row["after"]["loss"])
+        if best := best_trained_rule(record, sparsity):
             more = np.subtract(best["after"]["losses"], rows[f"{unit}/4/{sparsity}"]["after"]["losses"]) / gap
             found[sparsity] = bootstrap(more, np.arange(len(more)))
     return found

@@ -16,6 +16,7 @@ from consa.evaluation.table import png
 from consa.methods import METHODS
 from consa.relations import agreement, depth
 from consa.rules import RULES
+from sections.adaptation import best_trained_rule
 from sections.text import UNITS, model_of, source, spread, table
 
 
@@ -89,12 +90,11 @@ def headline(record: dict[str, Any], trained: dict[str, Any]) -> list[str]:
         for sparsity in sparsities
     ]
     lines = sorted(medians.items(), key=lambda line: -line[1][-1])
+    learned = [trained["rows"][f"kv_head/4/{sparsity:g}"]["recovered"] for sparsity in sparsities]
+    of_rules = [best_trained_rule(trained, f"{sparsity:g}") for sparsity in sparsities]
     lines += [
-        ("trained on: consa, KV heads", [_trained(trained, "kv_head", sparsity) for sparsity in sparsities]),
-        (
-            "trained on: best of the rules, layers or heads",
-            [_trained(trained, "", sparsity) for sparsity in sparsities],
-        ),
+        ("trained on: consa, KV heads", learned),
+        ("trained on: best of the rules, layers or heads", [row["recovered"] for row in of_rules if row]),
     ]
     tokens = trained["steps"] * trained["settings"]["sequences_per_step"] * trained["seq_len"]
     return [
@@ -110,17 +110,8 @@ def headline(record: dict[str, Any], trained: dict[str, Any]) -> list[str]:
         ),
         "",
         *source(record),
+        *source(trained),
     ]
-
-
-def _trained(record: dict[str, Any], kind: str, sparsity: float) -> float:
-    """What a row recovers after training, or the best rule's if no kind is given."""
-    return max(
-        row["recovered"]
-        for name, row in record["rows"].items()
-        if name.endswith(f"/{sparsity:g}")
-        and (name.startswith(f"{kind}/") if kind else name.split("/")[0].removesuffix("_layer") in RULES)
-    )
 
 
 def needles(record: dict[str, Any]) -> list[str]:
