@@ -52,10 +52,10 @@ def main() -> None:
     def add(name: str, allocation: Allocation, seconds: float, history: list[dict[str, float]]) -> None:
         losses = heldout_losses(loaded.model, heldout, allocation, batch_size=batch)
         found = compare(ends | {name: (allocation.sparsity, losses)}, start=options.start).rows[2]
-        rows.append(_row(found, allocation, seconds, history))
-        print(
-            {key: value for key, value in rows[-1].items() if key not in ("allocation", "scores")}, flush=True
-        )
+        each = losses[:, options.start :].mean(1, dtype=np.float64).round(5).tolist()
+        rows.append(_row(found, allocation, seconds, history) | {"losses": each})
+        wide = ("allocation", "scores", "losses")
+        print({key: value for key, value in rows[-1].items() if key not in wide}, flush=True)
         record: dict[str, Any] = {"model": options.model, "settings": asdict(config)}
         record["dense"] = float(ends["dense"][1][:, options.start :].mean())
         record["all_swa"] = float(ends["all_swa"][1][:, options.start :].mean())

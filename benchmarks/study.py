@@ -77,9 +77,13 @@ def cells() -> list[Cell]:
         found.append(Cell("length", str(seq_len), config))
     found += [Cell("seed", str(seed), short | {"seed": seed}) for seed in (1, 2)]
     shorter = {"seq_len": 2048, "sequences_per_step": 16}
-    for sparsity in (0.733, 0.9, 0.5):
-        config = shorter | {"sparsity": sparsity, "refine_sequences": 32}
-        found.append(Cell("shorter", f"{sparsity:g}/0", config))
+    whole: dict[str, dict[str, Any]] = {
+        "16 of 2,048": shorter | {"refine_sequences": 32},
+        "1 of 8,192": {"sequences_per_step": 1, "num_steps": 4 * LearnConfig.num_steps},
+    }
+    for name, config in whole.items():
+        for sparsity in (0.733, 0.9, 0.5):
+            found.append(Cell("whole", f"{name}/{sparsity:g}", config | {"sparsity": sparsity}))
     parts: dict[str, tuple[dict[str, Any], str]] = {
         "two multipliers": ({}, "two_multipliers"),
         "sampled sparsity": ({}, "sampled_sparsity"),

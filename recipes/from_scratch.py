@@ -90,7 +90,8 @@ def prepare(options: argparse.Namespace) -> None:
     tokenizer = make_tokenizer(texts(options.text), options.vocabulary)
     tokenizer.save_pretrained(options.out)
     for name, path in (("train", options.text), ("heldout", options.heldout)):
-        found = np.concatenate(list(sequences(texts(path), tokenizer, options.seq_len)))
+        documents = list(sequences(texts(path), tokenizer, options.seq_len))
+        found = in_turns(documents) if name == "heldout" else np.concatenate(documents)
         np.save(options.out / f"{name}.npy", found, allow_pickle=False)
         print(f"{name}: {found.shape[0]} sequences", flush=True)
     rng = random.Random(0)
@@ -134,6 +135,12 @@ def sequences(
         ids = np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.uint16)
         if len(ids) >= seq_len:
             yield ids[: len(ids) // seq_len * seq_len].reshape(-1, seq_len)
+
+
+def in_turns(documents: list[np.ndarray]) -> np.ndarray:
+    """One sequence of each document, then a second of those that have one: any first few are of as many documents."""
+    rounds = np.concatenate([np.arange(len(document)) for document in documents])
+    return np.concatenate(documents)[np.argsort(rounds, kind="stable")]
 
 
 def needles(

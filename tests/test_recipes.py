@@ -85,6 +85,12 @@ def test_a_small_model_from_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(loaded.tokenizer("1234567")["input_ids"]) == 7, "every digit by itself"
 
 
+def test_the_first_heldout_sequences_are_of_as_many_documents():
+    documents = [np.array([[0, 1], [0, 2], [0, 3]]), np.array([[1, 1]]), np.array([[2, 1], [2, 2]])]
+    found = from_scratch.in_turns(documents)
+    assert found.tolist() == [[0, 1], [1, 1], [2, 1], [0, 2], [2, 2], [0, 3]]
+
+
 def test_numbers_differ_whenever_needles_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(from_scratch, "NEEDLE_SHARE", 1)  # nothing but needles
     tokenizer = from_scratch.make_tokenizer(iter(["the number is 1234567890"] * 9), 300)

@@ -83,14 +83,28 @@ def test_gains_are_paired(monkeypatch: pytest.MonkeyPatch):
     rows = {"dense": 1.0, "all_swa/128/4": 2.0, "methods/interleaved-kv_head-0.5-seed0": 1.6}
     rows |= {f"methods/consa-kv_head-0.5-seed{seed}": 1.2 + 0.1 * seed for seed in range(2)}
     rows |= {"methods/top-kv_head-0.5-seed0": 1.9, "methods/consa-layer-0.5-seed0": 1.45}
-    rows |= {f"shorter/0.5/{seed}": 1.1 + 0.1 * seed for seed in range(2)}
+    rows["whole/1 of 8,192/0.5"] = 1.15
     document = np.array([0.0, 0.3, 0.9])  # harder or easier for all alike
     record = {"rows": {name: {"losses": (document + loss).tolist()} for name, loss in rows.items()}}
     section = import_module("sections.study")
     page = "\n".join(section._advantages(record))
     assert "| 0.5 | KV heads | interleaved, the best rule | 0.350 [0.350, 0.350] |" in page
     assert "| 0.5 | KV heads | layers, learned | 0.200 [0.200, 0.200] |" in page
-    assert "| 0.5 | 2 | 0.100 [0.100, 0.100] |" in "\n".join(section._shorter(record))
+    assert "| 1 of 8,192 | 0.5 | 0.100 [0.100, 0.100] |" in "\n".join(section._whole(record))
+
+
+def test_differences_on_models_from_scratch_need_no_losses_of_sequences(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    losses = {"dense": 1.0, "all_swa": 2.0, "top-kv_head-0.5-seed0": 1.5, "bosch-kv_head-0.5-seed0": 1.3}
+    losses["consa-kv_head-0.5-seed0"] = 1.2
+    answers = import_module("sections.answers")
+    whole = {"methods-30m": {"rows": {name: {"loss": loss} for name, loss in losses.items()}}}
+    assert "KV heads: 0.300 at 0.5." in answers._scales(whole)[0]
+    assert "30M: 0.100 (bosch) at 0.5." in answers._peers_of_scales(whole)[0]
+    each = {name: {"loss": loss, "losses": [loss - 0.1, loss, loss + 0.1]} for name, loss in losses.items()}
+    each["bosch-kv_head-0.5-seed0"]["losses"] = [1.2, 1.4, 1.3]
+    (said,) = answers._peers_of_scales({"methods-30m": {"rows": each}})
+    assert "30M: 0.100 [" in said
 
 
 def test_a_variant_changes_what_is_learned_and_leaves_no_trace(study: Any):

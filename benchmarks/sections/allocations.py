@@ -83,6 +83,8 @@ def allocations(record: dict[str, Any]) -> list[str]:
 
 def constraints(record: dict[str, Any]) -> list[str]:
     settings, rows = record["settings"], record["rows"]
+    num_kv_heads = len(rows[0]["allocation"][0])
+    odd = f"; with {num_kv_heads} KV heads to a layer `even` has no meaning" if num_kv_heads % 2 else ""
     return [
         f"## The price of a constraint for serving: {model_of(record.get('model', 'smollm2-135m'))}",
         "",
@@ -90,7 +92,7 @@ def constraints(record: dict[str, Any]) -> list[str]:
         f" {settings['num_steps']} steps of {settings['sequences_per_step']} sequences of {settings['seq_len']:,}"
         f" tokens; {record['heldout_sequences']} held-out sequences, positions from {record['start']:,} on: dense"
         f" {record['dense']:.3f}, all-SWA {record['all_swa']:.3f} nats. `uniform` has as many FA heads in every layer,"
-        " `even` an even number; with three KV heads to a layer `even` has no meaning.",
+        f" `even` an even number{odd}.",
         "",
         *table(
             ["learned", "sparsity", "loss", "recovered"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from statistics import mean, median
 from typing import Any
@@ -13,7 +13,6 @@ from common import mask_of
 from consa.allocation import Allocation
 from consa.evaluation.intervals import Estimate, bootstrap
 from consa.relations import agreement, depth
-from consa.rules import RULES
 from sections.adaptation import best_trained_rule
 from sections.study import (
     BASE,
@@ -25,7 +24,7 @@ from sections.study import (
     losses_of_methods,
     parts,
     recovered,
-    shorter_runs,
+    whole_runs,
 )
 from sections.text import UNITS, model_of
 
@@ -110,36 +109,24 @@ def _scales(records: Records) -> list[str]:
     """The same of the models trained from scratch."""
     said = []
     for size, unit in product(SIZES, UNITS):
-        gains = {
-            sparsity: f"{ours - theirs:+.3f}"
-            for sparsity, ours, (theirs, _) in _beside(records, size, unit, rules=True)
-        }
-        if gains:
+        if gains := _gains(_of_scale(records, size), unit, None):
             said.append(f"the model of {size.upper()}, {UNITS[unit]}: {_listed(gains)}")
     return [f"Trained from scratch, against the best rule: {'; '.join(said)}."] if said else []
 
 
-def _beside(
-    records: Records, size: str, unit: str, *, rules: bool
-) -> Iterator[tuple[str, float, tuple[float, str]]]:
-    """By sparsity: what ConSA recovers on a model from scratch, and the best rule or other method, with its name."""
-    rows = [
-        row
-        for row in records.get(f"methods-{size}", {"rows": {}})["rows"].values()
-        if row.get("granularity") == unit
-    ]
-    for sparsity in sorted({row["sparsity"] for row in rows}):
-        found: dict[str, list[float]] = {}
-        for row in rows:
-            if row["sparsity"] == sparsity:
-                found.setdefault(row["method"], []).append(row["recovered"])
-        others = [
-            (median(values), name)
-            for name, values in found.items()
-            if name != "consa" and (name in RULES) == rules
-        ]
-        if "consa" in found and others:
-            yield f"{sparsity:g}", median(found["consa"]), max(others)
+def _of_scale(records: Records, size: str) -> dict[str, Any]:
+    """What benchmarks/methods.py measured on a model from scratch, in the form in which the study keeps methods.
+
+    Rows without the loss of each sequence give differences without intervals.
+    """
+    ends = {"dense": "dense", "all_swa": "all_swa/128/4"}
+    rows = records.get(f"methods-{size}", {"rows": {}})["rows"]
+    return {
+        "rows": {
+            ends.get(name, f"methods/{name}"): {"losses": row.get("losses", [row["loss"]])}
+            for name, row in rows.items()
+        }
+    }
 
 
 def _heads_against_layers(records: Records) -> list[str]:
@@ -227,10 +214,10 @@ def _text(records: Records) -> list[str]:
             f"What is learned on 4,096 tokens {holds} at 8,192: {shorter:.3f} against"
             f" {recovered(record, BASE, GATES):.3f} learned there, gates alone."
         )
-    if whole := shorter_runs(record):
-        gains = {sparsity: found for sparsity, _, found in whole}
+    for title in dict.fromkeys(row[0] for row in whole_runs(record)):
+        gains = {sparsity: more for name, sparsity, more in whole_runs(record) if name == title}
         said.append(
-            f"Whole runs on 2,048 tokens, refined, recover {_listed(gains)} more than those on 8,192."
+            f"Whole runs on {title} tokens a step, refined, recover {_listed(gains)} more than those on 4 of 8,192."
         )
     return said
 
@@ -271,11 +258,14 @@ def _peers_of_scales(records: Records) -> list[str]:
     """The best other method on the models trained from scratch."""
     said = []
     for size in SIZES:
-        gains = {
-            sparsity: f"{ours - theirs:+.3f} ({name})"
-            for sparsity, ours, (theirs, name) in _beside(records, size, "kv_head", rules=False)
-        }
-        if gains:
+        record = _of_scale(records, size)
+        least: dict[str, tuple[float, str]] = {}
+        for method in PEERS:
+            for sparsity, found in _gains(record, "kv_head", ("kv_head", method)).items():
+                this = found.mean, f"{found} ({method})"
+                least[sparsity] = min(this, least.get(sparsity, this))
+        if least:
+            gains = {sparsity: text for sparsity, (_, text) in sorted(least.items())}
             said.append(f"the model of {size.upper()}: {_listed(gains)}")
     return [f"Trained from scratch, against the best of them: {'; '.join(said)}."] if said else []
 
@@ -295,10 +285,16 @@ def _constraints(records: Records) -> list[str]:
                 model = model_of(record.get("model", "smollm2-135m"))
                 of = f"{model} on sequences of {record['settings']['seq_len']:,} tokens"
                 said.append(
-                    f"{of}, {key} at sparsity {row['sparsity']:g}: {row['recovered'] - free['recovered']:+.3f}"
+                    f"{of}, {key} at sparsity {row['sparsity']:g}: {_price(record, row, free)}"
                     f" (from {free['recovered']:.3f})"
                 )
-    return [f"Recovered, against free choice: {'; '.join(said)}."] if said else []
+    return [f"Recovered less than by free choice: {'; '.join(said)}."] if said else []
+
+
+def _price(record: dict[str, Any], row: dict[str, Any], free: dict[str, Any]) -> Estimate:
+    """What a row recovers less than one that chose freely, with an interval where each sequence's loss was kept."""
+    less = np.subtract(*(np.array(of.get("losses", [of["loss"]])) for of in (row, free)))
+    return bootstrap(less / (record["all_swa"] - record["dense"]), np.arange(len(less)))
 
 
 # Each with the record that it cannot do without.
