@@ -247,23 +247,24 @@ class RunConfig:
         _check_integers(self, num_heldout=1, start=0, max_tokens=1)
         _check_choices(self, dtype=("float32", "bfloat16"))
 
-    def start_for(self, config: LearnConfig) -> int:
+    def start_for(self, config: LearnConfig | EvalConfig) -> int:
         """The first position whose loss counts.
 
         Raises:
-            ConsaError: no position is left from there on, or the window covers whole sequences.
+            ConsaError: no position is left from there on, or window and sinks cover whole sequences.
         """
-        if config.window >= config.seq_len:
+        seq_len, window, sinks = config.seq_len, config.window, config.num_sink_tokens
+        if window + sinks >= seq_len:
             raise ConsaError(
-                f"window must be smaller than seq_len ({config.seq_len}), got {config.window};"
+                f"window + num_sink_tokens must be smaller than seq_len ({seq_len}), got {window} + {sinks};"
                 " else sliding-window attention is full attention"
             )
-        if self.max_tokens is not None and self.max_tokens < config.seq_len:
-            raise ConsaError(f"max_tokens must be at least seq_len ({config.seq_len}), got {self.max_tokens}")
+        if self.max_tokens is not None and self.max_tokens < seq_len:
+            raise ConsaError(f"max_tokens must be at least seq_len ({seq_len}), got {self.max_tokens}")
         if self.start is None:
-            return min(max(4 * config.window, config.seq_len // 8), config.seq_len // 2, config.seq_len - 2)
-        if self.start >= config.seq_len - 1:
-            raise ConsaError(f"start must be below seq_len - 1 ({config.seq_len - 1}), got {self.start}")
+            return min(max(4 * window, seq_len // 8), seq_len // 2, seq_len - 2)
+        if self.start >= seq_len - 1:
+            raise ConsaError(f"start must be below seq_len - 1 ({seq_len - 1}), got {self.start}")
         return self.start
 
 

@@ -149,7 +149,8 @@ def run_adaptation(
     Raises:
         ConsaError: something the caller can mend; what is wrong is found before long work where that is possible.
     """
-    start = where.start_for(LearnConfig(window=allocation.window, seq_len=config.seq_len))
+    limits: dict[str, Any] = {"window": allocation.window, "num_sink_tokens": allocation.num_sink_tokens}
+    start = where.start_for(LearnConfig(seq_len=config.seq_len, **limits))
     _check_before_loading(where, tensorboard)
     decided = {key: x for key, x in json.loads(allocation.to_json()).items() if key != "provenance"}
     settings = {"run": asdict(where), "adapt": asdict(config), "allocation": decided}

@@ -17,7 +17,7 @@ import numpy as np
 from consa import rules
 from consa.allocation import Allocation
 from consa.checkpointing import check_free, first_difference
-from consa.config import EvalConfig, LearnConfig, RunConfig, SweepConfig, words_of
+from consa.config import EvalConfig, RunConfig, SweepConfig, words_of
 from consa.data import load_sequences
 from consa.documents import check_data
 from consa.errors import ConsaError
@@ -237,7 +237,7 @@ def sweep(
     check_device(where.device)
     for data in filter(None, (where.data, where.heldout_data)):
         check_data(data)
-    start = where.start_for(LearnConfig(window=measured.window, seq_len=measured.seq_len))
+    start = where.start_for(measured)
     read_layout(where.model)
     settings = {"run": asdict(where), "sweep": asdict(config), "eval": asdict(measured), "command": command}
     _check_same_sweep(folder, settings)

@@ -230,13 +230,19 @@ def test_each_window_has_an_all_swa_of_its_own(where: RunConfig, tmp_path: Path)
     names = [str(tmp_path / "other.json"), "all-swa", "dense", "bottom"]
     config = replace(CONFIG, retrieval=None)
     table, _ = suite.run(where, config, names, tmp_path, command="c")
-    assert [line.name for line in table.lines] == ["dense", "all-swa 4+1", "all-swa 8+2", names[0], "bottom"]
+    assert [line.name for line in table.lines] == [
+        "dense",
+        "all-swa 4+1",
+        "all-swa 8+2",
+        f"{names[0]} 4+1",
+        "bottom 8+2",
+    ]
     floors = {name: table.line(name) for name in ("all-swa 4+1", "all-swa 8+2")}
     assert floors["all-swa 4+1"].loss.mean != floors["all-swa 8+2"].loss.mean
     assert all(line.recovered == 0 for line in floors.values())
     gap = floors["all-swa 4+1"].loss.mean - table.line("dense").loss.mean
-    closed = floors["all-swa 4+1"].loss.mean - table.line(names[0]).loss.mean
-    assert table.line(names[0]).recovered == pytest.approx(closed / gap)
+    closed = floors["all-swa 4+1"].loss.mean - table.line(f"{names[0]} 4+1").loss.mean
+    assert table.line(f"{names[0]} 4+1").recovered == pytest.approx(closed / gap)
 
 
 def test_a_peers_file_is_an_allocation(tmp_path: Path, where: RunConfig):
@@ -278,7 +284,10 @@ def test_what_does_not_fit_is_refused_before_the_text_is_read(
         ([str(tmp_path / "bad.json")], "bad.json: schema"),
         (replace(CONFIG, lengths="600,5000"), "lengths must be at most the 4096 positions of .* got 5000"),
         (replace(CONFIG, seq_len=4097), "seq_len must be at most the 4096 positions of .* got 4097"),
-        (replace(CONFIG, window=96), "window must be smaller than seq_len .96., got 96"),
+        (
+            replace(CONFIG, window=96),
+            "window . num_sink_tokens must be smaller than seq_len .96., got 96 . 2",
+        ),
         (replace(where, device="gpu7"), "device must be .* 'gpu7'"),
         (replace(where, heldout_data="./nowhere"), "./nowhere"),
     ):

@@ -365,7 +365,7 @@ def test_what_a_dense_model_no_better_leaves_unsaid():
     ],
 )
 def test_where_counting_starts(window: int, seq_len: int, given: int | None, expected: int):
-    config = LearnConfig(window=window, seq_len=seq_len)
+    config = LearnConfig(window=window, num_sink_tokens=0, seq_len=seq_len)
     assert RunConfig(model="m", start=given).start_for(config) == expected
 
 

@@ -17,7 +17,7 @@ import torch
 
 from consa import published, retrieval, rules
 from consa.allocation import Allocation
-from consa.config import EvalConfig, LearnConfig, RunConfig
+from consa.config import EvalConfig, RunConfig
 from consa.data import SequenceSet, load_sequences
 from consa.documents import check_data
 from consa.errors import ConsaError
@@ -111,10 +111,12 @@ def start_of(where: RunConfig, config: EvalConfig, allocations: Mapping[str, All
     """The first position whose loss counts, for the largest of the windows.
 
     Raises:
-        ConsaError: no position is left from there on, or a window covers whole sequences.
+        ConsaError: no position is left from there on, or a window with its sinks covers whole sequences.
     """
-    window = max([chosen.window for chosen in allocations.values() if chosen], default=config.window)
-    return where.start_for(LearnConfig(window=window, seq_len=config.seq_len))
+    return max(
+        where.start_for(replace(config, window=window, num_sink_tokens=sinks))
+        for window, sinks in _kinds(allocations, config)
+    )
 
 
 def find_harness(config: EvalConfig, loaded: LoadedModel) -> Any:
@@ -291,18 +293,27 @@ def _questions(config: EvalConfig) -> list[tuple[str, int]]:
 def with_ends(
     allocations: Mapping[str, Allocation | None], layout: AttentionLayout, config: EvalConfig
 ) -> dict[str, Allocation | None]:
-    """Dense first, all-SWA at every window and number of sinks that occur, then the others as given."""
-    given = [allocation for allocation in allocations.values() if allocation]
-    kinds = dict.fromkeys(_kind(allocation) for allocation in given) or {
-        (config.window, config.num_sink_tokens): None
+    """Dense first, all-SWA at every window and number of sinks that occur, then the others as given.
+
+    Where several occur, names say which: "all-swa 128+4".
+    """
+    kinds = _kinds(allocations, config)
+    ends = [
+        (ALL_SWA, named(ALL_SWA, "", layout, replace(config, window=window, num_sink_tokens=sinks)))
+        for window, sinks in kinds
+    ]
+    others = [(name, allocation) for name, allocation in allocations.items() if name != ALL_SWA]
+    return {DENSE: None} | {
+        name if len(kinds) == 1 else f"{name} {allocation.window}+{allocation.num_sink_tokens}": allocation
+        for name, allocation in (*ends, *others)
+        if allocation
     }
-    ends: dict[str, Allocation | None] = {DENSE: None}
-    for window, sinks in kinds:
-        name = ALL_SWA if len(kinds) == 1 else f"{ALL_SWA} {window}+{sinks}"
-        limits = replace(config, window=window, num_sink_tokens=sinks)
-        ends[name] = named(ALL_SWA, "", layout, limits)
-    others = {name: a for name, a in allocations.items() if a and name != ALL_SWA}
-    return ends | others
+
+
+def _kinds(allocations: Mapping[str, Allocation | None], config: EvalConfig) -> tuple[tuple[int, int], ...]:
+    """Every window and number of sinks that occurs, or those of rules."""
+    given = dict.fromkeys(_kind(allocation) for allocation in allocations.values() if allocation)
+    return tuple(given) or ((config.window, config.num_sink_tokens),)
 
 
 def _lines(
