@@ -162,6 +162,8 @@ def run(
         max_tokens=where.max_tokens,
         text_field=where.text_field,
     ).spread(num_sequences)
+    if len(heldout.tokens) < num_sequences:
+        note(f"The text has {len(heldout.tokens)} held-out sequences of {seq_len} tokens: all are measured")
     total = num_passes(loaded.model, len(heldout.tokens), needles=True, causal=causal_sequences > 0)
     with progress("Observing", total) as tell:
         behaviour = measure(

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from consa import Allocation, ConsaError, behaviour, cli, loss, rules
 from consa.attention import interface, masks
+from consa.config import RunConfig
 from consa.relations import (
     MEASURES,
     OPTIONAL,
@@ -249,6 +250,19 @@ def test_the_command_measures_beside_a_run(
     assert (found.window, found.num_sink_tokens) == (WINDOW, SINKS)
     assert found.measures.keys() == MEASURES.keys() and found.provenance["num_sequences"] == 2
     assert found.provenance["model"] == str(tiny_model_folder)
+
+
+def test_text_with_fewer_sequences_than_asked_for_is_said(
+    tiny_model_folder: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    seen: list[Any] = []
+    monkeypatch.setattr(behaviour, "measure", lambda model, tokens, **_: seen.append(tokens) or made())
+    where = RunConfig(model=str(tiny_model_folder), data=str(text_folder), device="cpu")
+    settings = {"seq_len": 96, "window": WINDOW, "num_sink_tokens": SINKS, "seed": 0, "causal_sequences": 0}
+    for number in (1, 10**6):
+        behaviour.run(where, tmp_path / "b.safetensors", num_sequences=number, **settings)
+    few = "held-out sequences of 96 tokens: all are measured"
+    assert capsys.readouterr().err.count(few) == 1 and 1 == len(seen[0]) < len(seen[1])
 
 
 def test_the_command_wants_a_place_for_its_file():
