@@ -19,14 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from consa import loss
+from consa import inputs, loss
 from consa.allocation import Allocation
 from consa.attention import masks
 from consa.config import RunConfig
-from consa.data import load_sequences
-from consa.documents import check_data
 from consa.errors import ConsaError
-from consa.model import attached, attention_layout, load_model, observed
+from consa.model import attached, attention_layout, observed
 from consa.progress import note, progress
 from consa.provenance import hardware, versions
 from consa.relations import Behaviour
@@ -149,19 +147,9 @@ def run(
     """
     if num_sequences < 1:
         raise ConsaError(f"num_sequences must be at least 1, got {num_sequences}")
-    check_data(where.data)
-    note(f"Loading {where.model}")
-    dtype = getattr(torch, where.dtype) if where.dtype else None
-    loaded = load_model(where.model, device=where.device, dtype=dtype)
-    note(f"Reading {where.data}")
-    heldout = load_sequences(
-        where.data,
-        loaded.tokenizer,
-        seq_len,
-        split="heldout",
-        max_tokens=where.max_tokens,
-        text_field=where.text_field,
-    ).spread(num_sequences)
+    inputs.check(where)
+    loaded = inputs.load(where)
+    heldout = inputs.heldout_text(replace(where, num_heldout=num_sequences), seq_len, loaded)
     if len(heldout.tokens) < num_sequences:
         note(f"The text has {len(heldout.tokens)} held-out sequences of {seq_len} tokens: all are measured")
     total = num_passes(loaded.model, len(heldout.tokens), needles=True, causal=causal_sequences > 0)

@@ -24,6 +24,7 @@ from consa.attention import interface
 from consa.cache import allocated_bytes, cache_argument
 from consa.errors import ConsaError
 from consa.files import write_atomically
+from consa.model import make_dense
 from consa.provenance import hardware, versions
 
 
@@ -171,11 +172,7 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights, in the same memory, under transformers' own attention and cache."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     twin = copy.deepcopy(model, shared)
-    for module in twin.modules():
-        module.__dict__.pop("consa_plan", None)
-    vars(twin.config).pop("consa", None)
-    softcap = getattr(twin.config, "attn_logit_softcapping", None)  # which sdpa refuses
-    twin.set_attn_implementation("eager" if softcap is not None else "sdpa")
+    make_dense(twin)
     return twin
 
 

@@ -257,6 +257,15 @@ def _inspect_cached(model_class: type, config_class: type, config_json: str) -> 
     return inspect_attention(model_class, config_class.from_dict(json.loads(config_json)))
 
 
+def make_dense(model: PreTrainedModel) -> None:
+    """Have a converted hybrid compute as the dense model of its weights, in place; other models stay as they are."""
+    for module in model.modules():
+        vars(module).pop("consa_plan", None)
+    if vars(model.config).pop("consa", None):
+        softcap = getattr(model.config, "attn_logit_softcapping", None)  # which sdpa refuses
+        model.set_attn_implementation("sdpa" if softcap is None else "eager")
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model with what it takes to use it and to say later which one it was.

@@ -16,22 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
-from consa import distributed, loop, rules, summary
+from consa import distributed, inputs, loop, rules, summary
 from consa.adaptation import adapt, check_lora
 from consa.allocation import Allocation
 from consa.checkpoint import convert
 from consa.checkpointing import check_free, first_difference
 from consa.config import AdaptConfig, LearnConfig, RunConfig
-from consa.data import SequenceSet, load_sequences
-from consa.documents import check_data
 from consa.errors import ConsaError
 from consa.evaluation.perplexity import compare, heldout_losses, load_losses, sampled_losses, save_losses
 from consa.files import read_json, remove_leftovers, write_atomically
 from consa.learning import LearnResult, learn, target_units, units_of
-from consa.model import LoadedModel, check_device, check_fits, load_model
+from consa.model import LoadedModel, check_fits
 from consa.progress import Display, note, progress
 from consa.provenance import hardware, versions
 from consa.report import figures
@@ -65,10 +62,11 @@ def run(
     _check_before_loading(where, tensorboard)
     settings = {"run": asdict(where), "learn": asdict(config)}
     with _joined(where, config, folder, settings):
-        loaded = _load(where)
+        loaded = inputs.load(where)
         units = units_of(loaded.layout, config.granularity)
         sparsity = 1 - target_units(loaded.layout, config) / units.count  # finds a budget that is too small
-        train, heldout = _load_text(where, config, loaded)
+        train = inputs.training_text(where, config.seq_len, loaded)
+        heldout = inputs.heldout_text(where, config.seq_len, loaded)
         record = _record(settings, command, folder)
         began = time.monotonic()
         board = folder / "tensorboard" if tensorboard else None
@@ -155,10 +153,11 @@ def run_adaptation(
     decided = {key: x for key, x in json.loads(allocation.to_json()).items() if key != "provenance"}
     settings = {"run": asdict(where), "adapt": asdict(config), "allocation": decided}
     with _joined(where, config, folder, settings):
-        loaded = _load(where)
+        loaded = inputs.load(where)
         check_fits(allocation, loaded.layout, type(loaded.model).__name__)
         check_lora(loaded.model, config)
-        train, heldout = _load_text(where, config, loaded)
+        train = inputs.training_text(where, config.seq_len, loaded)
+        heldout = inputs.heldout_text(where, config.seq_len, loaded)
         record = _record(settings, command, folder)
         measure = partial(_measure, loaded, heldout.tokens, folder=folder, batch_size=config.micro_batch)
         losses, means = {}, {}
@@ -228,22 +227,9 @@ def _record(settings: dict[str, Any], command: str, folder: Path) -> dict[str, A
 
 
 def _check_before_loading(where: RunConfig, tensorboard: bool) -> None:
-    check_device(where.device)
     if tensorboard and not find_spec("tensorboard"):
         raise ConsaError("tensorboard is not installed; run: pip install 'consa[tensorboard]'")
-    for data in filter(None, (where.data, where.heldout_data)):
-        check_data(data)
-
-
-def _load(where: RunConfig) -> LoadedModel:
-    if distributed.is_main():
-        note(f"Loading {where.model}")
-    dtype = getattr(torch, where.dtype) if where.dtype else None
-    with distributed.main_first():
-        loaded = load_model(where.model, device=where.device, dtype=dtype)
-    if vars(loaded.model.config).pop("consa", None):  # a converted hybrid: the dense model of its weights
-        loaded.model.set_attn_implementation("sdpa")
-    return loaded
+    inputs.check(where)
 
 
 def _convert(loaded: LoadedModel, allocation: Allocation, folder: Path, *, kind: Any = "auto") -> None:
@@ -319,26 +305,6 @@ def _without_free(settings: dict[str, Any]) -> dict[str, Any]:
         part: {key: value for key, value in values.items() if key not in FREE}
         for part, values in settings.items()
     }
-
-
-def _load_text(
-    where: RunConfig, config: LearnConfig | AdaptConfig, loaded: LoadedModel
-) -> tuple[SequenceSet, SequenceSet]:
-    """Training text and the held-out sequences to measure on, from different documents."""
-    if distributed.is_main():
-        note(f"Reading {where.data}")
-    load = partial(
-        load_sequences,
-        tokenizer=loaded.tokenizer,
-        seq_len=config.seq_len,
-        max_tokens=where.max_tokens,
-        text_field=where.text_field,
-    )
-    own = where.heldout_data is not None
-    with distributed.main_first():
-        train = load(where.data, split="all" if own else "train")
-        heldout = load(where.heldout_data or where.data, split="all" if own else "heldout")
-    return train, heldout.spread(where.num_heldout)
 
 
 def _learning_text(record: dict[str, float]) -> str:

@@ -14,18 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from consa import rules
+from consa import inputs, rules
 from consa.allocation import Allocation
 from consa.checkpointing import check_free, first_difference
 from consa.config import EvalConfig, RunConfig, SweepConfig, words_of
-from consa.data import load_sequences
-from consa.documents import check_data
 from consa.errors import ConsaError
 from consa.evaluation import suite
 from consa.evaluation.table import Line, Table, number, png
 from consa.files import read_json, write_atomically
 from consa.methods import METHODS, RANKINGS, ChoiceConfig, choose
-from consa.model import LoadedModel, check_device, read_layout
+from consa.model import LoadedModel, read_layout
 from consa.progress import note
 from consa.provenance import hardware
 
@@ -234,16 +232,14 @@ def sweep(
         ConsaError: something the caller can mend; what is wrong is found before long work where that is possible.
     """
     wanted = list(choices(config, measured))
-    check_device(where.device)
-    for data in filter(None, (where.data, where.heldout_data)):
-        check_data(data)
+    inputs.check(where)
     start = where.start_for(measured)
     read_layout(where.model)
     settings = {"run": asdict(where), "sweep": asdict(config), "eval": asdict(measured), "command": command}
     _check_same_sweep(folder, settings)
     loaded = suite.load(where, measured)
     harness = suite.find_harness(measured, loaded)
-    heldout = suite.load_heldout(where, measured.seq_len, loaded)
+    heldout = inputs.heldout_text(where, measured.seq_len, loaded)
     write_atomically(folder / "config.json", (json.dumps(settings, indent=1) + "\n").encode())
     allocations = _choose(wanted, loaded, where, measured.seq_len, folder)
     table = suite.evaluate(
@@ -320,14 +316,7 @@ def _choose(
     paths = {choice.name: folder / "allocations" / f"{choice.name}.json" for choice in wanted}
     missing = [choice for choice in wanted if not paths[choice.name].exists()]
     if missing:
-        train = load_sequences(
-            where.data,
-            loaded.tokenizer,
-            seq_len,
-            split="all" if where.heldout_data else "train",
-            max_tokens=where.max_tokens,
-            text_field=where.text_field,
-        )
+        train = inputs.training_text(where, seq_len, loaded)
         for index, choice in enumerate(missing, 1):
             if paths[choice.name].exists():  # it came with another
                 continue

@@ -92,7 +92,7 @@ def tsv(folder: Path) -> Attempt:
 
 def run_config(folder: Path) -> Attempt:
     """config.json of a run's folder, when the run is continued."""
-    from consa import runs
+    from consa import inputs, runs
 
     settings = {"run": vars(RUN) | {"data": "text"}, "learn": vars(LEARN)}
     (folder / "text").write_text("text")
@@ -100,7 +100,7 @@ def run_config(folder: Path) -> Attempt:
 
     def attempt(random: Random) -> None:
         (folder / "run" / "config.json").write_bytes(damaged_json(random, settings))
-        with contextlib.suppress(_Accepted), mock.patch.object(runs, "load_model", _accept):
+        with contextlib.suppress(_Accepted), mock.patch.object(inputs, "load_model", _accept):
             runs.run(RUN, LEARN, folder / "run", command="")
 
     return attempt
@@ -435,7 +435,7 @@ def command_line(folder: Path) -> Attempt:
     """Options and arguments of every command; what passes is stopped where the work would begin."""
     import typer
 
-    from consa import cli, runs
+    from consa import cli, inputs
     from consa.report import vega
 
     _page_once(folder)
@@ -471,7 +471,7 @@ def command_line(folder: Path) -> Attempt:
         line = [word for word in arguments(random) if word != "demo"]
         said = io.StringIO()
         with (
-            mock.patch.object(runs, "load_model", _accept),
+            mock.patch.object(inputs, "load_model", _accept),
             mock.patch.object(os, "execv", _accept),
             mock.patch.object(vega, "draw", _accept),
             contextlib.redirect_stderr(said),

@@ -206,9 +206,9 @@ def test_sizes(text: str, expected: int):
 def test_bad_settings_are_refused_before_any_work(
     arguments: list[str], named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from consa import runs
+    from consa import inputs, runs
 
-    monkeypatch.setattr(runs, "load_model", None)
+    monkeypatch.setattr(inputs, "load_model", None)
     monkeypatch.setattr(runs, "find_spec", lambda name: None)
     line = refused("learn", "m", *arguments, "--out", tmp_path / "out")
     assert all(part in line for part in named), line
@@ -239,9 +239,9 @@ def test_text_without_a_sequence_is_refused(text: str, named: str, tmp_path: Pat
 
 
 def test_an_unwritable_folder_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from consa import runs
+    from consa import inputs
 
-    monkeypatch.setattr(runs, "load_model", None)
+    monkeypatch.setattr(inputs, "load_model", None)
     (tmp_path / "file").touch()
     line = refused("learn", "m", *SMALL, "--out", tmp_path / "file" / "out")
     assert f"cannot write {tmp_path / 'file' / 'out'}" in line and "--out" in line

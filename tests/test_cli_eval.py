@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from consa import Allocation, cli, rules
+from consa import Allocation, cli, inputs, rules
 from consa.config import EvalConfig, RunConfig, SweepConfig
-from consa.evaluation import suite
 from tests.test_cli import apart, consa_cli, refused  # noqa: F401 (apart is a fixture, for every test)
 
 SMALL = ["--seq-len", "96", "--window", "8", "--num-heldout", "3", "--device", "cpu"]
@@ -84,7 +83,7 @@ def test_sweep_draws_the_frontier(tmp_path: Path, tiny_model_folder: Path, text_
 def test_bad_settings_are_refused_before_any_work(
     arguments: list[str], named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(suite, "load_model", None)
+    monkeypatch.setattr(inputs, "load_model", None)
     line = refused(*arguments, "--out", tmp_path / "out")
     assert all(part in line for part in named), line
     assert not list(tmp_path.iterdir())
@@ -114,7 +113,7 @@ def test_what_does_not_fit_the_model_is_refused(
     other.save(tmp_path / "other.json")
     (tmp_path / "cut.json").write_text(other.to_json()[:-40])
     (tmp_path / "other.tsv").write_text("1\t0\n")
-    monkeypatch.setattr(suite, "load_sequences", None)
+    monkeypatch.setattr(inputs, "load_sequences", None)
     given: list[Any] = ["eval", tiny_model_folder, *SMALL, "--data", text_folder, "--out", tmp_path / "out"]
     line = refused(*given, *(argument.format(tmp_path) for argument in arguments))
     assert all(part in line for part in named), line

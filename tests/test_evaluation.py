@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from consa import ConsaError, rules
+from consa import ConsaError, convert, inputs, retrieval, rules
 from consa.config import EvalConfig, RunConfig
 from consa.data import load_sequences
 from consa.evaluation import cells, suite
 from consa.evaluation.intervals import Estimate, bootstrap
 from consa.evaluation.perplexity import buckets_of, heldout_losses
 from consa.evaluation.retrieval import ask
-from consa.model import load_model
+from consa.model import attention_layout, load_model
 from consa.retrieval import Example, answered, examples, num_answer_tokens
-from tests.models import exact
+from tests.models import byte_tokenizer, exact, tiny
 
 CONFIG = EvalConfig(
     **{"sparsity": 0.5, "granularity": "kv_head", "window": 8, "num_sink_tokens": 2, "seq_len": 96},
@@ -224,6 +224,42 @@ def test_nothing_is_measured_twice(finished: Any, where: RunConfig, monkeypatch:
     assert len(done) == 1 and more.line("middle") == replace(table.line("middle"), retrieval={})
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_of_a_converted_hybrid_the_dense_model_is_measured(family: str, where: RunConfig, tmp_path: Path):
+    model, config = tiny(family, vocab_size=300), replace(CONFIG, retrieval=None)
+    tokenizer = byte_tokenizer()
+    layers = model.config.num_hidden_layers
+    native = attention_layout(model).native_windows
+    kept = rules.top(layers, 3, sparsity=0.5, window=8, num_sink_tokens=2, native_windows=native)
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    convert(model, kept, tmp_path / "hybrid", tokenizer=tokenizer, kind="hybrid")
+    kept.save(tmp_path / "kept.json")
+    losses = []
+    for name in ("dense", "hybrid"):
+        of = replace(where, model=str(tmp_path / name))
+        table, _ = suite.run(of, config, [str(tmp_path / "kept.json")], tmp_path / f"of {name}", command="c")
+        losses.append([line.loss.mean for line in table.lines])
+        assert [line.kind for line in table.lines] == ["dense", "all-SWA", "other"]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+    assert len(set(losses[0])) == 3
+
+
+def test_questions_are_made_once_for_all_allocations(
+    where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made: list[int] = []
+    examples_of = retrieval.examples
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        made.append(options["length"])
+        return examples_of(*arguments, **options)
+
+    monkeypatch.setattr(retrieval, "examples", count)
+    suite.run(where, replace(CONFIG, retrieval="single"), ["top", "middle"], tmp_path, command="c")
+    assert made == [600, 900]
+
+
 def test_each_window_has_an_all_swa_of_its_own(where: RunConfig, tmp_path: Path):
     other = rules.top(4, 3, sparsity=0.5, window=4, num_sink_tokens=1)
     other.save(tmp_path / "other.json")
@@ -274,7 +310,7 @@ def test_bad_settings_are_refused(changes: dict[str, Any], named: str):
 def test_what_does_not_fit_is_refused_before_the_text_is_read(
     where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(suite, "load_heldout", None)
+    monkeypatch.setattr(inputs, "heldout_text", None)
     rules.top(5, 3, sparsity=0.5).save(tmp_path / "other.json")
     (tmp_path / "bad.json").write_text("{}")
     given: Any

@@ -81,6 +81,7 @@ def make_run(
     lines = [
         {
             "name": line,
+            "kind": kind,
             "sparsity": sparsity,
             "loss": estimate(2 + rise),
             "difference": estimate(rise),
@@ -89,7 +90,11 @@ def make_run(
             "retrieval": {"single": {"512": 1 - rise, "1024": 1 - rise}},
             "tasks": {f"{name} acc": 1 - rise},
         }
-        for line, rise in (("dense", 0.0), ("all-swa", 1.0), (f"{name}/allocation.json", 0.2))
+        for line, kind, rise in (
+            ("dense", "dense", 0.0),
+            ("all-swa", "all-SWA", 1.0),
+            (f"{name}/allocation.json", "learned", 0.2),
+        )
     ]
     evaluation = {"start": 64, "lines": lines, "how": {"command": name, "model": {"model": name}}}
     (folder / "eval.json").write_text(json.dumps(evaluation))

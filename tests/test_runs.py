@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from consa import Allocation, ConsaError, rules, runs
+from consa import Allocation, ConsaError, inputs, rules, runs
 from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig, SweepConfig
 from consa.data import load_sequences
 from consa.evaluation.perplexity import compare, heldout_losses, sampled_losses
@@ -132,7 +132,7 @@ def test_another_run_does_not_touch_the_folder(
 ):
     folder, _ = finished
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    monkeypatch.setattr(runs, "load_model", None)  # refused before that
+    monkeypatch.setattr(inputs, "load_model", None)  # refused before that
     learn_changes = {name: value for name, value in changes.items() if hasattr(CONFIG, name)}
     where = replace(where, **{name: changes[name] for name in changes.keys() - learn_changes})
     with pytest.raises(ConsaError, match=f"a different run .{named}"):
@@ -243,7 +243,7 @@ def test_killed_twice_it_ends_the_same(
 
 
 def test_a_folder_in_use_is_refused(where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(runs, "load_model", None)
+    monkeypatch.setattr(inputs, "load_model", None)
     with (tmp_path / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ConsaError, match="in use by another process"):
@@ -295,7 +295,7 @@ def test_a_run_that_cannot_begin_says_so_beside_one_that_does(
         (tmp_path / "runs" / "other").mkdir()
         raise ConsaError("no such model")
 
-    monkeypatch.setattr(runs, "_load", fail)
+    monkeypatch.setattr(inputs, "load", fail)
     with pytest.raises(ConsaError, match="no such model"):
         run(where, CONFIG, tmp_path / "runs" / "own", command="c")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
@@ -326,7 +326,7 @@ def test_other_settings_go_all_the_way(
 def test_a_budget_is_checked_before_text_is_read(
     where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(runs, "load_sequences", None)
+    monkeypatch.setattr(inputs, "load_sequences", None)
     with pytest.raises(ConsaError, match="KV budget of 1 bytes is too small for 100 tokens"):
         run(where, replace(CONFIG, kv_budget=1, context=100), tmp_path, command="c")
 

@@ -46,8 +46,9 @@ def run_cells(cells: Sequence[Cell], folder: Path) -> dict[tuple[str, str], dict
     Raises:
         ConsaError: the folder does not take a result.
     """
-    found = {cell.path(folder): _read(cell.path(folder)) for cell in cells}
-    missing = {path: cell for cell in cells if found[path := cell.path(folder)] is None}
+    paths = [cell.path(folder) for cell in cells]
+    found = {path: _read(path) for path in paths}
+    missing = {path: cell for path, cell in zip(paths, cells, strict=True) if found[path] is None}
     done = 0
     with progress("Measuring", sum(cell.size for cell in missing.values())) as update:
         for path, cell in missing.items():
@@ -63,8 +64,8 @@ def run_cells(cells: Sequence[Cell], folder: Path) -> dict[tuple[str, str], dict
             found[path] = record
     return {
         (cell.allocation, cell.measure): record["result"]
-        for cell in cells
-        if (record := found[cell.path(folder)])
+        for path, cell in zip(paths, cells, strict=True)
+        if (record := found[path])
     }
 
 

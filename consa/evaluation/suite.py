@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from consa import published, retrieval, rules
+from consa import inputs, published, retrieval, rules
 from consa.allocation import Allocation
 from consa.config import EvalConfig, RunConfig
-from consa.data import SequenceSet, load_sequences
-from consa.documents import check_data
+from consa.data import SequenceSet
 from consa.errors import ConsaError
 from consa.evaluation.cells import Cell, run_cells
 from consa.evaluation.intervals import bootstrap
@@ -29,7 +27,7 @@ from consa.evaluation.table import Line, Table
 from consa.evaluation.tasks import find_tasks, run_task
 from consa.files import write_atomically
 from consa.methods.tsv import read_tsv
-from consa.model import AttentionLayout, LoadedModel, check_device, check_fits, load_model, read_layout
+from consa.model import AttentionLayout, LoadedModel, check_fits, read_layout
 from consa.progress import note
 from consa.provenance import hardware, versions
 
@@ -56,15 +54,14 @@ def run(
     Raises:
         ConsaError: something the caller can mend; what is wrong is found before long work.
     """
-    check_device(where.device)
-    check_data(where.heldout_data or where.data)
+    inputs.check(replace(where, data=where.heldout_data or where.data))  # nothing is learned here
     layout = read_layout(where.model)
     allocations = {name: named(name, where.model, layout, config) for name in dict.fromkeys(names)}
     start = start_of(where, config, allocations)
     settings = {"run": asdict(where), "eval": asdict(config), "allocations": list(names), "command": command}
     loaded = load(where, config)
     harness = find_harness(config, loaded)
-    heldout = load_heldout(where, config.seq_len, loaded)
+    heldout = inputs.heldout_text(where, config.seq_len, loaded)
     write_atomically(folder / "eval-config.json", (json.dumps(settings, indent=1) + "\n").encode())
     table = evaluate(loaded, allocations, heldout, config, folder, start=start, harness=harness, how=settings)
     return table, table.write(folder)
@@ -115,7 +112,7 @@ def start_of(where: RunConfig, config: EvalConfig, allocations: Mapping[str, All
     """
     return max(
         where.start_for(replace(config, window=window, num_sink_tokens=sinks))
-        for window, sinks in _kinds(allocations, config)
+        for window, sinks in _all_limits(allocations, config)
     )
 
 
@@ -138,9 +135,7 @@ def load(where: RunConfig, config: EvalConfig) -> LoadedModel:
     Raises:
         ConsaError: they do not, or as `load_model`.
     """
-    note(f"Loading {where.model}")
-    dtype = getattr(torch, where.dtype) if where.dtype else None
-    loaded = load_model(where.model, device=where.device, dtype=dtype)
+    loaded = inputs.load(where)
     longest = loaded.model.config.get_text_config().max_position_embeddings
     asked = {"seq_len": config.seq_len}
     made = [task for task in config.harness_tasks if task.startswith(("niah", "ruler"))]
@@ -150,24 +145,6 @@ def load(where: RunConfig, config: EvalConfig) -> LoadedModel:
         if tokens > longest:
             raise ConsaError(f"{name} must be at most the {longest} positions of {where.model}, got {tokens}")
     return loaded
-
-
-def load_heldout(where: RunConfig, seq_len: int, loaded: LoadedModel) -> SequenceSet:
-    """The sequences to measure on, from as many documents as there are.
-
-    Raises:
-        ConsaError: the text cannot be read, or holds no such sequence.
-    """
-    note(f"Reading {where.heldout_data or where.data}")
-    heldout = load_sequences(
-        where.heldout_data or where.data,
-        loaded.tokenizer,
-        seq_len,
-        split="all" if where.heldout_data else "heldout",
-        max_tokens=where.max_tokens,
-        text_field=where.text_field,
-    )
-    return heldout.spread(where.num_heldout)
 
 
 def evaluate(
@@ -198,6 +175,7 @@ def evaluate(
         "model": loaded.identity,
         "computed": [str(loaded.model.dtype), str(loaded.model.device.type), versions()],
     }
+    measures = _measures(loaded, heldout.tokens, config, start, harness)
     cells = [
         Cell(
             allocation=name,
@@ -207,7 +185,7 @@ def evaluate(
             compute=partial(measure.compute, allocation),
         )
         for name, allocation in allocations.items()
-        for measure in _measures(loaded, heldout.tokens, config, start, harness)
+        for measure in measures
     ]
     results = run_cells(cells, folder)
     how = how | {
@@ -297,22 +275,24 @@ def with_ends(
 
     Where several occur, names say which: "all-swa 128+4".
     """
-    kinds = _kinds(allocations, config)
+    limits = _all_limits(allocations, config)
     ends = [
         (ALL_SWA, named(ALL_SWA, "", layout, replace(config, window=window, num_sink_tokens=sinks)))
-        for window, sinks in kinds
+        for window, sinks in limits
     ]
     others = [(name, allocation) for name, allocation in allocations.items() if name != ALL_SWA]
     return {DENSE: None} | {
-        name if len(kinds) == 1 else f"{name} {allocation.window}+{allocation.num_sink_tokens}": allocation
+        name if len(limits) == 1 else f"{name} {allocation.window}+{allocation.num_sink_tokens}": allocation
         for name, allocation in (*ends, *others)
         if allocation
     }
 
 
-def _kinds(allocations: Mapping[str, Allocation | None], config: EvalConfig) -> tuple[tuple[int, int], ...]:
+def _all_limits(
+    allocations: Mapping[str, Allocation | None], config: EvalConfig
+) -> tuple[tuple[int, int], ...]:
     """Every window and number of sinks that occurs, or those of rules."""
-    given = dict.fromkeys(_kind(allocation) for allocation in allocations.values() if allocation)
+    given = dict.fromkeys(_limits(allocation) for allocation in allocations.values() if allocation)
     return tuple(given) or ((config.window, config.num_sink_tokens),)
 
 
@@ -330,7 +310,7 @@ def _lines(
     domains = np.array(heldout.domains)
     several = sorted(set(heldout.domains)) if len(set(heldout.domains)) > 1 else []
     floors = {
-        _kind(allocation): losses[name]["all"].mean()
+        _limits(allocation): losses[name]["all"].mean()
         for name, allocation in allocations.items()
         if allocation and not allocation.full_attention.any()
     }
@@ -344,7 +324,7 @@ def _lines(
     for name, allocation in allocations.items():
         own, dense = losses[name], losses[DENSE]
         firsts = [part for part in own if part != "all"]
-        floor = dense["all"].mean() if allocation is None else floors[_kind(allocation)]
+        floor = dense["all"].mean() if allocation is None else floors[_limits(allocation)]
         gap = floor - dense["all"].mean()
         found: dict[str, dict[int, float]] = {}
         for task, length in _questions(config):
@@ -352,6 +332,7 @@ def _lines(
             found.setdefault(task, {})[length] = float(np.mean(scores))
         line = Line(
             name=name,
+            kind=_kind_of(allocation),
             sparsity=allocation.sparsity if allocation else 0.0,
             cache_bytes=(allocation or dense_cache).kv_cache_bytes(
                 config.cache_tokens, head_dim=layout.head_dim
@@ -380,7 +361,15 @@ def _lines(
     return tuple(lines)
 
 
-def _kind(allocation: Allocation) -> tuple[int, int]:
+def _kind_of(allocation: Allocation | None) -> str:
+    if allocation is None:
+        return "dense"
+    if not allocation.full_attention.any():
+        return "all-SWA"
+    return "learned" if allocation.provenance.get("method") == "consa" else "other"
+
+
+def _limits(allocation: Allocation) -> tuple[int, int]:
     return allocation.window, allocation.num_sink_tokens
 
 

@@ -21,6 +21,7 @@ class Line:
 
     Attributes:
         name: of the allocation.
+        kind: "dense", "all-SWA", "learned", or "other".
         sparsity: achieved share of units on SWA.
         cache_bytes: its KV cache.
         loss: mean cross-entropy in nats, from `Table.start` on.
@@ -35,6 +36,7 @@ class Line:
     """
 
     name: str
+    kind: str
     sparsity: float
     cache_bytes: int
     loss: Estimate

@@ -17,7 +17,11 @@ from consa.report.folder import Run
 from consa.report.vega import Chart, Columns
 
 CACHE_TOKENS = 32768  # in the KV cache of the headline
-KINDS = {"dense": "dense", "all_swa": "all-SWA", "all-swa": "all-SWA", "learned": "learned"}
+KINDS = {
+    "dense": "dense",
+    "all_swa": "all-SWA",
+    "learned": "learned",
+}  # of a run's own rows; rules are "other"
 DASH = "\N{EN DASH}"
 RHO = "\N{GREEK SMALL LETTER RHO}"
 
@@ -182,7 +186,9 @@ class Sections:
         )
         dense = _row(summary, "dense")["by_position"]
         lines = {
-            row["name"]: [(x - y, None, None) for x, y in zip(row["by_position"], dense, strict=True)]
+            (row["name"], KINDS.get(row["name"], "other")): [
+                (x - y, None, None) for x, y in zip(row["by_position"], dense, strict=True)
+            ]
             for row in summary["rows"]
         }
         places = [first for first, _ in summary["buckets"]]
@@ -204,7 +210,9 @@ class Sections:
             return
         lines, start = run.evaluation["lines"], run.evaluation["start"]
         rises = {
-            line["name"]: [(e["mean"], e["low"], e["high"]) for e in line["differences_by_position"].values()]
+            (line["name"], line["kind"]): [
+                (e["mean"], e["low"], e["high"]) for e in line["differences_by_position"].values()
+            ]
             for line in lines
         }
         places = [int(first) for first in lines[0]["differences_by_position"]]
@@ -240,7 +248,7 @@ class Sections:
         for line in lines:
             for task, lengths in line["retrieval"].items():
                 for length, share in lengths.items():
-                    row = (line["name"], _kind(line["name"]), task, int(length), share)
+                    row = (line["name"], line["kind"], task, int(length), share)
                     for column, value in zip(columns.values(), row, strict=True):
                         column.append(value)
         data = self._add_data(f"retrieval {index}", columns)
@@ -408,24 +416,18 @@ def _matrix(
     return _table(["allocation", *(str(i + 1) for i in range(len(names)))], rows, caption)
 
 
-def _positions(lines: dict[str, list[Any]], places: list[int]) -> Columns:
-    """Rises over dense, each with the ends of its interval, as `charts.by_position` wants them."""
+def _positions(lines: dict[tuple[str, str], list[Any]], places: list[int]) -> Columns:
+    """Rises over dense by name and kind, each with the ends of its interval, as `charts.by_position` wants them."""
     columns: dict[str, list[Any]] = {key: [] for key in ("allocation", "kind", "from", "rise", "low", "high")}
-    for name, values in lines.items():
+    for (name, kind), values in lines.items():
         for place, (mean, low, high) in zip(places, values, strict=True):
-            for column, value in zip(
-                columns.values(), (name, _kind(name), place, mean, low, high), strict=True
-            ):
+            for column, value in zip(columns.values(), (name, kind, place, mean, low, high), strict=True):
                 column.append(value)
     return columns
 
 
 def _fits(behaviour: Behaviour, run: Run) -> bool:
     return bool(run.allocation) and run.allocation.full_attention.shape == behaviour.by_distance.shape[:2]
-
-
-def _kind(name: str) -> str:
-    return KINDS.get(name, "learned" if name.endswith("allocation.json") else "other")
 
 
 def _row(summary: dict[str, Any], name: str) -> dict[str, Any]:
