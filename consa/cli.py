@@ -311,7 +311,7 @@ def evaluate(
         typer.Option(
             metavar="NAME",
             help="what to measure besides dense and all-SWA, several times if you like: an allocation.json, a"
-            " run's folder, a rule, or the .tsv of DuoAttention or PruLong",
+            " run's folder, one published, a rule, or the .tsv of DuoAttention or PruLong",
         ),
     ] = None,
     out: Out = None,

@@ -225,10 +225,11 @@ class RunConfig:
     )
     data: str = _option(
         "stdlib",
-        "training text: file, folder, glob, hf:owner/name, or stdlib (Python's own sources); commas between several",
+        "text: file, folder, glob, hf:owner/name, or stdlib (Python's own sources); commas between several",
     )
     heldout_data: str | None = _option(
-        None, "text to measure on; a tenth of the documents of data unless given"
+        None,
+        "text to measure on; a tenth of the documents of data, on which nothing is learned, unless given",
     )
     text_field: str = _option("text", "field of a JSONL record or dataset row that holds the text")
     max_tokens: int | None = _option(None, "tokens of text to read at most, per split; all unless given")
@@ -331,7 +332,10 @@ class SweepConfig:
 
     sparsity: str = _option("0.5,0.75,0.9", "shares of units on sliding-window attention; commas between")
     granularity: str = _option("kv_head", "what is decided as one: layer, kv_head or both; commas between")
-    methods: str = _option("consa,rules", "how allocations are chosen: methods, rules by name, or all rules")
+    methods: str = _option(
+        "consa,rules",
+        "how allocations are chosen: consa, other methods such as prulong, rules by name, or all 'rules'",
+    )
     seeds: int = _option(1, "runs of each method, from seed 0 on; rules that draw nothing run once")
     num_steps: int | None = _option(None, "optimiser steps of methods that train; their default unless given")
     sequences_per_step: int | None = _option(None, "sequences of each of these steps")

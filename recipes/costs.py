@@ -41,11 +41,14 @@ def page() -> str:
         "# Recipes",
         "",
         "Written by `python -m recipes.costs`. Run one with `python -m recipes.run NAME learn`, then `adapt`; on 8 GPUs"
-        " of one host, with `torchrun --nproc-per-node 8 -m` for `python -m`, and the same settings.",
+        " of one host, with `torchrun --nproc-per-node 8 -m` for `python -m`, and the same settings. From a clone, with"
+        " `.[datasets]` for their text. They have been computed and built, not run to their ends.",
         "",
         "Memory is per GPU, in GB of 10^9 bytes, with one sequence computed at once and layers recomputed in the"
         f" backward pass. Time is at {TFLOPS} TFLOP/s, a fifth of what an H100 can do in bfloat16: an estimate, without"
-        " reading text, measuring and refinement.",
+        " reading text, measuring and refinement, and with eight GPUs eight times as fast as one. Measured on H100 and"
+        " H200 (docs/RESULTS.md): adapting Qwen3-0.6B, one GPU is 15 to 28 % slower than estimated; two with FSDP do"
+        " 0.55 of twice as much at 8,192 tokens a sequence.",
         "",
     ]
     for name in RECIPES:

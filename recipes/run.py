@@ -1,7 +1,7 @@
-"""Learn an allocation, or adapt the model to it, by a recipe; on several GPUs, `torchrun --nproc-per-node 8` in front.
+"""Learn an allocation, or adapt the model to it, by a recipe.
 
 python -m recipes.run qwen3_0_6b learn
-python -m recipes.run qwen3_0_6b adapt
+torchrun --nproc-per-node 8 -m recipes.run qwen3_0_6b adapt
 """
 
 from __future__ import annotations

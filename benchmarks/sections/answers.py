@@ -12,6 +12,7 @@ from common import mask_of
 
 from consa.allocation import Allocation
 from consa.evaluation.intervals import Estimate, bootstrap
+from consa.methods import METHODS
 from consa.relations import agreement, depth
 from sections.adaptation import best_trained_rule
 from sections.study import (
@@ -78,7 +79,7 @@ def _beats_rules(records: Records) -> list[str]:
         trained = {unit: _trained(records["adaptation-sparsity"], unit) for unit in UNITS}
         more = (f"{UNITS[unit]} {_listed(found)}" for unit, found in trained.items())
         said.append(
-            f"all trained on as much text, {' and '.join(more)} more than the best rule, layers or heads"
+            f"all trained on as much text, {' and '.join(more)} more than the rule that was best frozen"
         )
     every = [estimate for found in (*frozen.values(), *trained.values()) for estimate in found.values()]
     verdict = (
@@ -238,20 +239,32 @@ def _parts(records: Records) -> list[str]:
 
 def _peers(records: Records) -> list[str]:
     against = {method: _gains(records["study"], "kv_head", ("kv_head", method)) for method in PEERS}
-    said = [
-        f"{method} {_listed({sparsity: f'{found.mean:.3f}' for sparsity, found in gains.items()})}"
-        for method, gains in against.items()
-        if gains
-    ]
+    said = [f"{method} {_listed(gains)}" for method, gains in against.items() if gains]
     if not said:
         return []
     every = [found for gains in against.values() for found in gains.values()]
     verdict = "ahead of each" if all(found.low > 0 for found in every) else "not ahead of each"
     return [
-        f"With KV heads, ConSA is {verdict}; it recovers more than {'; than '.join(said)}. What each costs is in the"
-        " table of methods.",
+        f"In loss, with KV heads, ConSA is {verdict}; it recovers more than {'; than '.join(said)}."
+        f"{_needles(records)} What each costs is in the table of methods.",
         *_peers_of_scales(records),
     ]
+
+
+def _needles(records: Records) -> str:
+    """Which other methods find more needles, mean over lengths and seeds, by sparsity."""
+    found: dict[float, dict[str, list[float]]] = {}
+    for row in records.get("methods", {"rows": {}})["rows"].values():
+        if row.get("granularity") == "kv_head" and row["method"] in ("consa", *PEERS):
+            at = found.setdefault(row["sparsity"], {})
+            at.setdefault(row["method"], []).append(mean(row["retrieval"].values()))
+    said = []
+    for sparsity, at in sorted(found.items()):
+        ours = mean(at.get("consa", [1.0]))
+        more = sorted(((mean(x), name) for name, x in at.items() if mean(x) > ours), reverse=True)
+        others = ", ".join(f"{name} {value:.2f}" for value, name in more)
+        said.append(f"at {sparsity:g} {ours:.2f}, {f'more by {others}' if others else 'the most'}")
+    return f" Needles found: {'; '.join(said)}." if said else ""
 
 
 def _peers_of_scales(records: Records) -> list[str]:
@@ -270,7 +283,7 @@ def _peers_of_scales(records: Records) -> list[str]:
     return [f"Trained from scratch, against the best of them: {'; '.join(said)}."] if said else []
 
 
-PEERS = ("duo_attention", "prulong", "nll_guided", "bosch", "greedy")
+PEERS = tuple(name for name in METHODS if name not in ("consa", "nested"))  # both of ours
 
 
 def _constraints(records: Records) -> list[str]:

@@ -21,7 +21,7 @@ def cost(records: dict[str, dict[str, Any]]) -> list[str]:
         "## What it cost",
         "",
         "Minutes of one GPU spent on choosing and training: wall-clock seconds of each run, over the processes that"
-        " shared the GPU. Loading, measuring and what was thrown away come on top.",
+        " shared the GPU. Loading, measuring, runs for speed and what was thrown away come on top.",
         "",
         *table(["file", "rows", "GPU-minutes"], [*entries, ["total", "", f"{total:.1f}"]]),
         "",

@@ -40,13 +40,16 @@ def attention(record: dict[str, Any]) -> list[str]:
 
 
 def learning(record: dict[str, Any]) -> list[str]:
+    compiled = any("compiled" in str(cell) for row in record["rows"] for cell in row)
     return [
         "## Learning on a GPU: tokens per second",
         "",
         "Forward and backward, bf16, frozen random weights. `dense` is the same loss and backward pass through the"
         " library's causal attention; `two attentions` computes both branches of every head; `consa` is a whole run of"
         f" {record['steps']} steps, from gates almost all open to the target, with deterministic kernels. `at once` is"
-        " the micro-batch. Of `compiled` loops the layers are, but for attention; `to dense` is to the compiled one.",
+        " the micro-batch."
+        + " Of `compiled` loops the layers are, but for attention; `to dense` is to the compiled one."
+        * compiled,
         "",
         *table(record["columns"], record["rows"]),
         "",

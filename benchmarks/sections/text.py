@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -38,6 +39,8 @@ def source(record: dict[str, Any]) -> list[str]:
         for entry in record.get("earlier", [])
     )
     remark = f" {record['remark']}" if "remark" in record else ""
+    if share := re.search(r"--share I/(\d)", record["command"]):
+        remark += f" I/{share[1]}: {share[1]} processes side by side, joined by benchmarks/merge.py."
     return [
         f"`{record['command']}` on {record['hardware']}, {record['date']}; {versions}.{earlier}{remark}",
         "",
