@@ -259,11 +259,11 @@ class Questions:
 
     def found(self, model: PreTrainedModel, batch: int = 4) -> float:
         """The share whose answer is what `model` continues the prompt with, token by token the most likely."""
-        right = 0
+        right, head = 0, loss.output_layer(model)
         for start in range(0, len(self.tokens), batch):
             part = slice(start, start + batch)
             padded = torch.nn.utils.rnn.pad_sequence(self.tokens[part], batch_first=True).to(model.device)
-            with torch.no_grad(), loss.output_layer(model) as head:
+            with torch.no_grad():
                 hidden = loss.hidden_states(model, padded)
                 for row, asked, count in zip(hidden, self.tokens[part], self.num_answer[part], strict=True):
                     said = head(row[None, len(asked) - count - 1 : len(asked) - 1]).argmax(-1)[0]

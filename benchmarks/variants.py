@@ -78,15 +78,15 @@ def distillation(model: PreTrainedModel) -> Iterator[None]:
     def backward(student: PreTrainedModel, tokens: Tensor, *, scale: float) -> Tensor:
         with torch.no_grad():
             wanted = loss.hidden_states(teacher, tokens)
-        with loss.output_layer(teacher) as head:
+        head = loss.output_layer(teacher)
 
-            def divergence(_: Tensor, logits: Tensor, chunk: slice) -> Tensor:
-                with torch.no_grad():
-                    target = head(wanted[:, chunk]).float().log_softmax(-1)
-                found = logits.float().log_softmax(-1)
-                return torch.nn.functional.kl_div(found, target, reduction="sum", log_target=True)
+        def divergence(_: Tensor, logits: Tensor, chunk: slice) -> Tensor:
+            with torch.no_grad():
+                target = head(wanted[:, chunk]).float().log_softmax(-1)
+            found = logits.float().log_softmax(-1)
+            return torch.nn.functional.kl_div(found, target, reduction="sum", log_target=True)
 
-            return plain(student, tokens, scale=scale, objective=divergence)
+        return plain(student, tokens, scale=scale, objective=divergence)
 
     with patch.object(loss, "backward", backward):
         yield

@@ -6,7 +6,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -202,9 +202,9 @@ def _accumulate_gradients(
     for batch in batches:
         tokens = torch.from_numpy(batch.astype(np.int64)).to(model.device)
         objective = _Objective(config, tokens, sums)
-        following = objective.following(model, teacher, plan) if config.needs_teacher else nullcontext()
-        with following:
-            loss.backward(model, tokens, scale=len(batch) / config.sequences_per_step, objective=objective)
+        if config.needs_teacher:
+            objective.follow(model, teacher, plan)
+        loss.backward(model, tokens, scale=len(batch) / config.sequences_per_step, objective=objective)
     means = (distributed.all_reduce(sums) / predicted).tolist()
     return {name: mean for name, mean in zip(PARTS, means, strict=True) if getattr(config, name)}
 
@@ -222,24 +222,18 @@ class _Objective:
         self.teacher_hidden: Tensor | None = None
         self.teacher_head: Callable[[Tensor], Tensor] | None = None
 
-    @contextmanager
-    def following(
-        self, model: PreTrainedModel, teacher: PreTrainedModel | None, plan: Plan
-    ) -> Iterator[None]:
-        """Within the block the dense model is followed: `teacher`, or else `model` without LoRA's additions."""
-        with torch.no_grad():
-            if teacher is None:
-                full = torch.ones(*plan.allocation.full_attention.shape)[:, None].expand(
-                    -1, len(self.tokens), -1
-                )
-                model.disable_adapters()
-                with plan.gated(full, model.device):
-                    self.teacher_hidden = loss.hidden_states(model, self.tokens)
-                model.enable_adapters()
-            else:
-                self.teacher_hidden = loss.hidden_states(teacher, self.tokens)
-        with loss.output_layer(teacher or model) as self.teacher_head:
-            yield
+    @torch.no_grad()
+    def follow(self, model: PreTrainedModel, teacher: PreTrainedModel | None, plan: Plan) -> None:
+        """Keep what the dense model says of the tokens: `teacher`, or else `model` without LoRA's additions."""
+        if teacher is None:
+            full = torch.ones(*plan.allocation.full_attention.shape)[:, None].expand(-1, len(self.tokens), -1)
+            model.disable_adapters()
+            with plan.gated(full, model.device):
+                self.teacher_hidden = loss.hidden_states(model, self.tokens)
+            model.enable_adapters()
+        else:
+            self.teacher_hidden = loss.hidden_states(teacher, self.tokens)
+        self.teacher_head = loss.output_layer(teacher or model)
 
     def __call__(self, hidden: Tensor, logits: Tensor, chunk: slice) -> Tensor:
         cross_entropy, distillation, hidden_loss = self.weights

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-CHUNK_TOKENS = (
-    2048  # positions whose logits exist together: 2048 x a vocabulary of 150k in float32 are 1.2 GB
-)
+# Positions whose logits exist together: 2048 x a vocabulary of 150k in float32 are 1.2 GB.
+CHUNK_TOKENS = 2048
 
 
 def hidden_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
@@ -23,7 +22,8 @@ def hidden_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 def token_losses(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Cross-entropy of each next token without gradients, float32 `(batch, seq - 1)`, in nats."""
-    with torch.no_grad(), evaluating(model), output_layer(model) as head:
+    head = output_layer(model)
+    with torch.no_grad(), evaluating(model):
         hidden = hidden_states(model, tokens)
         return torch.cat([cross_entropy(head(hidden[:, c]), tokens, c) for c in _chunks(tokens)], dim=1)
 
@@ -66,48 +66,42 @@ def backward(
     factor = scale / tokens[:, 1:].numel()
     total = torch.zeros((), device=tokens.device)
     gradients = torch.zeros_like(hidden)
-    with output_layer(model) as head:
-        for chunk in _chunks(tokens):
-            piece = hidden[:, chunk].detach().requires_grad_(hidden.requires_grad)
-            logits = head(piece)
-            summed = (
-                objective(piece, logits, chunk) if objective else cross_entropy(logits, tokens, chunk).sum()
-            )
-            loss = summed * factor
-            total += loss.detach()
-            if loss.requires_grad:
-                loss.backward()
-            if piece.grad is not None:
-                gradients[:, chunk] = piece.grad
+    head = output_layer(model)
+    for chunk in _chunks(tokens):
+        piece = hidden[:, chunk].detach().requires_grad_(hidden.requires_grad)
+        logits = head(piece)
+        summed = objective(piece, logits, chunk) if objective else cross_entropy(logits, tokens, chunk).sum()
+        loss = summed * factor
+        total += loss.detach()
+        if loss.requires_grad:
+            loss.backward()
+        if piece.grad is not None:
+            gradients[:, chunk] = piece.grad
     if hidden.requires_grad:  # not so when every gate of the step is saturated and the weights are frozen
         hidden.backward(gradients)
     return total
 
 
-@contextmanager
-def output_layer(model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yields hidden states -> logits, with whatever scaling or capping the model's own forward pass applies.
+def output_layer(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Hidden states -> logits, with whatever scaling or capping the model's own forward pass applies.
 
-    For the block's duration the model's backbone hands back what it is given, so that the model's own code, not a copy
-    of it, turns hidden states into logits.
+    For one call the model's backbone hands back what it is given, so that the model's own code, not a copy of it, turns
+    hidden states into logits.
     """
     backbone = model.base_model
     own = vars(backbone).get("forward")  # as hooks give it
-    given: list[Tensor] = []
 
     def head(hidden: Tensor) -> Tensor:
-        given[:] = [hidden]
-        backbone.forward = lambda *args, **kwargs: _BackboneOutput(given[0])
+        tokens = hidden.new_zeros(hidden.shape[:2], dtype=torch.long)
+        backbone.forward = lambda *args, **kwargs: _BackboneOutput(hidden)
         try:
-            return model(
-                input_ids=hidden.new_zeros(hidden.shape[:2], dtype=torch.long), use_cache=False
-            ).logits
+            return model(input_ids=tokens, use_cache=False).logits
         finally:
             del backbone.forward
             if own:
                 backbone.forward = own
 
-    yield head
+    return head
 
 
 class _BackboneOutput:

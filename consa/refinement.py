@@ -85,12 +85,13 @@ def refine(
         out[[unit for unit in (closed, opened) if unit is not None]] ^= True
         return out
 
-    def attempt(closed: int | None, opened: int | None) -> float:
+    def attempt(closed: int | None, opened: int | None) -> Exchange:
         change = mean_loss(exchanged(closed, opened)) - current
         accepted = change < 0 and closed is not None and opened is not None
+        tried = Exchange(closed, opened, change, accepted, spent)
         if on_exchange:
-            on_exchange(Exchange(closed, opened, change, accepted, spent))
-        return change
+            on_exchange(tried)
+        return tried
 
     current = mean_loss(full)
     improved = True
@@ -98,16 +99,16 @@ def refine(
         improved = False
         order = [int(unit) for unit in np.argsort(-scores, kind="stable") if unit not in native]
         closing, opening = (units[:num_candidates] for units in _candidates(order, full, scores, group))
-        change = {}
+        alone = {}  # what each unit changes by itself
         for unit in closing + opening:
             if spent >= max_evaluations:
                 break
-            change[unit] = attempt(unit, None) if full[unit] else attempt(None, unit)
+            alone[unit] = (attempt(unit, None) if full[unit] else attempt(None, unit)).change
         pairs = [
-            (change[c] + change[o], c, o)
+            (alone[c] + alone[o], c, o)
             for c in closing
             for o in opening
-            if c in change and o in change and c // group == o // group
+            if c in alone and o in alone and c // group == o // group
         ]
         used: set[int] = set()
         failures = 0
@@ -116,11 +117,11 @@ def refine(
                 break
             if closed in used or opened in used:
                 continue
-            gained = -attempt(closed, opened)
-            if gained > 0:
+            tried = attempt(closed, opened)
+            if tried.accepted:
                 full = exchanged(closed, opened)
                 used |= {closed, opened}
-                current, improved, failures = current - gained, True, 0
+                current, improved, failures = current + tried.change, True, 0
             else:
                 failures += 1
     return _with_units(allocation, full, heads)

@@ -92,18 +92,14 @@ def hybrid_attention(
     shape = q.shape
     q, k, v = by_row(q), by_row(k), by_row(v)
     num_fa, first_swa = rows.num_full + rows.num_mixed, rows.num_full
-    parts = []
-    full = sliding = None
-    if num_fa:
-        full = full_attention(q[:num_fa], k[:num_fa], v[:num_fa], scaling=scaling, softcap=softcap)
-        parts.append(full[:first_swa])
-    if first_swa < total:
-        sliding = sliding_attention(q[first_swa:], k[first_swa:], v[first_swa:], **sliding_options)
-        if full is not None and rows.num_mixed:
-            near = sliding[: rows.num_mixed].float()  # float32: the gate's gradient is a sum over a whole row
-            z = rows.gates[rows.order[first_swa:num_fa], None, None, None]
-            parts.append((near + z * (full[first_swa:].float() - near)).to(sliding.dtype))
-        parts.append(sliding[rows.num_mixed :])
+    full = full_attention(q[:num_fa], k[:num_fa], v[:num_fa], scaling=scaling, softcap=softcap)
+    sliding = sliding_attention(q[first_swa:], k[first_swa:], v[first_swa:], **sliding_options)
+    parts = [full[:first_swa]]
+    if rows.num_mixed:
+        near = sliding[: rows.num_mixed].float()  # float32: the gate's gradient is a sum over a whole row
+        z = rows.gates[rows.order[first_swa:num_fa], None, None, None]
+        parts.append((near + z * (full[first_swa:].float() - near)).to(sliding.dtype))
+    parts.append(sliding[rows.num_mixed :])
     return _Permute.apply(torch.cat(parts), inverse, rows.order).reshape(shape)
 
 
