@@ -42,7 +42,7 @@ def main() -> None:
     layout = loaded.layout
     limits: dict[str, Any] = {"window": config.window, "num_sink_tokens": config.num_sink_tokens}
     limits["native_windows"] = layout.native_windows
-    all_swa = rules.bottom(*layout.shape, sparsity=1.0, **limits)
+    all_swa = rules.all_swa(*layout.shape, **limits)
     ends = {
         "dense": (0.0, heldout_losses(loaded.model, heldout, batch_size=batch)),
         "all_swa": (1.0, heldout_losses(loaded.model, heldout, all_swa, batch_size=batch)),

@@ -52,7 +52,7 @@ HEADS: tuple[Granularity, ...] = ("kv_head",)
 # limited, and with four sequences they can afford the more moves.
 PLAN = {
     "consa": Entry(BOTH, True, {}),
-    **{name: Entry(BOTH, name == "random_units", {}) for name in rules.RULES},
+    **{name: Entry(BOTH, name in rules.DRAWN, {}) for name in rules.RULES},
     "nll_guided": Entry(BOTH, False, {}),
     "duo_attention": Entry(HEADS, True, {}),
     "prulong": Entry(HEADS, True, {}),
@@ -145,7 +145,9 @@ def planned(options: argparse.Namespace) -> Iterator[list[Choice]]:
                 raise SystemExit(f"--methods takes some of {','.join(PLAN)}, got {name!r}")
             entry = PLAN[name]
             for granularity in entry.granularities:
-                if (seed and not entry.draws) or (name, granularity) == ("uniform_heads", "layer"):
+                if (seed and not entry.draws) or (
+                    name in rules.RULES and name not in rules.names(granularity)
+                ):
                     continue
                 settings: dict[str, Any] = {"granularity": granularity, "seed": seed} | entry.budget
                 settings |= overrides(options.budget)
@@ -225,9 +227,9 @@ class Benchmark:
         window = {name: settings["budget"][name] for name in ("window", "num_sink_tokens")}
         layout = loaded.layout
         shape = (layout.num_layers, layout.num_kv_heads)
-        for name, sparsity in (("dense", 0.0), ("all_swa", 1.0)):
+        for name, end_of in (("dense", rules.dense), ("all_swa", rules.all_swa)):
             if name not in self.rows:
-                end = rules.bottom(*shape, sparsity=sparsity, native_windows=layout.native_windows, **window)
+                end = end_of(*shape, native_windows=layout.native_windows, **window)
                 self._write(name, {"method": name} | self._measure(end))
 
     @property

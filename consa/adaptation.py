@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +66,7 @@ def adapt(
         ConsaError: unusable settings or text, a loss that is not finite, or a folder that cannot be written.
     """
     loop.check(config, sequences)
-    decided = {**loop.fingerprint(config, sequences, identity), "allocation": _record(allocation)}
+    decided = {**loop.fingerprint(config, sequences, identity), "allocation": allocation.decision()}
     run = Checkpoint(run_dir, decided) if run_dir else None
     with ExitStack() as stack:
         stack.enter_context(loss.evaluating(model))  # the teacher too
@@ -256,12 +255,3 @@ class _Objective:
         return sum(
             (w * part for w, part in zip(self.weights, parts, strict=True)), torch.zeros_like(parts[0])
         )
-
-
-def _record(allocation: Allocation) -> dict[str, Any]:
-    """What of an allocation decides the training."""
-    return {
-        "full_attention": allocation.full_attention.tolist(),
-        "window": allocation.window,
-        "num_sink_tokens": allocation.num_sink_tokens,
-    }

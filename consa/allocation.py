@@ -163,6 +163,11 @@ class Allocation:
         # Half of a surrogate pair, as in the name of a file that is not UTF-8, has no bytes: it stays escaped.
         return text.encode(errors="backslashreplace").decode()
 
+    def decision(self) -> dict[str, Any]:
+        """JSON-able: all that decides what a model computes, without the scores and where they came from."""
+        record = json.loads(self.to_json())
+        return {name: value for name, value in record.items() if name not in ("scores", "provenance")}
+
     @classmethod
     def from_json(cls, text: str) -> Allocation:
         """Parse `to_json`'s text.

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from consa import inputs, loss
+from consa import inputs, loss, rules
 from consa.allocation import Allocation
 from consa.attention import masks
 from consa.config import RunConfig
@@ -29,7 +29,6 @@ from consa.progress import note, progress
 from consa.provenance import hardware, versions
 from consa.relations import Behaviour
 from consa.retrieval import examples
-from consa.rules import bottom
 
 MAX_BLOCK_SCORES = 2**22  # scores of one layer that exist at once; 16 MiB, which suit a CPU's caches
 GPU_BLOCKS = 16  # as many of those at once; a GPU wants fewer and larger steps
@@ -83,7 +82,7 @@ def measure(
     needles = _needles(tokenizer, min(longest, NEEDLE_TOKENS), seed) if tokenizer is not None else []
     limits: dict[str, Any] = {"window": window, "num_sink_tokens": num_sink_tokens}
     own = layout.native_windows
-    dense = bottom(*layout.shape, sparsity=0.0, granularity="kv_head", native_windows=own, **limits)
+    dense = rules.dense(*layout.shape, granularity="kv_head", native_windows=own, **limits)
     done = 0
 
     def tell(text: str) -> None:

@@ -139,7 +139,7 @@ def rules(
     **options: Any,
 ) -> None:
     """Write every rule's allocation for MODEL, or for a model of given shape, and show what each saves."""
-    from consa.rules import bottom, every_rule
+    from consa.rules import dense, every_rule
 
     LearnConfig(seed=seed, **options)  # the same limits as in learning
     for name, value in {"head_dim": head_dim, "tokens": tokens}.items():
@@ -155,13 +155,16 @@ def rules(
         options["native_windows"] = layout.native_windows
     assert layers is not None and kv_heads is not None
     allocations = every_rule(layers, kv_heads, seed=seed, **options)
-    dense = bottom(layers, kv_heads, **options | {"sparsity": 0.0}).kv_cache_bytes(tokens, head_dim=head_dim)
+    whole = dense(layers, kv_heads, native_windows=options.get("native_windows"))
+    dense_bytes = whole.kv_cache_bytes(tokens, head_dim=head_dim)
     rows = []
     for name, allocation in allocations.items():
         origin = {} if model is None else {"model": model}
         replace(allocation, provenance=origin | dict(allocation.provenance)).save(out / f"{name}.json")
         taken = allocation.kv_cache_bytes(tokens, head_dim=head_dim)
-        rows.append([name, f"{allocation.sparsity:.4f}", f"{taken / 2**20:.1f} MiB", f"{taken / dense:.1%}"])
+        rows.append(
+            [name, f"{allocation.sparsity:.4f}", f"{taken / 2**20:.1f} MiB", f"{taken / dense_bytes:.1%}"]
+        )
     show(["rule", "sparsity", f"KV cache at {tokens} tokens", "of dense"], rows)
     print(f"{len(allocations)} allocations in {out}")
 

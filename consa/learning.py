@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from consa import distributed, gates, loop, loss
+from consa import distributed, gates, loop, loss, rules
 from consa.allocation import (
     Allocation,
     Granularity,
@@ -31,7 +31,6 @@ from consa.lagrangian import AugmentedLagrangian, ramp, target_at
 from consa.model import AttentionLayout, attached, attention_layout
 from consa.provenance import versions
 from consa.refinement import Exchange, refine
-from consa.rules import bottom
 
 
 @dataclass(frozen=True)
@@ -340,9 +339,8 @@ def _prepared(model: PreTrainedModel, config: LearnConfig) -> Iterator[None]:
 
 
 def _dense_start(layout: AttentionLayout, config: LearnConfig) -> Allocation:
-    return bottom(
+    return rules.dense(
         *layout.shape,
-        sparsity=0.0,
         granularity=config.granularity,
         window=config.window,
         num_sink_tokens=config.num_sink_tokens,

@@ -87,8 +87,7 @@ def refine(
 
     def attempt(closed: int | None, opened: int | None) -> Exchange:
         change = mean_loss(exchanged(closed, opened)) - current
-        accepted = change < 0 and closed is not None and opened is not None
-        tried = Exchange(closed, opened, change, accepted, spent)
+        tried = Exchange(closed, opened, change, change < 0 and None not in (closed, opened), spent)
         if on_exchange:
             on_exchange(tried)
         return tried

@@ -94,25 +94,46 @@ def uniform_heads(
     )
 
 
+def dense(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
+    """FA everywhere: the model as it is. Options as in `from_units`, but for the sparsity."""
+    return from_units(
+        lambda n, k, _: np.arange(k), num_layers, num_kv_heads, rule="dense", sparsity=0.0, **options
+    )
+
+
+def all_swa(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
+    """SWA everywhere. Options as in `from_units`, but for the sparsity."""
+    return from_units(
+        lambda n, k, _: np.arange(k), num_layers, num_kv_heads, rule="all_swa", sparsity=1.0, **options
+    )
+
+
 RULES: dict[str, Rule] = {
     rule.__name__: rule
     for rule in (interleaved, interleaved_late, bottom, top, middle, sandwich, uniform_heads, random_units)
 }
 
 
+DRAWN = {"random_units"}  # rules that differ by seed
+
+
+def names(granularity: Granularity) -> list[str]:
+    """Of the rules that there are for a granularity: a layer as a whole cannot hold a share of heads."""
+    return [name for name, rule in RULES.items() if rule is not uniform_heads or granularity == "kv_head"]
+
+
+def by_name(name: str, num_layers: int, num_kv_heads: int, *, seed: int = 0, **options: Any) -> Allocation:
+    """The allocation of a rule; `seed` is for those that draw. Other options as in `from_units`."""
+    return RULES[name](num_layers, num_kv_heads, **options | ({"seed": seed} if name in DRAWN else {}))
+
+
 def every_rule(
-    num_layers: int, num_kv_heads: int, *, granularity: Granularity, seed: int = 0, **options: Any
+    num_layers: int, num_kv_heads: int, *, granularity: Granularity, **options: Any
 ) -> dict[str, Allocation]:
-    """The allocation of every rule that there is for a granularity. Other options as in `from_units`."""
+    """The allocation of every rule that there is for a granularity. Other options as in `by_name`."""
     return {
-        name: rule(
-            num_layers,
-            num_kv_heads,
-            granularity=granularity,
-            **options | ({"seed": seed} if rule is random_units else {}),
-        )
-        for name, rule in RULES.items()
-        if rule is not uniform_heads or granularity == "kv_head"
+        name: by_name(name, num_layers, num_kv_heads, granularity=granularity, **options)
+        for name in names(granularity)
     }
 
 

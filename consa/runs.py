@@ -150,8 +150,7 @@ def run_adaptation(
     limits: dict[str, Any] = {"window": allocation.window, "num_sink_tokens": allocation.num_sink_tokens}
     start = where.start_for(LearnConfig(seq_len=config.seq_len, **limits))
     _check_before_loading(where, tensorboard)
-    decided = {key: x for key, x in json.loads(allocation.to_json()).items() if key != "provenance"}
-    settings = {"run": asdict(where), "adapt": asdict(config), "allocation": decided}
+    settings = {"run": asdict(where), "adapt": asdict(config), "allocation": allocation.decision()}
     with _joined(where, config, folder, settings):
         loaded = inputs.load(where)
         check_fits(allocation, loaded.layout, type(loaded.model).__name__)
@@ -163,9 +162,8 @@ def run_adaptation(
         losses, means = {}, {}
         if distributed.is_main():
             layout = loaded.layout
-            all_swa = rules.bottom(
+            all_swa = rules.all_swa(
                 *layout.shape,
-                sparsity=1.0,
                 window=allocation.window,
                 num_sink_tokens=allocation.num_sink_tokens,
                 native_windows=layout.native_windows,
@@ -326,7 +324,7 @@ def _competitors(loaded: LoadedModel, config: LearnConfig, sparsity: float) -> d
         "native_windows": loaded.layout.native_windows,
         "granularity": config.granularity,
     }
-    ends = {"dense": None, "all_swa": rules.bottom(*shape, sparsity=1.0, **options)}
+    ends = {"dense": None, "all_swa": rules.all_swa(*shape, **options)}
     return ends | rules.every_rule(*shape, sparsity=sparsity, **options)
 
 
@@ -360,8 +358,9 @@ def _measure(
     }
     paths, found = {}, {}
     for name, allocation in named.items():
-        decided = json.loads(allocation.to_json()) if allocation else {}
-        described = common | {key: value for key, value in decided.items() if key != "provenance"}
+        described = common | (allocation.decision() if allocation else {})
+        if name == "sampled" and allocation and allocation.scores is not None:
+            described["scores"] = allocation.scores.tolist()
         digest = hashlib.sha256(json.dumps([described, name == "sampled"]).encode()).hexdigest()
         paths[name] = folder / "heldout" / f"{name}-{digest[:16]}.npy"
         values = load_losses(paths[name], (len(tokens), tokens.shape[1] - 1))

@@ -67,15 +67,15 @@ def make(alike: Sequence[Choice], loaded: LoadedModel, sequences: np.ndarray) ->
         found = choose(method, loaded, sequences, config, [choice.config.sparsity for choice in alike])
     else:
         layout = loaded.layout
-        allocation = rules.RULES[method](
-            layout.num_layers,
-            layout.num_kv_heads,
+        allocation = rules.by_name(
+            method,
+            *layout.shape,
+            seed=config.seed,
             sparsity=config.sparsity,
             granularity=config.granularity,
             window=config.window,
             num_sink_tokens=config.num_sink_tokens,
             native_windows=layout.native_windows,
-            **({"seed": config.seed} if method == "random_units" else {}),
         )
         found = {config.sparsity: allocation}
     spent = {"seconds": round(time.monotonic() - began, 2), "hardware": hardware()}
@@ -264,9 +264,9 @@ def choices(config: SweepConfig, measured: EvalConfig) -> Iterator[Choice]:
     for granularity in config.granularities:
         for sparsity in config.sparsities:
             for method in methods:
-                if method == "uniform_heads" and granularity == "layer":
-                    continue  # a layer cannot hold a share of heads
-                draws = method in METHODS or method == "random_units"
+                if method in rules.RULES and method not in rules.names(granularity):
+                    continue
+                draws = method in METHODS or method in rules.DRAWN
                 for seed in range(config.seeds if draws else 1):
                     asked = ChoiceConfig(
                         sparsity=sparsity,

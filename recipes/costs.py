@@ -65,7 +65,7 @@ def section(name: str, recipe: ModuleType) -> list[str]:
     hybrid = rules.interleaved(
         *heads, sparsity=learn.sparsity, window=learn.window, num_sink_tokens=learn.num_sink_tokens
     )
-    dense = rules.bottom(*heads, sparsity=0.0, window=learn.window)
+    dense = rules.dense(*heads, window=learn.window)
     cache, small = (a.kv_cache_bytes(CONTEXT, head_dim=model.config.head_dim) / 1e9 for a in (dense, hybrid))
     lines = [
         f"## {name}: {recipe.RUN.model}",

@@ -85,10 +85,9 @@ def named(name: str, model: str, layout: AttentionLayout, config: EvalConfig) ->
     if name == DENSE:
         return None
     if name == ALL_SWA:
-        return rules.bottom(*shape, sparsity=1.0, **options)
+        return rules.all_swa(*shape, **options)
     if name in rules.RULES:
-        seed = {"seed": config.seed} if name == "random_units" else {}
-        return rules.RULES[name](*shape, sparsity=config.sparsity, **seed, **options)
+        return rules.by_name(name, *shape, sparsity=config.sparsity, seed=config.seed, **options)
     path = published.resolve(name)
     if not os.path.isfile(path):
         known = (DENSE, ALL_SWA, *rules.RULES, *published.names())
@@ -180,7 +179,8 @@ def evaluate(
         Cell(
             allocation=name,
             measure=measure.name,
-            depends_on=common | {"allocation": _decision(allocation), "settings": measure.settings},
+            depends_on=common
+            | {"allocation": allocation and allocation.decision(), "settings": measure.settings},
             size=measure.size,
             compute=partial(measure.compute, allocation),
         )
@@ -314,8 +314,7 @@ def _lines(
         for name, allocation in allocations.items()
         if allocation and not allocation.full_attention.any()
     }
-    dense_cache = named("bottom", "", layout, replace(config, sparsity=0.0))
-    assert dense_cache
+    dense_cache = rules.dense(*layout.shape, native_windows=layout.native_windows)
 
     def estimate(values: np.ndarray, chosen: Any = slice(None)) -> Any:
         return bootstrap(values[chosen], heldout.documents[chosen], seed=config.seed)
@@ -371,14 +370,6 @@ def _kind_of(allocation: Allocation | None) -> str:
 
 def _limits(allocation: Allocation) -> tuple[int, int]:
     return allocation.window, allocation.num_sink_tokens
-
-
-def _decision(allocation: Allocation | None) -> dict[str, Any] | None:
-    """What of an allocation decides a measurement."""
-    if allocation is None:
-        return None
-    record = json.loads(allocation.to_json())
-    return {name: value for name, value in record.items() if name not in ("provenance", "scores")}
 
 
 def _digest(content: bytes) -> str:
