@@ -1,8 +1,7 @@
-"""Text from a model as it comes, and the check whether a hybrid still finds a needle in a long text."""
+"""Text from a model as it comes."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,63 +169,3 @@ class _Pieces(TextStreamer):
         """Hand on what is certain."""
         if text:
             self.on_text(text)
-
-
-@dataclass(frozen=True)
-class Needle:
-    """A number hidden in a long text.
-
-    Attributes:
-        prompt: the text, the number's sentence somewhere in it, and the question at its end.
-        answer: the number's digits.
-    """
-
-    prompt: str
-    answer: str
-
-
-_HAY = (
-    "The grass is green.",
-    "The sky is blue.",
-    "The sun is yellow.",
-    "Here we go.",
-    "There and back again.",
-)
-
-
-def needle(tokenizer: PreTrainedTokenizerBase, num_tokens: int, *, depth: float, seed: int = 0) -> Needle:
-    """A passkey prompt of at most `num_tokens` tokens, and nearly as many (the task of arXiv 2305.16300).
-
-    Args:
-        tokenizer: what the length is counted in.
-        num_tokens: of the whole prompt.
-        depth: where the number is, from 0 at the beginning to 1 at the end.
-        seed: of the number and of the text around it.
-
-    Raises:
-        ConsaError: the prompt does not fit.
-    """
-    if not 0 <= depth <= 1:
-        raise ConsaError(f"depth must be in [0, 1], got {depth!r}")
-    rng = random.Random(seed)
-    answer = str(rng.randrange(10**6, 10**7))
-    hidden = f"The pass key is {answer}. Remember it. {answer} is the pass key."
-    start = "There is a pass key hidden in a lot of irrelevant text. Find it and memorise it."
-    question = "What is the pass key? The pass key is"
-
-    def prompt(sentences: int) -> str:
-        hay = [_HAY[index % len(_HAY)] for index in order[:sentences]]
-        place = round(depth * sentences)
-        return " ".join([start, *hay[:place], hidden, *hay[place:], question])
-
-    order = [rng.randrange(len(_HAY)) for _ in range(num_tokens)]  # a sentence has more than one token
-    low, high = 0, num_tokens
-    if len(tokenizer(prompt(0))["input_ids"]) > num_tokens:
-        raise ConsaError(f"a needle's prompt does not fit into {num_tokens} tokens; take more")
-    while high - low > 1:
-        middle = (low + high) // 2
-        if len(tokenizer(prompt(middle))["input_ids"]) <= num_tokens:
-            low = middle
-        else:
-            high = middle
-    return Needle(prompt(low), answer)

@@ -16,8 +16,9 @@ from consa import Allocation, ConsaError, HybridCache, attached, convert, load, 
 from consa.cache import allocated_bytes
 from consa.cache_layer import GROWTH, HybridLayer
 from consa.cache_static import StaticHybridLayer
-from consa.generation import Sampling, generate_text, needle
+from consa.generation import Sampling, generate_text
 from consa.model import load_model
+from consa.retrieval import examples
 from tests.models import CACHE, FAMILIES, allocate, exact, left_padding, tiny, tokens
 
 # Without the padding token among the new ones: transformers takes those for padding when it guesses a mask.
@@ -217,20 +218,6 @@ def test_what_cannot_be_generated_is_said(text_model):
             Sampling(**arguments)
 
 
-def test_a_needle_lies_where_it_should(text_model):
-    _, tokenizer = text_model
-    for depth in (0.0, 0.5, 1.0):
-        hidden = needle(tokenizer, 2000, depth=depth, seed=1)
-        assert 1900 < len(tokenizer(hidden.prompt)["input_ids"]) <= 2000
-        assert hidden.prompt.count(hidden.answer) == 2 and len(hidden.answer) == 7
-        place = hidden.prompt.index(hidden.answer) / len(hidden.prompt)
-        assert abs(place - depth) < 0.12
-    with pytest.raises(ConsaError, match="does not fit into 10 tokens"):
-        needle(tokenizer, 10, depth=0.5)
-    with pytest.raises(ConsaError, match="depth must be in"):
-        needle(tokenizer, 2000, depth=1.5)
-
-
 # On the real model.
 
 
@@ -304,7 +291,7 @@ def test_the_real_model_finds_what_it_finds_without_a_cache(real, real_allocatio
     allocation = middle if choice == "middle at 0.5" else real_allocation
     convert(real.model, allocation, tmp_path / "hybrid", kind="hybrid")
     hybrid = load(tmp_path / "hybrid", device="cpu")
-    hidden = needle(real.tokenizer, length - 10, depth=0.4, seed=length)
+    (hidden,) = examples("single", real.tokenizer, length=length - 10, count=1)
     ids = real.tokenizer(hidden.prompt, return_tensors="pt")["input_ids"]
     out = hybrid.generate(
         ids,
@@ -315,7 +302,7 @@ def test_the_real_model_finds_what_it_finds_without_a_cache(real, real_allocatio
         return_dict_in_generate=True,
     )
     answer = out.sequences[:, ids.shape[1] :]
-    print(f"{choice}, {length} tokens: {real.tokenizer.decode(answer[0])!r}, hidden was {hidden.answer}")
+    print(f"{choice}, {length} tokens: {real.tokenizer.decode(answer[0])!r}, hidden was {hidden.answers[0]}")
     with torch.no_grad(), exact(real.model, allocation):
         logits = real.model(out.sequences[:, :-1], use_cache=False, logits_to_keep=9).logits
     assert torch.equal(answer, logits.argmax(-1))

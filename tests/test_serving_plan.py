@@ -61,14 +61,14 @@ def test_two_modules_of_any_counts_take_as_much_more_as_in_vllm():
 def test_the_fewest_modules_that_waste_little_are_chosen(kind: str, num_full: int, grouping: str):
     found = plan(drawn(kind, 0, num_full), context=CONTEXT, head_dim=128)
     assert found.grouping == grouping
-    assert 0 <= found.overhead < 0.05
+    assert 1 <= found.planned_bytes / found.ideal_bytes < 1.05
 
 
 def test_without_such_a_grouping_the_smallest_is_chosen():
     allocation = drawn("any", 0, 110)  # 110 FA and 146 SWA modules: vLLM pads the former to 146
     found = plan(allocation, context=CONTEXT, head_dim=128)
     assert found.planned_bytes / DENSE == min(over_dense(allocation, name) for name in ("two", "heads"))
-    assert found.overhead > 0.05
+    assert found.planned_bytes > 1.05 * found.ideal_bytes
 
 
 @pytest.mark.parametrize(
@@ -137,15 +137,7 @@ def test_the_ranks_modules_are_the_allocation_and_take_the_same(drawn: tuple[All
                 assert {len(module.heads) for module in modules} == {size}
     assert np.array_equal(seen, allocation.full_attention)
     assert sum(found.ideal_bytes for found in plans) == allocation.kv_cache_bytes(context, head_dim=8)
-    assert min(found.overhead for found in plans) >= 0
-
-
-def test_obstacles_name_the_layer_that_is_in_the_way():
-    mask = np.array([[True, False, True, False], [True, True, False, False]])
-    found = plan(Allocation(full_attention=mask, window=4), context=64, head_dim=8)
-    assert found.obstacles.keys() == {2, 4}
-    assert "layer 1 has 2, 0" in found.obstacles[2]
-    assert "layer 0 has 1, 0, 1, 0" in found.obstacles[4]
+    assert all(found.planned_bytes >= found.ideal_bytes for found in plans)
 
 
 MIXED = Allocation(
@@ -176,5 +168,6 @@ def test_what_was_learned_for_it_can_be_served():
     allocation = replace(BASE, full_attention=choose(scores, 64, constraint))
     assert violation(allocation, constraint) is None
     found = plan(allocation, context=CONTEXT, head_dim=128, tensor_parallel=4, rank=3)
-    assert found.overhead < 0.05 and not {1, 2, 4} & found.obstacles.keys()
+    assert found.planned_bytes < 1.05 * found.ideal_bytes
+    assert not any(violation(allocation, Constraint(tensor_parallel=ranks)) for ranks in (1, 2, 4))
     assert {head for layer in found.modules for module in layer for head in module.heads} == {6, 7}

@@ -40,20 +40,12 @@ class ServingPlan:
         modules: of each layer, FA before SWA; heads are numbered as in the whole model.
         planned_bytes: what vLLM's pool takes for one sequence of the context.
         ideal_bytes: what the allocation itself says, without pages.
-        obstacles: number of ranks -> why the KV heads cannot be split over them, in one line; those that are missing
-            and divide the KV heads of a layer can be served.
     """
 
     grouping: Grouping
     modules: tuple[tuple[Module, ...], ...]
     planned_bytes: int
     ideal_bytes: int
-    obstacles: dict[int, str]
-
-    @property
-    def overhead(self) -> float:
-        """Planned over ideal bytes, less 1."""
-        return self.planned_bytes / self.ideal_bytes - 1
 
 
 def plan(
@@ -113,7 +105,6 @@ def plan(
                 shapes, context=context, num_sink_tokens=allocation.num_sink_tokens, block_size=block_size
             ),
             ideal_bytes=ideal // tensor_parallel,
-            obstacles=obstacles(allocation),
         )
 
     if grouping:
@@ -121,14 +112,6 @@ def plan(
     plans = [planned(name) for name in get_args(Grouping) if name != "pairs" or not lacking]
     good = (found for found in plans if found.planned_bytes <= TOLERANCE * found.ideal_bytes)
     return next(good, min(plans, key=lambda found: found.planned_bytes))
-
-
-def obstacles(allocation: Allocation) -> dict[int, str]:
-    """Of the numbers of ranks that divide the KV heads of a layer, those that cannot serve it, and why."""
-    heads = allocation.num_kv_heads
-    counts = [ranks for ranks in range(1, heads + 1) if heads % ranks == 0]
-    found = {ranks: violation(allocation, Constraint(tensor_parallel=ranks)) for ranks in counts}
-    return {ranks: reason for ranks, reason in found.items() if reason}
 
 
 def planned_head_tokens(

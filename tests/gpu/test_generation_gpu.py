@@ -13,8 +13,8 @@ from consa import HybridCache, convert, load, rules
 from consa.cache import allocated_bytes
 from consa.cache_layer import GROWTH, HybridLayer
 from consa.cache_static import StaticHybridLayer
-from consa.generation import needle
 from consa.model import load_model
+from consa.retrieval import examples
 from tests.models import CACHE, allocate, left_padding, tiny, tokens
 
 pytestmark = [
@@ -155,7 +155,7 @@ def test_the_real_model_answers_as_on_the_cpu(tmp_path: Path):
     real = load_model("smollm2-135m", device="cpu", dtype=torch.float32)
     allocation = rules.middle(30, 3, sparsity=0.5, granularity="kv_head", window=128, num_sink_tokens=4)
     convert(real.model, allocation, tmp_path / "hybrid")
-    hidden = needle(real.tokenizer, 2000, depth=0.4, seed=0)
+    (hidden,) = examples("single", real.tokenizer, length=2000, count=1)
     ids = real.tokenizer(hidden.prompt, return_tensors="pt")["input_ids"]
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
     wanted = load(tmp_path / "hybrid", device="cpu").generate(ids, **options)
