@@ -23,7 +23,7 @@ from consa.allocation import Allocation
 from consa.attention.plan import Plan
 from consa.checkpointing import Checkpoint
 from consa.config import AdaptConfig, words_of
-from consa.errors import ConsaError
+from consa.errors import ConsaError, missing_extra
 from consa.files import write_atomically
 from consa.model import attached, quiet
 
@@ -121,7 +121,7 @@ def check_lora(model: PreTrainedModel, config: AdaptConfig) -> None:
     if config.method != "lora":
         return
     if not find_spec("peft"):
-        raise ConsaError("method lora needs a package; run: pip install 'consa[lora]'")
+        raise missing_extra("method lora", "lora")
     try:
         check_peft_version(MIN_PEFT_VERSION)
     except ValueError as error:

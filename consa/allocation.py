@@ -336,6 +336,5 @@ def _is_int(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-_EMPTY = Allocation(
-    full_attention=np.zeros((1, 1), dtype=bool), window=1
-)  # the schema's field names, stated once
+# For the schema's field names, stated once.
+_EMPTY = Allocation(full_attention=np.zeros((1, 1), dtype=bool), window=1)

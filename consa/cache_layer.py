@@ -271,9 +271,8 @@ class HybridLayer(CacheLayerMixin):
             before, now = (
                 torch.zeros(1) if x is None else x.clamp(max=self.length) for x in (self.first, first)
             )
-            if before.shape != now.shape or not torch.equal(
-                before, now
-            ):  # where nothing was real, it may begin
+            # Where nothing was real, it may begin.
+            if before.shape != now.shape or not torch.equal(before, now):
                 raise ConsaError(
                     "the attention mask puts the sequences' first tokens elsewhere than when the cache was started;"
                     " pass the mask of the whole text, padding included"

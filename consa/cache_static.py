@@ -15,7 +15,8 @@ from consa.errors import ConsaError
 class StaticHybridLayer(HybridLayer):
     """A `HybridLayer` with room for a fixed number of tokens.
 
-    Decoding one token runs without a look at any number on the device: masks hide what is not there yet.
+    Decoding one token in a recorded graph runs without a look at any number on the device: masks hide what is not
+    there yet. Outside a graph every layer waits for the device to read its length; a `DynamicCache` does not.
 
     Args:
         split: which heads keep what.

@@ -175,8 +175,7 @@ def load(
         raise
     # transformers raises many kinds; the files are as written, so it is the versions.
     except Exception as error:
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConsaError(f"cannot load {folder}: {message}") from error
+        raise ConsaError(f"cannot load {folder}: {first_line(error)}") from error
     if kind == "hybrid":
         layout = attention_layout(model)
         check_fits(allocation, layout, type(model).__name__)

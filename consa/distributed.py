@@ -67,11 +67,8 @@ def group(device: str | None = None) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-_LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-)  # what gloo says, without a class
+# What gloo says, without a class of its own.
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 def rank() -> int:

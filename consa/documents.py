@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from consa.errors import ConsaError
+from consa.errors import ConsaError, first_line, missing_extra
 
 MAX_DOCUMENT_BYTES = 256 * 2**20
 """Largest document, or JSONL line, in decompressed bytes: a small compressed file cannot fill the memory."""
@@ -164,14 +164,13 @@ def _hub_source(name: str, text_field: str) -> Source:
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ConsaError(
-            f"data {name!r} needs a package that is not there; run: pip install datasets"
-        ) from error
+        raise missing_extra(f"data {name!r}", "datasets") from error
     try:
         rows = datasets.load_dataset(path, config or None, split=split or "train")
     except Exception as error:  # the network, the hub and the dataset's builder raise what they like
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConsaError(f"cannot load data {name!r}: {reason}; check its name, config and split") from error
+        raise ConsaError(
+            f"cannot load data {name!r}: {first_line(error)}; check its name, config and split"
+        ) from error
 
     def read(advance: Callable[[int], None]) -> Iterator[Document]:
         for number, row in enumerate(rows):
@@ -198,7 +197,7 @@ class _ZstdStream(io.RawIOBase):
     """The content of a zstd file of any number of frames; zstandard's own reader takes a cut-off one for whole."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
-        import zstandard
+        import zstandard  # which few texts need
 
         self._zstandard, self._file, self._path = zstandard, file, path
         self._frame: Any = None

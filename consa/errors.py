@@ -13,6 +13,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def missing_extra(what: str, extra: str, error: BaseException | None = None) -> ConsaError:
+    """What to raise where `what` needs packages of one of consa's extras, which is not installed."""
+    detail = f" ({first_line(error)})" if error else ""
+    return ConsaError(f"{what} needs a package that is missing{detail}; run: pip install 'consa[{extra}]'")
+
+
 class UnsupportedModelError(ConsaError):
     """A model whose attention consa cannot take over exactly; the message names the model and the reason."""
 

@@ -33,7 +33,13 @@ from consa import register  # noqa: F401 (the attention that `attached` sets)
 from consa.allocation import Allocation
 from consa.attention import interface
 from consa.attention.plan import Plan
-from consa.errors import ConsaError, InvalidAllocationError, UnsupportedModelError, first_line
+from consa.errors import (
+    ConsaError,
+    InvalidAllocationError,
+    UnsupportedModelError,
+    first_line,
+    missing_extra,
+)
 from consa.files import cache_dir, sha256_of
 from consa.gguf_header import check_header
 
@@ -204,14 +210,12 @@ def inspect_attention(model_class: type[PreTrainedModel], config: Any) -> Attent
             for parent in list(skeleton.modules()):
                 children = list(parent.children())
                 if any(_is_attention(child) for child in children):
-                    for (
-                        child
-                    ) in children:  # feed-forward and norms keep the shape, and may not run without data
+                    # Feed-forward and norms keep the shape, and may not run without data.
+                    for child in children:
                         if not _is_attention(child):
                             child.forward = _first_argument
-            tokens = torch.zeros(
-                1, 2, dtype=torch.long
-            )  # a mask, since looking for packed rows would need data
+            tokens = torch.zeros(1, 2, dtype=torch.long)
+            # With a mask, since looking for packed rows would need data.
             skeleton(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     except Exception as error:  # whatever a foreign model's code raises
         raise refuse(f"a forward pass of its skeleton failed: {type(error).__name__}: {error}") from error
@@ -397,9 +401,7 @@ def _convert_gguf(path: Path) -> tuple[str, str]:
         arguments: dict[str, Any] = {"gguf_file": path.name}
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **arguments)
-            if hasattr(
-                transformers, "GgufConfig"
-            ):  # newer versions may keep the blocks of the file otherwise
+            if hasattr(transformers, "GgufConfig"):  # newer versions may else keep the blocks of the file
                 arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
             loaded = _whole(path.parent, dtype=torch.float32, **arguments)
             config = type(loaded.config).from_dict(
@@ -408,9 +410,7 @@ def _convert_gguf(path: Path) -> tuple[str, str]:
             model = type(loaded)(config)  # a plain one: what came from GGUF refuses to be saved
             model.load_state_dict(loaded.state_dict())
     except ImportError as error:
-        raise ConsaError(
-            f"reading {path.name} needs a package: pip install 'consa[gguf]' ({error})"
-        ) from error
+        raise missing_extra(f"reading {path.name}", "gguf", error) from error
     except Exception as error:  # gguf and numpy raise whatever a damaged file leads them to
         raise ConsaError(f"cannot load {path}: damaged or not a GGUF file ({first_line(error)})") from error
     try:

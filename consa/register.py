@@ -28,11 +28,10 @@ from consa.attention import interface
 from consa.cache import dynamic_layer, static_layer
 from consa.errors import ConsaError
 
-TAKEN = (
-    "model_type",
-    "layer_types",
-)  # a hybrid's config.json keeps its family's own under names that begin with:
-PREFIX = "consa_"  # and not in an object, since transformers takes one with a model_type for a whole config
+# A hybrid's config.json keeps its family's own of these under names with the prefix, and not in an object: transformers
+# takes one with a model_type for a whole config.
+TAKEN = ("model_type", "layer_types")
+PREFIX = "consa_"
 ARCHITECTURE_PREFIX = "ConSA"  # of the family's class, in a hybrid's config.json
 
 _stock_layer_types = cache_utils.get_layer_types_and_kwargs

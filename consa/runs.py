@@ -24,7 +24,7 @@ from consa.allocation import Allocation
 from consa.checkpoint import convert
 from consa.checkpointing import check_free, first_difference
 from consa.config import AdaptConfig, LearnConfig, RunConfig
-from consa.errors import ConsaError
+from consa.errors import ConsaError, missing_extra
 from consa.evaluation.perplexity import compare, heldout_losses, load_losses, sampled_losses, save_losses
 from consa.files import read_json, remove_leftovers, write_atomically
 from consa.learning import LearnResult, learn, target_units, units_of
@@ -226,7 +226,7 @@ def _record(settings: dict[str, Any], command: str, folder: Path) -> dict[str, A
 
 def _check_before_loading(where: RunConfig, tensorboard: bool) -> None:
     if tensorboard and not find_spec("tensorboard"):
-        raise ConsaError("tensorboard is not installed; run: pip install 'consa[tensorboard]'")
+        raise missing_extra("tensorboard", "tensorboard")
     inputs.check(where)
 
 
@@ -249,9 +249,8 @@ def _claimed(folder: Path) -> Iterator[None]:
         with lock.open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if (
-                    os.fstat(file.fileno()).st_ino != lock.stat().st_ino
-                ):  # its last holder has just removed it
+                # Another file by now, where the last holder has just removed it.
+                if os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
                     raise in_use
             except (BlockingIOError, FileNotFoundError) as error:
                 raise in_use from error

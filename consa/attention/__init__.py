@@ -1,1 +1,1 @@
-"""Hybrid attention: one semantics (`masks`), one plain truth (`reference`), one portable path (`hybrid`)."""
+"""Hybrid attention: one semantics (`masks`), one plain truth (`reference`), a portable and a fused path, a cache."""

@@ -117,9 +117,8 @@ def consa_mask(
     Raises:
         ConsaError: packed sequences, a static cache of transformers' own, or a mask with holes: none would be exact.
     """
-    static = (
-        kv_length == 0
-    )  # consa's own static layers ask for no length; transformers lets them skip no mask
+    # consa's own static layers ask for no length; transformers lets them skip no mask.
+    static = kv_length == 0
     if not allow_is_causal_skip and not static:
         raise ConsaError(
             "packed sequences and custom masks are not supported; give each document its own row, and pass"

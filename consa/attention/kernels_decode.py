@@ -33,7 +33,7 @@ COUNTS += ["sinks", "window"]
 
 @triton.jit
 def _slot(position, sinks, window):
-    """Where SWA heads keep the token at a position; see `consa.cache`."""
+    """Where SWA heads keep the token at a position; see `consa.cache_layer`."""
     return tl.where(position < sinks, position, sinks + (position - sinks) % window)
 
 
@@ -178,7 +178,7 @@ def decode(
         v: as `k`.
         full_keys: contiguous `(batch, FA heads, room, head_dim)`, with room for the token; None without such heads.
         full_values: as `full_keys`.
-        sliding_keys: contiguous `(batch, SWA heads, room, head_dim)`, slots as in `consa.cache`; None without any.
+        sliding_keys: contiguous `(batch, SWA heads, room, head_dim)`, slots as in `consa.cache_layer`, or None.
         sliding_values: as `sliding_keys`.
         heads: `(kv_heads,)`, the FA heads, then the SWA heads.
         length: tokens in the cache, one integer on the device.

@@ -69,7 +69,7 @@ def sampled_losses(
     log_alpha = torch.from_numpy(allocation.scores.astype(np.float32))[:, None]
     z = gates.sample(
         log_alpha, uniform
-    )  # (layers, sequences, kv_heads): a layer's one draw goes to all its heads
+    )  # (layers, sequences, kv_heads): a layer's draw goes to all its heads
     with attached(model, allocation) as plan:
         return _losses(
             model,

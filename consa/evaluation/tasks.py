@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from consa.allocation import Allocation
-from consa.errors import ConsaError
+from consa.errors import ConsaError, first_line, missing_extra
 from consa.model import LoadedModel, attached
 
 
@@ -28,9 +28,7 @@ def find_tasks(names: Sequence[str], **options: Any) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ConsaError(
-            f"lm-eval cannot be imported ({error}); run: pip install 'consa[lm-eval]'"
-        ) from error
+        raise missing_extra("measuring tasks", "lm-eval", error) from error
     manager = TaskManager(**options)
     for name in names:
         if name not in manager.all_tasks:
@@ -86,12 +84,9 @@ def run_task(
                 bootstrap_iters=0,  # standard errors by formula where there is one
                 log_samples=False,
             )
-        except (
-            OSError,
-            ImportError,
-        ) as error:  # no network, no data set, or a package that only this task needs
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConsaError(f"lm-eval task {task!r} cannot be run: {first}") from error
+        # No network, no data set, or a package that only this task needs.
+        except (OSError, ImportError) as error:
+            raise ConsaError(f"lm-eval task {task!r} cannot be run: {first_line(error)}") from error
     return {
         f"{name} {metric.removesuffix(',none')}": value
         for name, metrics in results["results"].items()

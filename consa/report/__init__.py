@@ -1,1 +1,1 @@
-"""What a result looks like: figures."""
+"""What a result looks like: a run folder's figures, charts, and the page over several runs."""

@@ -140,7 +140,7 @@ def curves(name: str, data: str) -> list[Chart]:
 
 
 def by_position(name: str, data: str, *, intervals: bool) -> Chart:
-    """Loss beyond the dense model's, by position; rows hold allocation, kind, place, from and rise."""
+    """Loss beyond the dense model's, by position; rows hold allocation, kind, from, rise, low and high."""
     shared = {
         "x": _places("from", "from position"),
         "color": _colour("kind", KINDS),

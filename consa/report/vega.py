@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from consa.errors import ConsaError
+from consa.errors import missing_extra
 from consa.files import write_atomically
 
 Columns = Mapping[str, Sequence[Any]]
@@ -84,7 +84,7 @@ def _vl_convert() -> ModuleType:
     try:
         import vl_convert
     except ImportError as error:
-        raise ConsaError("the report needs a package: pip install 'consa[report]'") from error
+        raise missing_extra("the report", "report") from error
     return vl_convert
 
 

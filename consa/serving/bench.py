@@ -21,10 +21,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from consa.benchmark import Benchmark, Measurement, check_settings, peak_bytes
 from consa.checkpoint import verify
 from consa.errors import ConsaError
-from consa.provenance import versions
+from consa.provenance import hardware, versions
 from consa.register import ARCHITECTURE_PREFIX, family_config
 from consa.serving.limits import engine_obstacle, hybrid_obstacle, prefill_chunk, vllm_version
 
@@ -151,8 +153,6 @@ def measure(
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    from consa.provenance import hardware
-
     options = {"enforce_eager": current_platform.is_cpu()} | options  # compiling for a CPU takes minutes
     llm: Any = LLM(folder, skip_tokenizer_init=True, enable_prefix_caching=False, **options)
     device = llm.llm_engine.vllm_config.device_config.device
@@ -211,7 +211,6 @@ def planned_bytes(llm: Any, context: int, chunk: int | None = None) -> tuple[int
 
 def _run(llm: Any, context: int, batch_size: int, decode_tokens: int) -> tuple[float, list[float]]:
     """Seconds until every request has its first token, and of each step after."""
-    import torch
     from vllm import SamplingParams
 
     engine = llm.llm_engine

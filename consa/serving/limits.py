@@ -15,9 +15,7 @@ PLUGIN = "consa"
 SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 NATIVE_PLAIN = "ministral"  # the model_type of plain folders that vLLM's own classes read
 CHUNKS = (512, 8192)  # tokens; the upper one is vLLM's own number on large GPUs
-CHUNK_SHARE = (
-    0.05  # of what a request holds, up to which its SWA heads may hold more while its prompt is read
-)
+CHUNK_SHARE = 0.05  # of what a request holds, up to which its SWA heads may hold more while a prompt is read
 
 
 def vllm_version() -> str | None:

@@ -145,9 +145,8 @@ class SinkManager(SlidingWindowManager):
         return mask
 
 
-KVCacheSpecRegistry.check_kv_cache_spec_registry(
-    {}
-)  # fills it, which vLLM leaves out once something is in it
+# Fills it, which vLLM leaves out once something is in it.
+KVCacheSpecRegistry.check_kv_cache_spec_registry({})
 KVCacheSpecRegistry.register(SinkSpec, SinkManager)
 
 
@@ -301,9 +300,8 @@ class SinkImpl(AttentionImpl[SinkMetadata]):
             return output
         if attn_metadata.decoding is not None:
             rows, places, visible = attn_metadata.decoding
-            heads = query[rows].unflatten(
-                1, (self.num_kv_heads, -1)
-            )  # a KV head's queries: rows of one product
+            # A KV head's queries are rows of one product.
+            heads = query[rows].unflatten(1, (self.num_kv_heads, -1))
             k, v = _read(kv_cache, places)
             output[rows] = attend(heads, k, v, visible[:, None, None], self.scale, None).flatten(1, 2)
         for rows, places in attn_metadata.prefills:

@@ -319,7 +319,7 @@ def test_hugging_face_dataset(load, tmp_path, monkeypatch):
     with pytest.raises(AssertionError):
         load("hf:o/n")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConsaError, match="pip install datasets"):
+    with pytest.raises(ConsaError, match=r"pip install 'consa\[datasets\]'"):
         load("hf:o/n")
 
 
