@@ -375,6 +375,54 @@ class SweepConfig:
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChoiceConfig:
+    """What all methods share. What only one of them knows is a constant of its file, with its source.
+
+    At the defaults the methods that train and those that search cost about the same: 200 steps of 4 sequences and the
+    refinement's 40 evaluations of 8 are 340 evaluations of 8, if a backward pass counts as two forward ones.
+
+    Attributes:
+        sparsity: share of units to put on SWA, in [0, 1].
+        granularity: what is decided as one: "layer" or "kv_head".
+        window: tokens an SWA query sees, itself included.
+        num_sink_tokens: first tokens that stay visible on top of the window.
+        seed: of whatever a method draws.
+        num_steps: optimiser steps of a method that trains.
+        sequences_per_step: sequences, or questions, of each of them.
+        evaluations: budget of a method that searches, in forward evaluations.
+        evaluation_sequences: sequences, or questions, of each of them, and of what measures attention.
+        micro_batch: sequences of one length computed at once; on a GPU, as many as fit.
+        compile: compile layers where gates are trained on sequences; takes seconds and makes steps faster.
+
+    Raises:
+        ConsaError: a value out of range; the message names it.
+    """
+
+    sparsity: float = 0.75
+    granularity: Granularity = "kv_head"
+    window: int = 128
+    num_sink_tokens: int = 4
+    seed: int = 0
+    num_steps: int = 200
+    sequences_per_step: int = 4
+    evaluations: int = 340
+    evaluation_sequences: int = 8
+    micro_batch: int = 1
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        _check_integers(self, evaluations=1, evaluation_sequences=1)
+        self.for_learning()
+
+    def for_learning(self, **other: Any) -> LearnConfig:
+        """The settings of `consa.learning.learn` that these stand for, but for `other`."""
+        alike = {item.name for item in fields(self)} & {item.name for item in fields(LearnConfig)}
+        settings: dict[str, Any] = {name: getattr(self, name) for name in alike}
+        settings["refine_sequences"] = self.evaluation_sequences
+        return LearnConfig(**settings | other)
+
+
 def words_of(text: str | None) -> tuple[str, ...]:
     """The words of an option that takes several, with commas between; each once."""
     return tuple(dict.fromkeys(word.strip() for word in (text or "").split(",") if word.strip()))

@@ -17,12 +17,12 @@ import numpy as np
 from consa import inputs, rules
 from consa.allocation import Allocation
 from consa.checkpointing import check_free, first_difference
-from consa.config import EvalConfig, RunConfig, SweepConfig, words_of
+from consa.config import ChoiceConfig, EvalConfig, RunConfig, SweepConfig, words_of
 from consa.errors import ConsaError
 from consa.evaluation import suite
 from consa.evaluation.table import Line, Table, number, png
 from consa.files import read_json, write_atomically
-from consa.methods import METHODS, RANKINGS, ChoiceConfig, choose
+from consa.methods import METHODS, RANKINGS, choose
 from consa.model import LoadedModel, read_layout
 from consa.progress import note
 from consa.provenance import hardware

@@ -16,7 +16,8 @@ from transformers import get_cosine_schedule_with_warmup
 from consa import ConsaError
 from consa.allocation import num_full_units
 from consa.attention import masks
-from consa.methods import METHODS, RANKINGS, ChoiceConfig, choose, duo_attention, method_named, prulong
+from consa.config import ChoiceConfig
+from consa.methods import METHODS, RANKINGS, choose, duo_attention, method_named, prulong
 from consa.methods.bosch import apportion
 from consa.methods.problem import Problem, Text
 from consa.methods.tsv import read_tsv

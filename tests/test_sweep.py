@@ -13,9 +13,8 @@ import pytest
 
 from consa import Allocation, ConsaError, methods, rules
 from consa import sweep as sweeping
-from consa.config import EvalConfig, RunConfig, SweepConfig
+from consa.config import ChoiceConfig, EvalConfig, RunConfig, SweepConfig
 from consa.evaluation import suite
-from consa.methods import ChoiceConfig
 from consa.model import LoadedModel
 from consa.sweep import choices, sweep
 

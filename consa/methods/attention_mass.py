@@ -8,7 +8,7 @@ from torch import Tensor
 
 from consa.allocation import Allocation
 from consa.attention import masks
-from consa.methods import ChoiceConfig
+from consa.config import ChoiceConfig
 from consa.methods.measure import mean_over_queries, per_unit
 from consa.methods.problem import Problem
 from consa.model import LoadedModel

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from consa.allocation import Allocation
+from consa.config import ChoiceConfig
 from consa.learning import learn
-from consa.methods import ChoiceConfig
 from consa.methods.problem import cost
 from consa.model import LoadedModel
 from consa.refinement import Exchange

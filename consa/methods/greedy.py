@@ -6,8 +6,8 @@ import numpy as np
 
 from consa import rules
 from consa.allocation import Allocation
+from consa.config import ChoiceConfig
 from consa.errors import ConsaError
-from consa.methods import ChoiceConfig
 from consa.methods.problem import Problem
 from consa.model import LoadedModel
 from consa.refinement import Exchange, refine

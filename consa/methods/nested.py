@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from consa.allocation import Allocation
+from consa.config import ChoiceConfig
 from consa.learning import learn
-from consa.methods import ChoiceConfig
 from consa.methods.problem import Problem
 from consa.model import LoadedModel
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from consa.allocation import Allocation
-from consa.methods import ChoiceConfig
+from consa.config import ChoiceConfig
 from consa.methods.problem import Problem
 from consa.model import LoadedModel
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from consa import loss, retrieval
 from consa.allocation import Allocation, num_full_units
+from consa.config import ChoiceConfig
 from consa.errors import ConsaError
 from consa.gates import Units
 from consa.learning import units_of
-from consa.methods import ChoiceConfig
 from consa.model import LoadedModel, attached
 from consa.provenance import versions
 

@@ -14,8 +14,8 @@ import torch
 
 from consa import gates, loss
 from consa.allocation import Allocation
+from consa.config import ChoiceConfig
 from consa.loop import prepared
-from consa.methods import ChoiceConfig
 from consa.methods.problem import Problem
 from consa.model import LoadedModel, attached
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from consa.allocation import Allocation
-from consa.methods import ChoiceConfig
+from consa.config import ChoiceConfig
 from consa.methods.measure import mean_over_queries, per_unit
 from consa.methods.problem import Problem, Text
 from consa.model import LoadedModel
