@@ -80,8 +80,8 @@ def main() -> None:
     seq_len = heldout.shape[1]
     layout = read_layout(options.model)
     runs = list(planned(options))
-    costs = {run[0].run: estimate(run[0], layout, seq_len) for run in runs}
-    seconds = [in_seconds(*costs[run[0].run]) + len(run) * evaluation_seconds for run in runs]
+    costs = {run[0].origin: estimate(run[0], layout, seq_len) for run in runs}
+    seconds = [in_seconds(*costs[run[0].origin]) + len(run) * evaluation_seconds for run in runs]
     index, number = (int(part) for part in options.share.split("/"))
     mine = shares(seconds, number)[index - 1]
     if options.estimate:
@@ -89,7 +89,7 @@ def main() -> None:
             [
                 runs[i][0].name,
                 len(runs[i]),
-                *(f"{n / 1e6:.2f}" for n in costs[runs[i][0].run]),
+                *(f"{n / 1e6:.2f}" for n in costs[runs[i][0].origin]),
                 f"{seconds[i]:.0f}",
             ]
             for i in mine
@@ -108,7 +108,7 @@ def main() -> None:
         if time.perf_counter() - began > options.seconds:
             left += 1
             continue
-        forward, backward = costs[runs[place][0].run]
+        forward, backward = costs[runs[place][0].origin]
         print(
             f"{runs[place][0].name}: {forward / 1e6:.2f} Mtokens forward, {backward / 1e6:.2f} of them backward too,"
             f" about {seconds[place]:.0f} s alone",
@@ -155,7 +155,7 @@ def planned(options: argparse.Namespace) -> Iterator[list[Choice]]:
                 runs: dict[Any, list[Choice]] = {}
                 for sparsity in sparsities:
                     choice = Choice(method=name, config=ChoiceConfig(sparsity=sparsity, **settings))
-                    runs.setdefault(choice.run, []).append(choice)
+                    runs.setdefault(choice.origin, []).append(choice)
                 yield from runs.values()
 
 

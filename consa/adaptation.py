@@ -21,11 +21,11 @@ from transformers.utils.peft_utils import check_peft_version
 from consa import distributed, loop, loss
 from consa.allocation import Allocation
 from consa.attention.plan import Plan
-from consa.checkpointing import Checkpoint
 from consa.config import AdaptConfig, words_of
 from consa.errors import ConsaError, missing_extra
 from consa.files import write_atomically
 from consa.model import attached, quiet
+from consa.resume import Checkpoint
 
 ADAPTER = "adapter"  # folder, in the format of peft
 EVERY_LINEAR = "all-linear"  # peft's word for all linear layers but the output layer

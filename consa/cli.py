@@ -478,9 +478,9 @@ def _model_name(where: RunConfig) -> str:
 def _run(where: RunConfig, config: LearnConfig, folder: Path, command: str, tensorboard: bool) -> None:
     """Run, then show the table."""
     where.start_for(config)  # says what is wrong before anything heavy is imported
-    from consa.runs import run
+    from consa.runs import run_learning
 
-    summary = run(where, config, folder, command=command, tensorboard=tensorboard)
+    summary = run_learning(where, config, folder, command=command, tensorboard=tensorboard)
     _show_losses(summary, folder, "allocation.json", "heatmap.png", "summary.md")
 
 

@@ -22,7 +22,6 @@ from consa.allocation import (
     num_full_units_within,
 )
 from consa.attention.plan import Plan
-from consa.checkpointing import Checkpoint
 from consa.config import LearnConfig
 from consa.constraints import choose
 from consa.errors import ConsaError
@@ -31,6 +30,7 @@ from consa.lagrangian import AugmentedLagrangian, ramp, target_at
 from consa.model import AttentionLayout, attached, attention_layout
 from consa.provenance import versions
 from consa.refinement import Exchange, refine
+from consa.resume import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -22,23 +20,23 @@ from consa import distributed, inputs, loop, rules, summary
 from consa.adaptation import adapt, check_lora
 from consa.allocation import Allocation
 from consa.checkpoint import convert
-from consa.checkpointing import check_free, first_difference
 from consa.config import AdaptConfig, LearnConfig, RunConfig
 from consa.errors import ConsaError, missing_extra
 from consa.evaluation.perplexity import compare, heldout_losses, load_losses, sampled_losses, save_losses
-from consa.files import read_json, remove_leftovers, write_atomically
+from consa.files import write_atomically
 from consa.learning import LearnResult, learn, target_units, units_of
 from consa.model import LoadedModel, check_fits
 from consa.progress import Display, note, progress
 from consa.provenance import hardware, versions
 from consa.report import figures
+from consa.run_folder import CONFIG, check_same, claimed
 
 # What may differ when a run is continued: none of these changes what is learned.
 FREE = {"num_heldout", "start", *loop.FREE}
 MOST_FRACTIONAL = 0.2  # share of undecided gates that is worth a word
 
 
-def run(
+def run_learning(
     where: RunConfig, config: LearnConfig, folder: Path, *, command: str, tensorboard: bool = False
 ) -> dict[str, Any]:
     """Learn an allocation, measure it beside dense, all-SWA and every rule, and write all of it to `folder`.
@@ -209,10 +207,10 @@ def _joined(
     where: RunConfig, config: LearnConfig | AdaptConfig, folder: Path, settings: dict[str, Any]
 ) -> Iterator[None]:
     """Join the job's other processes; the main one holds the folder, after making sure that it is this run's."""
-    with distributed.group(where.device), _claimed(folder) if distributed.is_main() else nullcontext():
+    with distributed.group(where.device), claimed(folder) if distributed.is_main() else nullcontext():
         distributed.check_divides(config.sequences_per_step, config.micro_batch)
         if distributed.is_main():
-            _check_same_run(folder, settings)
+            check_same(folder, settings, _without_free, kind="run")
         yield
 
 
@@ -220,7 +218,7 @@ def _record(settings: dict[str, Any], command: str, folder: Path) -> dict[str, A
     """What the run is and computes on; the main process keeps it in the folder."""
     record = settings | {"command": command, "hardware": hardware(), "versions": versions()}
     if distributed.is_main():
-        _write_json(folder / "config.json", record)
+        _write_json(folder / CONFIG, record)
     return record
 
 
@@ -234,67 +232,6 @@ def _convert(loaded: LoadedModel, allocation: Allocation, folder: Path, *, kind:
     """Write the converted model, unless this very run has done so before."""
     if not folder.exists():
         convert(loaded.model, allocation, folder, tokenizer=loaded.tokenizer, kind=kind)
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """Make `folder` and hold its lock; if nothing came of the block, leave no trace of it."""
-    if not (folder / "config.json").exists():
-        check_free(folder)
-    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    lock = folder / ".lock"
-    in_use = ConsaError(f"{folder} is in use by another process; wait for that one or choose another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Another file by now, where the last holder has just removed it.
-                if os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
-                    raise in_use
-            except (BlockingIOError, FileNotFoundError) as error:
-                raise in_use from error
-            write_atomically(lock.with_name(".writable"), b"")
-            lock.with_name(".writable").unlink()
-            remove_leftovers(folder)
-            for room in list(folder.iterdir()):  # but not another run's, which may be writing
-                if room.is_dir() and not (room / lock.name).exists():
-                    remove_leftovers(room)
-            try:
-                yield
-            finally:
-                if missing and [path.name for path in folder.iterdir()] == [lock.name]:
-                    lock.unlink()
-                    with suppress(OSError):  # another run may have begun beside this one
-                        for path in missing:
-                            path.rmdir()
-    except OSError as error:
-        raise ConsaError(
-            f"cannot write {folder}: {error.strerror or error}; choose another folder with --out"
-        ) from error
-
-
-def _check_same_run(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder that another run's results are in."""
-    path = folder / "config.json"
-    if not path.exists():
-        return
-    try:
-        found = read_json(path, max_bytes=2**20)
-        other = isinstance(found["run"], dict) and not settings.keys() <= found.keys()
-        before = {} if other else _without_free({part: found[part] for part in settings})
-    except (ConsaError, LookupError, TypeError, AttributeError) as error:
-        raise ConsaError(
-            f"cannot continue from {path}: damaged, or of no run; choose another folder with --out, or delete this one"
-            " if it is a run's"
-        ) from error
-    wanted = _without_free(json.loads(json.dumps(settings)))
-    difference = "of another command" if other else first_difference(before, wanted)
-    if difference:
-        raise ConsaError(
-            f"{folder} holds a different run ({difference});"
-            " choose another folder with --out, or delete it to start over"
-        )
 
 
 def _without_free(settings: dict[str, Any]) -> dict[str, Any]:

@@ -16,16 +16,16 @@ import numpy as np
 
 from consa import inputs, rules
 from consa.allocation import Allocation
-from consa.checkpointing import check_free, first_difference
 from consa.config import ChoiceConfig, EvalConfig, RunConfig, SweepConfig, words_of
 from consa.errors import ConsaError
 from consa.evaluation import suite
 from consa.evaluation.table import Line, Table, number, png
-from consa.files import read_json, write_atomically
+from consa.files import write_atomically
 from consa.methods import METHODS, RANKINGS, choose
 from consa.model import LoadedModel, read_layout
 from consa.progress import note
 from consa.provenance import hardware
+from consa.run_folder import CONFIG, check_same, claimed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Choice:
         return f"{self.method}-{config.granularity}-{config.sparsity:g}-seed{config.seed}"
 
     @property
-    def run(self) -> tuple[str, ChoiceConfig]:
+    def origin(self) -> tuple[str, ChoiceConfig]:
         """Choices for which this is equal come from one run of the method."""
         config = replace(self.config, sparsity=0.0) if self.method in RANKINGS else self.config
         return self.method, config
@@ -57,7 +57,7 @@ def make(alike: Sequence[Choice], loaded: LoadedModel, sequences: np.ndarray) ->
     """Choose by one run. The provenance says how many seconds that took, and on what.
 
     Args:
-        alike: choices of the same `run`.
+        alike: choices of the same `origin`.
         loaded: the model.
         sequences: the text, int tokens `(num_sequences, seq_len)`.
     """
@@ -236,17 +236,18 @@ def sweep(
     start = where.start_for(measured)
     read_layout(where.model)
     settings = {"run": asdict(where), "sweep": asdict(config), "eval": asdict(measured), "command": command}
-    _check_same_sweep(folder, settings)
-    loaded = suite.load(where, measured)
-    harness = suite.find_harness(measured, loaded)
-    heldout = inputs.heldout_text(where, measured.seq_len, loaded)
-    write_atomically(folder / "config.json", (json.dumps(settings, indent=1) + "\n").encode())
-    allocations = _choose(wanted, loaded, where, measured.seq_len, folder)
-    table = suite.evaluate(
-        loaded, allocations, heldout, measured, folder, start=start, harness=harness, how=settings
-    )
-    frontier = Frontier(points=tuple(_points(wanted, allocations, table)), table=table)
-    return frontier, frontier.write(folder)
+    with claimed(folder):
+        check_same(folder, settings, _decisive, kind="sweep")
+        loaded = suite.load(where, measured)
+        harness = suite.find_harness(measured, loaded)
+        heldout = inputs.heldout_text(where, measured.seq_len, loaded)
+        write_atomically(folder / CONFIG, (json.dumps(settings, indent=1) + "\n").encode())
+        allocations = _choose(wanted, loaded, where, measured.seq_len, folder)
+        table = suite.evaluate(
+            loaded, allocations, heldout, measured, folder, start=start, harness=harness, how=settings
+        )
+        frontier = Frontier(points=tuple(_points(wanted, allocations, table)), table=table)
+        return frontier, frontier.write(folder)
 
 
 def choices(config: SweepConfig, measured: EvalConfig) -> Iterator[Choice]:
@@ -279,27 +280,6 @@ def choices(config: SweepConfig, measured: EvalConfig) -> Iterator[Choice]:
                     yield Choice(method=method, config=asked)
 
 
-def _check_same_sweep(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder whose allocations were chosen for something else."""
-    path = folder / "config.json"
-    if not path.exists():
-        return check_free(folder)
-    try:
-        found = read_json(path, max_bytes=2**20)
-        other = isinstance(found["run"], dict) and not {"sweep", "eval"} <= found.keys()
-        before = {} if other else _decisive(found)
-    except (ConsaError, LookupError, TypeError, AttributeError) as error:
-        raise ConsaError(
-            f"cannot continue from {path}: damaged, or of no sweep; choose another folder with --out, or delete this"
-            " one if it is a sweep's"
-        ) from error
-    difference = "it is of another command" if other else first_difference(before, _decisive(settings))
-    if difference:
-        raise ConsaError(
-            f"{folder} holds a different sweep ({difference}); choose another folder with --out, or delete it"
-        )
-
-
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
     """What all allocations of a folder have in common."""
     free = {"run": ("num_heldout", "start"), "sweep": ("sparsity", "granularity", "methods", "seeds")}
@@ -321,7 +301,7 @@ def _choose(
             if paths[choice.name].exists():  # it came with another
                 continue
             note(f"Choosing {index}/{len(missing)}  {choice.name}")
-            alike = [other for other in wanted if other.run == choice.run]
+            alike = [other for other in wanted if other.origin == choice.origin]
             for other, allocation in zip(alike, make(alike, loaded, train.tokens), strict=True):
                 if not paths[other.name].exists():
                     allocation.save(paths[other.name])

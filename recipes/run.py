@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from consa import Allocation
-from consa.runs import run, run_adaptation
+from consa.runs import run_adaptation, run_learning
 
 RECIPES = sorted(path.stem for path in Path(__file__).parent.glob("qwen*.py"))
 
@@ -29,7 +29,7 @@ def main() -> None:
     command = f"python -m recipes.run {options.recipe} {options.phase}"
     learned, adapted = (options.runs / f"{options.recipe}-{phase}" for phase in ("learn", "adapt"))
     if options.phase == "learn":
-        run(recipe.RUN, recipe.LEARN, learned, command=command)
+        run_learning(recipe.RUN, recipe.LEARN, learned, command=command)
     else:
         allocation = Allocation.load(learned / "allocation.json")
         run_adaptation(recipe.RUN, allocation, recipe.ADAPT, adapted, command=command)

@@ -101,7 +101,7 @@ def run_config(folder: Path) -> Attempt:
     def attempt(random: Random) -> None:
         (folder / "run" / "config.json").write_bytes(damaged_json(random, settings))
         with contextlib.suppress(_Accepted), mock.patch.object(inputs, "load_model", _accept):
-            runs.run(RUN, LEARN, folder / "run", command="")
+            runs.run_learning(RUN, LEARN, folder / "run", command="")
 
     return attempt
 

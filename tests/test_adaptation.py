@@ -23,12 +23,12 @@ from typer.testing import CliRunner
 from consa import Allocation, adaptation, convert, load, loop, loss, rules, runs
 from consa.adaptation import adapt
 from consa.attention import interface
-from consa.checkpointing import METRICS
 from consa.cli import app
 from consa.config import AdaptConfig, LearnConfig, RunConfig
 from consa.data import load_sequences
 from consa.errors import ConsaError
 from consa.model import attached
+from consa.resume import METRICS
 from consa.runs import run_adaptation
 from tests.compare import Elements, assert_close
 from tests.compiler import needs_compiler
@@ -416,7 +416,9 @@ def test_the_run_folder(method: Any, where: RunConfig, tmp_path: Path, monkeypat
 def test_from_joint_learning_to_adaptation(where: RunConfig, tmp_path: Path):
     """The weights that joint learning ends with are in `model`, and adaptation starts from them."""
     learned = LearnConfig(mode="joint", weight_lr=1e-3, sparsity=0.5, window=8, seq_len=96, num_steps=2)
-    summary = runs.run(where, replace(learned, refine_evaluations=0), tmp_path / "learn", command="c")
+    summary = runs.run_learning(
+        where, replace(learned, refine_evaluations=0), tmp_path / "learn", command="c"
+    )
     kept = Allocation.load(tmp_path / "learn" / "allocation.json")
     hybrid = tmp_path / "learn" / "model"
     assert interface.allocation_of(load(hybrid).config) == replace(kept, scores=None, provenance={})

@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 
 import consa
 from consa import Allocation, cli, options
-from consa.checkpointing import CHECKPOINT
 from consa.config import LearnConfig, RunConfig
+from consa.resume import CHECKPOINT
 from consa.rules import RULES
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +105,7 @@ def test_the_reference_is_current():
 
 @pytest.fixture
 def caught(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What `consa.runs.run` would be called with."""
+    """What `consa.runs.run_learning` would be called with."""
     from consa import runs
 
     calls: list[tuple[Any, ...]] = []
@@ -114,7 +114,7 @@ def caught(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         calls.append((where, config, folder, options))
         return {"start": 1, "rows": [{"name": "dense", "sparsity": 0.0, "loss": 1.5, "recovered": None}]}
 
-    monkeypatch.setattr(runs, "run", record)
+    monkeypatch.setattr(runs, "run_learning", record)
     return calls
 
 
@@ -251,7 +251,7 @@ def test_an_unwritable_folder_is_refused_before_any_work(tmp_path: Path, monkeyp
 def test_a_full_disk_keeps_the_last_checkpoint(
     tmp_path: Path, tiny_model_folder: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from consa.checkpointing import Checkpoint
+    from consa.resume import Checkpoint
 
     command = ["learn", tiny_model_folder, *SMALL, "--data", text_folder]
     assert consa_cli(*command, "--out", tmp_path / "whole").exit_code == 0
@@ -286,13 +286,13 @@ def test_interrupted_and_out_of_memory(monkeypatch: pytest.MonkeyPatch):
         def fail(*_: Any, **__: Any) -> None:
             raise error
 
-        monkeypatch.setattr(runs, "run", fail)
+        monkeypatch.setattr(runs, "run_learning", fail)
 
     failing(KeyboardInterrupt())
     assert "same command continues" in refused("demo", status=130)
     from consa import checkpoint
 
-    monkeypatch.setattr(checkpoint, "check_wish", runs.run)
+    monkeypatch.setattr(checkpoint, "check_wish", runs.run_learning)
     words = ("convert", "m", "--allocation", "smollm2-135m/layer-0.5", "--out", "o")
     assert refused(*words, status=130) == "error: interrupted"
     for error in (

@@ -17,10 +17,9 @@ import pytest
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
-from consa import Allocation, ConsaError, cli, convert, rules, runs, terminal
+from consa import Allocation, ConsaError, cli, convert, rules, run_folder, runs, terminal
 from consa import sweep as sweeping
 from consa.checkpoint import verify
-from consa.checkpointing import CHECKPOINT, METRICS, Checkpoint
 from consa.config import EvalConfig, LearnConfig, RunConfig, SweepConfig
 from consa.data import load_sequences
 from consa.evaluation.cells import Cell, run_cells
@@ -28,6 +27,7 @@ from consa.evaluation.perplexity import load_losses, save_losses
 from consa.files import read_json, read_text
 from consa.gguf_header import check_header
 from consa.model import load_model, read_layout
+from consa.resume import CHECKPOINT, METRICS, Checkpoint
 from tests.models import allocate, byte_tokenizer, tiny, write_gguf
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -88,7 +88,7 @@ def test_a_damaged_record_of_a_run_is_refused(text: str, tmp_path: Path):
     (tmp_path / "config.json").write_text(text)
     (tmp_path / "text").write_text("text")
     where, config = RunConfig(model="./nowhere", data=str(tmp_path / "text")), LearnConfig()
-    refuses(lambda: runs.run(where, config, tmp_path, command=""), "config.json: damaged")
+    refuses(lambda: runs.run_learning(where, config, tmp_path, command=""), "config.json: damaged")
 
 
 @pytest.mark.parametrize("text", [DEEP, '{"run": {}, "sweep": {}, "eval": null}', '{"run": 0.5}'])
@@ -157,7 +157,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_run(tmp_path: Path):
     (left[1] / "model.safetensors").write_bytes(b"half")
     (left[1] / ".allocation.json.0123456789abcdef").write_bytes(b"half")
     (tmp_path / ".mine").write_text("kept")
-    with runs._claimed(tmp_path):  # pyright: ignore
+    with run_folder.claimed(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {".lock", ".mine"}
 
 

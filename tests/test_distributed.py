@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from consa import distributed, runs
-from consa.checkpointing import METRICS
 from consa.config import AdaptConfig, LearnConfig, RunConfig
 from consa.errors import ConsaError
+from consa.resume import METRICS
 from tests.compare import assert_close
 from tests.compiler import COMPILES, needs_compiler
 from tests.distributed_job import job, launch, results
@@ -114,7 +114,7 @@ def test_more_processes_than_sequences(
         lambda: job("adapt", ADAPT | one, str(tmp_path / "out")),
         lambda: job("learn", LEARN | one, str(tmp_path / "out")),
         lambda: runs.run_adaptation(where, kept, AdaptConfig(**one), folder, command="c"),
-        lambda: runs.run(where, LearnConfig(window=8, **one), folder, command="c"),
+        lambda: runs.run_learning(where, LearnConfig(window=8, **one), folder, command="c"),
     ):
         with pytest.raises(ConsaError, match="multiple of 2 processes x micro_batch 1, got 1; start fewer"):
             attempt()

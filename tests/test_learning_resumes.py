@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from consa.checkpointing import CHECKPOINT, METRICS
 from consa.config import LearnConfig
 from consa.errors import ConsaError
 from consa.learning import learn
+from consa.resume import CHECKPOINT, METRICS
 from tests.learning_case import QUICK, ROOT, Interrupted, at_step, changed, interrupt, text
 from tests.models import tiny
 

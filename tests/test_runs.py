@@ -20,7 +20,7 @@ from consa.data import load_sequences
 from consa.evaluation.perplexity import compare, heldout_losses, sampled_losses
 from consa.model import load_model
 from consa.rules import RULES
-from consa.runs import run
+from consa.runs import run_learning
 from consa.sweep import sweep
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ def where(tiny_model_folder: Path, text_folder: Path) -> RunConfig:
 @pytest.fixture(scope="module")
 def finished(where: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("finished")
-    return folder, run(where, CONFIG, folder, command="consa learn it")
+    return folder, run_learning(where, CONFIG, folder, command="consa learn it")
 
 
 def test_the_folder_holds_the_result(finished: tuple[Path, dict[str, Any]], where: RunConfig):
@@ -101,7 +101,7 @@ def test_a_finished_run_is_not_done_again(
     before = (folder / "allocation.json").read_bytes()
     monkeypatch.setattr(runs, "heldout_losses", fail)
     monkeypatch.setattr(runs, "sampled_losses", fail)
-    again = run(where, CONFIG, folder, command="consa learn it")
+    again = run_learning(where, CONFIG, folder, command="consa learn it")
     assert (folder / "allocation.json").read_bytes() == before
     assert again | {"seconds": None} == summary | {"seconds": None}
 
@@ -112,7 +112,7 @@ def test_damaged_losses_are_measured_again(
     folder, summary = finished
     (path,) = (folder / "heldout").glob("middle-*.npy")
     path.write_bytes(path.read_bytes()[:100])
-    assert run(where, CONFIG, folder, command="c")["rows"] == summary["rows"]
+    assert run_learning(where, CONFIG, folder, command="c")["rows"] == summary["rows"]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_another_run_does_not_touch_the_folder(
     learn_changes = {name: value for name, value in changes.items() if hasattr(CONFIG, name)}
     where = replace(where, **{name: changes[name] for name in changes.keys() - learn_changes})
     with pytest.raises(ConsaError, match=f"a different run .{named}"):
-        run(where, replace(CONFIG, **learn_changes), folder, command="c")
+        run_learning(where, replace(CONFIG, **learn_changes), folder, command="c")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -147,7 +147,7 @@ def test_a_folder_of_another_command_is_not_called_damaged(
     allocation = Allocation.load(folder / "allocation.json")
     with pytest.raises(ConsaError, match=r"a different run \(of another command\); choose another folder"):
         runs.run_adaptation(where, allocation, AdaptConfig(seq_len=96), folder, command="c")
-    with pytest.raises(ConsaError, match=r"a different sweep \(it is of another command\); choose another"):
+    with pytest.raises(ConsaError, match=r"a different sweep \(of another command\); choose another"):
         sweep(where, SweepConfig(), EvalConfig(seq_len=96, window=8), folder, command="c")
 
 
@@ -155,7 +155,7 @@ def test_a_path_that_is_no_text_ends_in_the_summary(where: RunConfig, tmp_path: 
     (folder := tmp_path / "caf\udce9").mkdir()
     (folder / "a.txt").write_text("Once upon a time there was a river. " * 200)
     config = replace(CONFIG, sparsity=1.0)
-    run(
+    run_learning(
         replace(where, data=str(folder), heldout_data=where.data, num_heldout=1),
         config,
         tmp_path / "out",
@@ -166,9 +166,9 @@ def test_a_path_that_is_no_text_ends_in_the_summary(where: RunConfig, tmp_path: 
 
 def test_more_may_be_measured_later(where: RunConfig, tmp_path: Path):
     config = replace(CONFIG, num_steps=2, refine_evaluations=0)
-    first = run(where, config, tmp_path, command="c")
+    first = run_learning(where, config, tmp_path, command="c")
     content = (tmp_path / "allocation.json").read_bytes()
-    second = run(replace(where, num_heldout=2, start=50), config, tmp_path, command="c")
+    second = run_learning(replace(where, num_heldout=2, start=50), config, tmp_path, command="c")
     assert (second["heldout_sequences"], second["start"]) == (2, 50)
     assert first["rows"] != second["rows"]
     assert (tmp_path / "allocation.json").read_bytes() == content
@@ -201,7 +201,7 @@ else:
     runs.heldout_losses = measure_or_kill
 config = LearnConfig(**json.loads(settings))
 where = RunConfig(model=model, data=data, num_heldout=4, device="cpu", dtype="float32")
-runs.run(where, config, Path(folder), command="consa learn it")
+runs.run_learning(where, config, Path(folder), command="consa learn it")
 """
 
 
@@ -235,7 +235,7 @@ def test_killed_twice_it_ends_the_same(
         "heldout_losses",
         lambda *args, **options: measured.append(1) or heldout_losses(*args, **options),
     )
-    again = run(where, CONFIG, tmp_path, command="consa learn it")
+    again = run_learning(where, CONFIG, tmp_path, command="consa learn it")
     assert len(measured) == len(RULES) + 3 - 3  # dense, all-SWA, learned; three were there
     for name in ("allocation.json", "metrics.jsonl", "heatmap.png", "curves.png"):
         assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
@@ -247,7 +247,7 @@ def test_a_folder_in_use_is_refused(where: RunConfig, tmp_path: Path, monkeypatc
     with (tmp_path / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ConsaError, match="in use by another process"):
-            run(where, CONFIG, tmp_path, command="c")
+            run_learning(where, CONFIG, tmp_path, command="c")
 
 
 def test_what_killed_writers_left_goes_but_nothing_of_another_run(
@@ -266,23 +266,23 @@ def test_what_killed_writers_left_goes_but_nothing_of_another_run(
     ]
     for path in (*gone, *kept):
         path.touch()
-    monkeypatch.setattr(runs, "_check_same_run", lambda *_: (_ for _ in ()).throw(ConsaError("enough")))
+    monkeypatch.setattr(runs, "check_same", lambda *_, **__: (_ for _ in ()).throw(ConsaError("enough")))
     with pytest.raises(ConsaError, match="enough"):
-        run(where, CONFIG, tmp_path, command="c")
+        run_learning(where, CONFIG, tmp_path, command="c")
     assert all(path.exists() for path in kept) and not any(path.exists() for path in gone)
 
 
 def test_a_run_that_cannot_begin_leaves_nothing(tmp_path: Path, where: RunConfig):
     for missing in ("a/b", "."):  # a folder of its own, and one that was there
         with pytest.raises(ConsaError, match="nowhere"):
-            run(replace(where, model="./nowhere"), CONFIG, tmp_path / missing, command="c")
+            run_learning(replace(where, model="./nowhere"), CONFIG, tmp_path / missing, command="c")
         assert [path.name for path in tmp_path.iterdir()] in ([], [".lock"])
 
 
 def test_a_folder_of_something_else_is_left_alone(where: RunConfig, tmp_path: Path):
     (tmp_path / "book.txt").write_text("Once upon a time")
     with pytest.raises(ConsaError, match=r"holds files of something else \(book\.txt\); choose another"):
-        run(where, CONFIG, tmp_path, command="c")
+        run_learning(where, CONFIG, tmp_path, command="c")
     with pytest.raises(ConsaError, match="holds files of something else"):
         sweep(where, SweepConfig(), EvalConfig(seq_len=96, window=8), tmp_path, command="c")
     assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]
@@ -297,7 +297,7 @@ def test_a_run_that_cannot_begin_says_so_beside_one_that_does(
 
     monkeypatch.setattr(inputs, "load", fail)
     with pytest.raises(ConsaError, match="no such model"):
-        run(where, CONFIG, tmp_path / "runs" / "own", command="c")
+        run_learning(where, CONFIG, tmp_path / "runs" / "own", command="c")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
 
 
@@ -315,7 +315,7 @@ def test_other_settings_go_all_the_way(
     where: RunConfig, changes: dict[str, Any], settings: dict[str, Any], tmp_path: Path
 ):
     config = replace(CONFIG, **{"num_steps": 2, "refine_evaluations": 0} | settings)
-    summary = run(replace(where, **{"num_heldout": 2} | changes), config, tmp_path, command="c")
+    summary = run_learning(replace(where, **{"num_heldout": 2} | changes), config, tmp_path, command="c")
     names = [row["name"] for row in summary["rows"]]
     assert ("uniform_heads" in names) == (config.granularity == "kv_head")
     assert (summary["losses"]["stochastic"] is None) == (config.sparsity in (0, 1))
@@ -328,7 +328,7 @@ def test_a_budget_is_checked_before_text_is_read(
 ):
     monkeypatch.setattr(inputs, "load_sequences", None)
     with pytest.raises(ConsaError, match="KV budget of 1 bytes is too small for 100 tokens"):
-        run(where, replace(CONFIG, kv_budget=1, context=100), tmp_path, command="c")
+        run_learning(where, replace(CONFIG, kv_budget=1, context=100), tmp_path, command="c")
 
 
 def test_gates_that_are_certain_draw_the_decision(where: RunConfig):
@@ -390,6 +390,6 @@ def test_tensorboard_writes_what_it_is_told(
     module.SummaryWriter = SummaryWriter  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     monkeypatch.setattr(runs, "find_spec", lambda name: True)
-    run(where, replace(CONFIG, num_steps=2), tmp_path, command="c", tensorboard=True)
+    run_learning(where, replace(CONFIG, num_steps=2), tmp_path, command="c", tensorboard=True)
     assert {name for name, _, _ in written} >= {"loss", "expected_sparsity", "target", "multiplier", "closed"}
     assert {step for _, _, step in written[:-1]} == {1, 2}

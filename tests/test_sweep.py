@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from consa import Allocation, ConsaError, methods, rules
+from consa import Allocation, ConsaError, methods, rules, run_folder
 from consa import sweep as sweeping
 from consa.config import ChoiceConfig, EvalConfig, RunConfig, SweepConfig
 from consa.evaluation import suite
@@ -207,3 +207,9 @@ def test_what_was_asked_is_on_record(where: RunConfig, tmp_path: Path):
     record = json.loads((tmp_path / "config.json").read_text())
     assert record["command"] == "consa sweep it" and record["sweep"]["methods"] == "top"
     assert json.loads((tmp_path / "eval.json").read_text())["how"]["command"] == "consa sweep it"
+
+
+def test_one_process_at_a_time(where: RunConfig, tmp_path: Path):
+    with run_folder.claimed(tmp_path), pytest.raises(ConsaError, match="in use by another process"):
+        sweep(where, CONFIG, MEASURED, tmp_path, command="c")
+    assert not list(tmp_path.glob("*.json"))

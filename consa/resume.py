@@ -14,6 +14,7 @@ from torch import Tensor
 
 from consa.errors import ConsaError
 from consa.files import read_text, write_atomically
+from consa.run_folder import first_difference
 
 METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.safetensors"
@@ -86,27 +87,3 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str], history: list[
 
 def _lines(path: Path) -> list[str]:
     return read_text(path, max_bytes=MAX_METRICS_BYTES).splitlines()
-
-
-def check_free(folder: Path) -> None:
-    """Refuse a folder that a run has not begun in but that holds files: a folder of text, say.
-
-    Raises:
-        ConsaError: it does; the message names one.
-    """
-    for path in sorted(folder.iterdir()) if folder.exists() else ():
-        if path.is_file() and not path.name.startswith("."):
-            raise ConsaError(
-                f"{folder} holds files of something else ({path.name}); choose another with --out"
-            )
-
-
-def first_difference(found: Any, wanted: Any, name: str = "") -> str:
-    """The first setting in which two records differ, with both values, or ""."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted(found.keys() | wanted.keys()):
-            difference = first_difference(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
-            if difference:
-                return difference
-        return ""
-    return "" if found == wanted else f"{name} was {found!r}, now {wanted!r}"
