@@ -77,13 +77,22 @@ def cells() -> list[Cell]:
         found.append(Cell("length", str(seq_len), config))
     found += [Cell("seed", str(seed), short | {"seed": seed}) for seed in (1, 2)]
     shorter = {"seq_len": 2048, "sequences_per_step": 16}
-    whole: dict[str, dict[str, Any]] = {
-        "16 of 2,048": shorter | {"refine_sequences": 32},
-        "1 of 8,192": {"sequences_per_step": 1, "num_steps": 4 * LearnConfig.num_steps},
+    evaluations = 3 * LearnConfig.refine_evaluations
+    whole: dict[str, tuple[dict[str, Any], str]] = {
+        "16 sequences of 2,048 a step": (shorter | {"refine_sequences": 32}, ""),
+        "1 sequence a step, 800 steps": ({"sequences_per_step": 1, "num_steps": 800}, ""),
+        "candidates by all steps": ({}, "candidates_by_all_steps"),
+        f"{evaluations} evaluations": ({"refine_evaluations": evaluations}, ""),
+        f"{evaluations} evaluations, candidates by all steps": (
+            {"refine_evaluations": evaluations},
+            "candidates_by_all_steps",
+        ),
     }
-    for name, config in whole.items():
-        for sparsity in (0.733, 0.9, 0.5):
-            found.append(Cell("whole", f"{name}/{sparsity:g}", config | {"sparsity": sparsity}))
+    for name, (config, variant) in whole.items():
+        for sparsity in (0.9, 0.733, 0.5):
+            found.append(
+                Cell("whole", f"{name}/{sparsity:g}", config | {"sparsity": sparsity}, variant=variant)
+            )
     parts: dict[str, tuple[dict[str, Any], str]] = {
         "two multipliers": ({}, "two_multipliers"),
         "sampled sparsity": ({}, "sampled_sparsity"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from consa import gates, learning, loss
+from consa import Allocation, gates, learning, loss
 
 
 class TwoMultipliers:
@@ -92,7 +93,32 @@ def distillation(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def candidates_by_all_steps(model: PreTrainedModel) -> Iterator[None]:
+    """The refinement orders its candidates by log_alpha averaged over all steps: by how long a gate stayed open.
+
+    Over the last steps alone, most gates of a high sparsity are equal, at their lower bound.
+    """
+    update, refine = learning._update, learning.refine
+    seen: list[Tensor] = []
+
+    def updating(state: Any, *arguments: Any) -> dict[str, float]:
+        record = update(state, *arguments)
+        seen.append(state.log_alpha.detach().double().clone())
+        return record
+
+    def refining(
+        refined: PreTrainedModel, allocation: Allocation, *arguments: Any, **options: Any
+    ) -> Allocation:
+        scores = torch.stack(seen).mean(0).numpy().reshape(allocation.full_attention.shape)
+        return refine(refined, replace(allocation, scores=scores), *arguments, **options)
+
+    with patch.object(learning, "_update", updating), patch.object(learning, "refine", refining):
+        yield
+
+
 VARIANTS: dict[str, Callable[[PreTrainedModel], Any]] = {
-    f.__name__: f for f in (two_multipliers, sampled_sparsity, independent_draws, distillation)
+    f.__name__: f
+    for f in (two_multipliers, sampled_sparsity, independent_draws, distillation, candidates_by_all_steps)
 }
 """Name -> what makes learning so within its block."""

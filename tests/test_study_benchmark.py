@@ -6,10 +6,12 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from consa.allocation import Allocation
 
@@ -39,7 +41,9 @@ def study(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             cell.variant,
         )
         for cell in module.cells()
-        if cell.name in ("100", "kv_head-0.5", "64", "1", "code", "1 draw a step/0") or cell.variant
+        if cell.name in ("100", "kv_head-0.5", "64", "1", "code", "1 draw a step/0")
+        or (cell.variant and cell.group == "part")
+        or cell.name == "candidates by all steps/0.5"
     ]
     monkeypatch.setattr(module, "cells", lambda: cells)
 
@@ -83,14 +87,14 @@ def test_gains_are_paired(monkeypatch: pytest.MonkeyPatch):
     rows = {"dense": 1.0, "all_swa/128/4": 2.0, "methods/interleaved-kv_head-0.5-seed0": 1.6}
     rows |= {f"methods/consa-kv_head-0.5-seed{seed}": 1.2 + 0.1 * seed for seed in range(2)}
     rows |= {"methods/top-kv_head-0.5-seed0": 1.9, "methods/consa-layer-0.5-seed0": 1.45}
-    rows["whole/1 of 8,192/0.5"] = 1.15
+    rows["whole/120 evaluations/0.5"] = 1.15
     document = np.array([0.0, 0.3, 0.9])  # harder or easier for all alike
     record = {"rows": {name: {"losses": (document + loss).tolist()} for name, loss in rows.items()}}
     section = import_module("sections.study")
     page = "\n".join(section._advantages(record))
     assert "| 0.5 | KV heads | interleaved, the best rule | 0.350 [0.350, 0.350] |" in page
     assert "| 0.5 | KV heads | layers, learned | 0.200 [0.200, 0.200] |" in page
-    assert "| 1 of 8,192 | 0.5 | 0.100 [0.100, 0.100] |" in "\n".join(section._whole(record))
+    assert "| 120 evaluations | 0.5 | 0.100 [0.100, 0.100] |" in "\n".join(section._whole(record))
 
 
 def test_differences_on_models_from_scratch_need_no_losses_of_sequences(monkeypatch: pytest.MonkeyPatch):
@@ -115,6 +119,27 @@ def test_a_variant_changes_what_is_learned_and_leaves_no_trace(study: Any):
     plain = rows["steps/100"]["allocation"]["scores"]
     assert all(found != plain for found in scores.values())
     assert len({json.dumps(found) for found in scores.values()}) == 4
+
+
+def test_candidates_by_all_steps_are_those_whose_gates_stayed_open(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    variants, learning = import_module("variants"), import_module("consa.learning")
+    ordered: list[np.ndarray] = []
+
+    def refine(model: Any, allocation: Allocation, *_: Any, **__: Any) -> Allocation:
+        assert allocation.scores is not None
+        ordered.append(allocation.scores)
+        return allocation
+
+    monkeypatch.setattr(learning, "refine", refine)
+    monkeypatch.setattr(learning, "_update", lambda state, *_: {"step": 0.0})
+    allocation = Allocation(full_attention=np.eye(2, dtype=bool), window=4, scores=np.zeros((2, 2)))
+    with variants.candidates_by_all_steps(None):
+        for step in range(3):
+            learning._update(SimpleNamespace(log_alpha=torch.tensor([3.0, -7.0, 2.0 - step, -7.0])))
+        learning.refine(None, allocation)
+    np.testing.assert_allclose(ordered[0], [[3, -7], [1, -7]])
+    assert learning.refine is refine
 
 
 def test_of_rules_only_the_best_are_measured_again(monkeypatch: pytest.MonkeyPatch):

@@ -218,7 +218,7 @@ def _text(records: Records) -> list[str]:
     for title in dict.fromkeys(row[0] for row in whole_runs(record)):
         gains = {sparsity: more for name, sparsity, more in whole_runs(record) if name == title}
         said.append(
-            f"Whole runs on {title} tokens a step, refined, recover {_listed(gains)} more than those on 4 of 8,192."
+            f"Whole runs with {title}, refined, recover {_listed(gains)} more than those of the defaults."
         )
     return said
 
