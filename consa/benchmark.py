@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
-import io
 import json
 import platform
 import re
@@ -23,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from consa.attention import interface
 from consa.cache import allocated_bytes, cache_argument
 from consa.errors import ConsaError
-from consa.files import write_atomically
+from consa.files import png, write_atomically
 from consa.model import make_dense
 from consa.provenance import hardware, versions
 
@@ -210,9 +209,7 @@ def figure(result: Benchmark) -> bytes:
         axes.set_xscale("log", base=2)
     drawing.axes[0].legend(frameon=False, fontsize="small")
     drawing.suptitle(f"Hybrid at sparsity {result.sparsity:.3f} beside dense, {result.where['hardware']}")
-    content = io.BytesIO()
-    drawing.savefig(content, format="png", dpi=150)
-    return content.getvalue()
+    return png(drawing)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -97,6 +98,18 @@ def read_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ConsaError(f"{path} is damaged: it should hold an object, not {type(record).__name__}")
     return cast(dict[str, Any], record)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a JSON object, whole or not at all; its numbers are finite."""
+    write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+
+
+def png(figure: Any) -> bytes:
+    """A figure of matplotlib as PNG; the same data give the same bytes."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
+    return content.getvalue()
 
 
 def cache_dir() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -22,8 +23,15 @@ from consa.allocation import Allocation
 from consa.checkpoint import convert
 from consa.config import AdaptConfig, LearnConfig, RunConfig
 from consa.errors import ConsaError, missing_extra
-from consa.evaluation.perplexity import compare, heldout_losses, load_losses, sampled_losses, save_losses
-from consa.files import write_atomically
+from consa.evaluation.perplexity import (
+    compare,
+    heldout_losses,
+    load_losses,
+    recovered,
+    sampled_losses,
+    save_losses,
+)
+from consa.files import write_atomically, write_json
 from consa.learning import LearnResult, learn, target_units, units_of
 from consa.model import LoadedModel, check_fits
 from consa.progress import Display, note, progress
@@ -174,8 +182,8 @@ def run_adaptation(
             if not means:  # another process than the main one: it computes along where layers are sharded
                 return {}
             mean, dense, floor = float(found[:, start:].mean()), means["dense"], means["all_swa"]
-            recovered = {"recovered": (floor - mean) / (floor - dense)} if floor > dense else {}
-            return {"heldout_loss": mean} | recovered
+            closed = recovered(mean, dense=dense, floor=floor)
+            return {"heldout_loss": mean} | ({"recovered": closed} if math.isfinite(closed) else {})
 
         began = time.monotonic()
         board = folder / "tensorboard" if tensorboard else None
@@ -218,7 +226,7 @@ def _record(settings: dict[str, Any], command: str, folder: Path) -> dict[str, A
     """What the run is and computes on; the main process keeps it in the folder."""
     record = settings | {"command": command, "hardware": hardware(), "versions": versions()}
     if distributed.is_main():
-        _write_json(folder / CONFIG, record)
+        write_json(folder / CONFIG, record)
     return record
 
 
@@ -336,10 +344,6 @@ def _seconds(name: str, began: float, ended: float) -> dict[str, float]:
 
 
 def _write_summary(folder: Path, found: dict[str, Any], markdown: str) -> None:
-    _write_json(folder / "summary.json", found)
+    write_json(folder / "summary.json", found)
     # A path may hold bytes that are no text.
     write_atomically(folder / "summary.md", markdown.encode(errors="backslashreplace"))
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,8 +17,8 @@ from consa.allocation import Allocation
 from consa.config import ChoiceConfig, EvalConfig, RunConfig, SweepConfig, words_of
 from consa.errors import ConsaError
 from consa.evaluation import suite
-from consa.evaluation.table import Line, Table, number, png
-from consa.files import write_atomically
+from consa.evaluation.table import Line, Table, number
+from consa.files import png, write_atomically, write_json
 from consa.methods import METHODS, RANKINGS, choose
 from consa.model import LoadedModel, read_layout
 from consa.progress import note
@@ -107,17 +105,14 @@ class Point:
 
     @property
     def recovered(self) -> float:
-        """Mean over the seeds; NaN where dense and all-SWA do not differ."""
-        values = [line.recovered for line in self.lines]
-        return (
-            math.nan if None in values else float(np.mean([value for value in values if value is not None]))
-        )
+        """Mean over the seeds; NaN where dense is no better than all-SWA."""
+        return float(np.mean([line.recovered for line in self.lines]))
 
     @property
     def spread(self) -> float:
         """Largest minus smallest `recovered` of the seeds."""
-        values = [line.recovered for line in self.lines if line.recovered is not None]
-        return max(values) - min(values) if values else math.nan
+        values = [line.recovered for line in self.lines]
+        return max(values) - min(values)
 
     @property
     def retrieved(self) -> float:
@@ -241,7 +236,7 @@ def sweep(
         loaded = suite.load(where, measured)
         harness = suite.find_harness(measured, loaded)
         heldout = inputs.heldout_text(where, measured.seq_len, loaded)
-        write_atomically(folder / CONFIG, (json.dumps(settings, indent=1) + "\n").encode())
+        write_json(folder / CONFIG, settings)
         allocations = _choose(wanted, loaded, where, measured.seq_len, folder)
         table = suite.evaluate(
             loaded, allocations, heldout, measured, folder, start=start, harness=harness, how=settings

@@ -12,7 +12,7 @@ from typing import Any
 from common import mask_of
 
 from consa.allocation import Allocation
-from consa.evaluation.table import png
+from consa.files import png
 from consa.methods import METHODS
 from consa.relations import agreement, depth
 from consa.rules import RULES

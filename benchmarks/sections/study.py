@@ -10,7 +10,7 @@ import numpy as np
 
 from consa.allocation import Allocation
 from consa.evaluation.intervals import Estimate, bootstrap
-from consa.evaluation.table import png
+from consa.files import png
 from consa.relations import agreement, depth
 from consa.rules import RULES
 from sections.text import UNITS, source, table

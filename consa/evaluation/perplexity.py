@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -161,6 +162,11 @@ def buckets_of(positions: int) -> tuple[tuple[int, int], ...]:
     return tuple(pairwise([0, *(2**k for k in range(6, 40) if 2**k < positions), positions]))
 
 
+def recovered(loss: float, *, dense: float, floor: float) -> float:
+    """Share of the gap from all-SWA's loss, `floor`, to the dense model's that is closed; NaN without a gap."""
+    return float((floor - loss) / (floor - dense)) if floor > dense else math.nan
+
+
 def compare(losses: dict[str, tuple[float, np.ndarray]], *, start: int) -> Comparison:
     """Compare held-out losses.
 
@@ -183,6 +189,5 @@ def compare(losses: dict[str, tuple[float, np.ndarray]], *, start: int) -> Compa
         sparsity, values = losses[name]
         mean = float(values[:, start:].mean())
         by_position = tuple(float(values[:, a:b].mean()) for a, b in buckets)
-        recovered = (floor - mean) / (floor - dense) if floor > dense else float("nan")
-        rows.append(Row(name, sparsity, mean, recovered, by_position))
+        rows.append(Row(name, sparsity, mean, recovered(mean, dense=dense, floor=floor), by_position))
     return Comparison(start, buckets, tuple(rows))

@@ -21,11 +21,11 @@ from consa.data import SequenceSet
 from consa.errors import ConsaError
 from consa.evaluation.cells import Cell, run_cells
 from consa.evaluation.intervals import bootstrap
-from consa.evaluation.perplexity import buckets_of, heldout_losses
+from consa.evaluation.perplexity import buckets_of, heldout_losses, recovered
 from consa.evaluation.retrieval import ask
 from consa.evaluation.table import Line, Table
 from consa.evaluation.tasks import find_tasks, run_task
-from consa.files import write_atomically
+from consa.files import write_json
 from consa.methods.tsv import read_tsv
 from consa.model import AttentionLayout, LoadedModel, check_fits, read_layout
 from consa.progress import note
@@ -62,7 +62,7 @@ def run(
     loaded = load(where, config)
     harness = find_harness(config, loaded)
     heldout = inputs.heldout_text(where, config.seq_len, loaded)
-    write_atomically(folder / "eval-config.json", (json.dumps(settings, indent=1) + "\n").encode())
+    write_json(folder / "eval-config.json", settings)
     table = evaluate(loaded, allocations, heldout, config, folder, start=start, harness=harness, how=settings)
     return table, table.write(folder)
 
@@ -323,8 +323,7 @@ def _lines(
     for name, allocation in allocations.items():
         own, dense = losses[name], losses[DENSE]
         firsts = [part for part in own if part != "all"]
-        floor = dense["all"].mean() if allocation is None else floors[_limits(allocation)]
-        gap = floor - dense["all"].mean()
+        floor = max(floors.values()) if allocation is None else floors[_limits(allocation)]
         found: dict[str, dict[int, float]] = {}
         for task, length in _questions(config):
             scores = results[name, f"{task} {length}"]["scores"]
@@ -338,11 +337,7 @@ def _lines(
             ),
             loss=estimate(own["all"]),
             difference=estimate(own["all"] - dense["all"]),
-            recovered=1.0
-            if allocation is None
-            else float((floor - own["all"].mean()) / gap)
-            if gap > 0
-            else None,
+            recovered=recovered(own["all"].mean(), dense=dense["all"].mean(), floor=floor),
             by_position={int(part): estimate(own[part]) for part in firsts},
             differences_by_position={int(part): estimate(own[part] - dense[part]) for part in firsts},
             by_domain={domain: estimate(own["all"], domains == domain) for domain in several},

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from consa.evaluation.intervals import Estimate
-from consa.files import write_atomically
+from consa.files import png, write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Line:
         cache_bytes: its KV cache.
         loss: mean cross-entropy in nats, from `Table.start` on.
         difference: of that loss to the dense model's, paired by sequence.
-        recovered: share of the gap from all-SWA (of the same window) to dense that it closes; None without a gap.
+        recovered: share of the gap from all-SWA (of the same window) to dense that it closes; NaN without a gap.
         by_position: loss in each bucket of positions, by its first position.
         differences_by_position: those of the same buckets to the dense model, paired.
         by_domain: loss in each of the text's domains, from `Table.start` on; empty if there is only one.
@@ -41,7 +41,7 @@ class Line:
     cache_bytes: int
     loss: Estimate
     difference: Estimate
-    recovered: float | None
+    recovered: float
     by_position: dict[int, Estimate]
     differences_by_position: dict[int, Estimate]
     by_domain: dict[str, Estimate]
@@ -177,13 +177,6 @@ class Table:
 def number(value: float | None) -> str:
     """A number for people; a dash where there is none."""
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
-
-
-def png(figure: Any) -> bytes:
-    """A figure of matplotlib as PNG; the same data give the same bytes."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
-    return content.getvalue()
 
 
 def _without_nan(value: Any) -> Any:

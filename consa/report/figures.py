@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from consa.allocation import Allocation
-from consa.files import write_atomically
+from consa.files import png, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -245,6 +244,4 @@ def _new_figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", metadata={"Software": None})  # the same data give the same bytes
-    write_atomically(path, content.getvalue())
+    write_atomically(path, png(figure))
