@@ -23,6 +23,7 @@ from consa.files import read_text, write_atomically
 SCHEMA = "consa.allocation/1"
 Granularity = Literal["layer", "kv_head"]
 MAX_FILE_BYTES = 64 * 2**20
+WINDOW, NUM_SINK_TOKENS = 128, 4  # tokens; what is taken where nothing else is said
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,7 +51,7 @@ class Allocation:
     full_attention: np.ndarray
     granularity: Granularity = "kv_head"
     window: int
-    num_sink_tokens: int = 4
+    num_sink_tokens: int = NUM_SINK_TOKENS
     native_windows: Mapping[int, int] = field(default_factory=dict[int, int])
     scores: np.ndarray | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict[str, Any])

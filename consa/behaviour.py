@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from consa import inputs, loss, rules
-from consa.allocation import Allocation
+from consa.allocation import NUM_SINK_TOKENS, Allocation
 from consa.attention import masks
 from consa.config import RunConfig
 from consa.errors import ConsaError
@@ -42,7 +42,7 @@ def measure(
     sequences: np.ndarray,
     *,
     window: int,
-    num_sink_tokens: int = 4,
+    num_sink_tokens: int = NUM_SINK_TOKENS,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     causal_sequences: int = 0,

@@ -362,7 +362,7 @@ def sweep(*, out: Out = None, **options: Any) -> None:
 @with_fields_of(LearnConfig, only=("window", "num_sink_tokens"))
 def behaviour(
     *,
-    seq_len: Annotated[int, number(help="tokens per held-out sequence")] = 8192,
+    seq_len: Annotated[int, number(help="tokens per held-out sequence")] = LearnConfig.seq_len,
     seed: Annotated[int, number(help="of the random sequence and the needles")] = 0,
     sequences: Annotated[int, number(help="held-out sequences to measure on")] = 1,
     causal_sequences: Annotated[

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
-from consa.allocation import Granularity, check_sparsity
+from consa.allocation import NUM_SINK_TOKENS, WINDOW, Granularity, check_sparsity
 from consa.constraints import ANY, Constraint, FullHeadsPerLayer
 from consa.errors import ConsaError
 from consa.retrieval import TASKS
@@ -39,8 +39,8 @@ class LearnConfig:
         1,
         "of kv_head, for serving: ranks that KV heads are split over, each with as many FA heads of a layer",
     )
-    window: int = _option(128, "tokens a sliding-window query sees, itself included")
-    num_sink_tokens: int = _option(4, "first tokens that stay visible on top of the window")
+    window: int = _option(WINDOW, "tokens a sliding-window query sees, itself included")
+    num_sink_tokens: int = _option(NUM_SINK_TOKENS, "first tokens that stay visible on top of the window")
     seq_len: int = _option(8192, "tokens per training sequence")
     num_steps: int = _option(200, "optimiser steps")
     sequences_per_step: int = _option(4, "sequences per optimiser step")
@@ -95,9 +95,10 @@ class LearnConfig:
         _check_steps(self)
         if self.mode == "frozen" and self.parallel == "fsdp":
             raise ConsaError("parallel must be ddp with mode frozen, which trains no weights; got 'fsdp'")
-        for name in ("log_alpha_min", "log_alpha_max"):
-            if not math.isfinite(getattr(self, name)):
-                raise ConsaError(f"{name} must be a finite number, got {getattr(self, name)!r}")
+        for name in ("log_alpha_min", "log_alpha_max", "initial_log_alpha"):
+            value = getattr(self, name)
+            if not _is_number(value) or not math.isfinite(value):
+                raise ConsaError(f"{name} must be a finite number, got {value!r}")
         if not self.log_alpha_min < self.initial_log_alpha < self.log_alpha_max:
             raise ConsaError(
                 f"initial_log_alpha must lie between log_alpha_min ({self.log_alpha_min}) and log_alpha_max"
@@ -139,7 +140,7 @@ class AdaptConfig:
     hidden_loss: float = _option(
         0.0, "weight of the last hidden states' squared distance from the dense model's, relative to theirs"
     )
-    seq_len: int = _option(8192, "tokens per training sequence")
+    seq_len: int = _option(LearnConfig.seq_len, "tokens per training sequence")
     num_steps: int = _option(200, "optimiser steps")
     sequences_per_step: int = _option(8, "sequences per optimiser step, over all processes")
     micro_batch: int = _option(1, "sequences computed at once; the rest is gradient accumulation")
@@ -277,11 +278,19 @@ class EvalConfig:
         ConsaError: a value out of range; the message names it.
     """
 
-    seq_len: int = _option(8192, "tokens per held-out sequence")
-    sparsity: float = _option(0.75, "of rules: share of units on sliding-window attention, in [0, 1]")
-    granularity: Granularity = _option("kv_head", "of rules: what is decided as one, 'layer' or 'kv_head'")
-    window: int = _option(128, "tokens a sliding-window query sees, itself included, where no file says it")
-    num_sink_tokens: int = _option(4, "first tokens that stay visible on top, where no file says it")
+    seq_len: int = _option(LearnConfig.seq_len, "tokens per held-out sequence")
+    sparsity: float = _option(
+        LearnConfig.sparsity, "of rules: share of units on sliding-window attention, in [0, 1]"
+    )
+    granularity: Granularity = _option(
+        LearnConfig.granularity, "of rules: what is decided as one, 'layer' or 'kv_head'"
+    )
+    window: int = _option(
+        WINDOW, "tokens a sliding-window query sees, itself included, where no file says it"
+    )
+    num_sink_tokens: int = _option(
+        NUM_SINK_TOKENS, "first tokens that stay visible on top, where no file says it"
+    )
     retrieval: str | None = _option(None, f"retrieval tasks, of {', '.join(TASKS)}; commas between several")
     lengths: str = _option("1024,4096", "tokens of their texts")
     examples: int = _option(20, "of each retrieval task at each length")
@@ -399,13 +408,13 @@ class ChoiceConfig:
         ConsaError: a value out of range; the message names it.
     """
 
-    sparsity: float = 0.75
-    granularity: Granularity = "kv_head"
-    window: int = 128
-    num_sink_tokens: int = 4
+    sparsity: float = LearnConfig.sparsity
+    granularity: Granularity = LearnConfig.granularity
+    window: int = WINDOW
+    num_sink_tokens: int = NUM_SINK_TOKENS
     seed: int = 0
-    num_steps: int = 200
-    sequences_per_step: int = 4
+    num_steps: int = LearnConfig.num_steps
+    sequences_per_step: int = LearnConfig.sequences_per_step
     evaluations: int = 340
     evaluation_sequences: int = 8
     micro_batch: int = 1
@@ -437,6 +446,10 @@ def _given(config: Any, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _check_choices(config: Any, **allowed: tuple[str, ...]) -> None:
     for name, value in _given(config, allowed):
         if value not in allowed[name]:
@@ -453,17 +466,17 @@ def _check_integers(config: Any, **least: int) -> None:
 
 def _check_positive(config: Any, *names: str) -> None:
     for name, value in _given(config, names):
-        if not 0 < value < math.inf:
+        if not _is_number(value) or not 0 < value < math.inf:
             raise ConsaError(f"{name} must be a positive number, got {value!r}")
 
 
 def _check_not_negative(config: Any, *names: str) -> None:
     for name, value in _given(config, names):
-        if not 0 <= value < math.inf:
+        if not _is_number(value) or not 0 <= value < math.inf:
             raise ConsaError(f"{name} must be a number >= 0, got {value!r}")
 
 
 def _check_shares(config: Any, *names: str) -> None:
     for name, value in _given(config, names):
-        if not 0 <= value <= 1:
+        if not _is_number(value) or not 0 <= value <= 1:
             raise ConsaError(f"{name} must be a share in [0, 1], got {value!r}")

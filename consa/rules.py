@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from consa.allocation import Allocation, Granularity, num_full_units
+from consa.allocation import NUM_SINK_TOKENS, WINDOW, Allocation, Granularity, num_full_units
 from consa.errors import ConsaError
 
 Rule = Callable[..., Allocation]
@@ -145,8 +145,8 @@ def from_units(
     rule: str,
     sparsity: float,
     granularity: Granularity = "layer",
-    window: int = 128,
-    num_sink_tokens: int = 4,
+    window: int = WINDOW,
+    num_sink_tokens: int = NUM_SINK_TOKENS,
     native_windows: Mapping[int, int] | None = None,
     seed: int | None = None,
 ) -> Allocation:

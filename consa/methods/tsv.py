@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from consa.allocation import MAX_FILE_BYTES, Allocation, num_full_units
+from consa.allocation import MAX_FILE_BYTES, NUM_SINK_TOKENS, WINDOW, Allocation, num_full_units
 from consa.errors import ConsaError
 from consa.files import read_text
 
@@ -21,8 +21,8 @@ def read_tsv(
     num_layers: int,
     num_kv_heads: int,
     sparsity: float | None = None,
-    window: int = 128,
-    num_sink_tokens: int = 4,
+    window: int = WINDOW,
+    num_sink_tokens: int = NUM_SINK_TOKENS,
 ) -> Allocation:
     """Read DuoAttention's `full_attention_heads.tsv` or PruLong's `masks.tsv` and `masks_sp*.tsv`.
 
