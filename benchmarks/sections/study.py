@@ -298,7 +298,8 @@ def _advantages(record: dict[str, Any]) -> list[str]:
     return [
         "### ConSA against the best rule and other methods, and KV heads against layers",
         "",
-        "Difference of `recovered`, the mean over seeds, with its paired 95 % interval over the held-out documents.",
+        "Difference of `recovered`, the mean over seeds, with its paired 95 % interval over the held-out documents. Of"
+        " rules that draw, the luckiest draw counts.",
         "",
         *table(["sparsity", "ConSA", "against", "recovered more"], rows),
         "",
