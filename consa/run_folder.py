@@ -19,7 +19,11 @@ MAX_CONFIG_BYTES = 2**20
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Make `folder` and hold its lock; if nothing came of the block, leave no trace of it."""
+    """Make `folder` and hold its lock; if nothing came of the block, leave no trace of it.
+
+    Raises:
+        ConsaError: another process holds it, it holds files of something else, or it cannot be written.
+    """
     if not (folder / CONFIG).exists():
         check_free(folder)
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
