@@ -481,3 +481,12 @@ def test_num_full_units_within_is_the_most_that_fits(
     else:
         with pytest.raises(ConsaError, match=str(sizes[0])):
             num_full_units_within(budget, seq_len, example=allocation, head_dim=4, bytes_per_element=1)
+
+
+def test_the_decision_is_what_a_model_computes_by():
+    mask = np.array([[True, False], [False, True]])
+    plain = Allocation(full_attention=mask, window=4)
+    told = replace(plain, scores=np.ones((2, 2)), provenance={"method": "by hand"})
+    assert told.decision() == plain.decision() and json.dumps(plain.decision())
+    for changes in ({"window": 5}, {"num_sink_tokens": 0}, {"full_attention": ~mask}):
+        assert replace(plain, **changes).decision() != plain.decision()
