@@ -4,11 +4,11 @@
     python -m recipes.from_scratch train prepared --size 30m --out models/30m
 
 TEXT and HELDOUT are JSON lines with `text`, plain or compressed by zstd. `prepare` makes a tokenizer of 16,384 entries
-and, in its tokens, `train.npy`, `heldout.npy` and `needles.npy`, `(num_sequences, seq_len)` uint16. Needles are text
-with numbers hidden in it, from one that comes back all the time to 24 that come back twice, asked for or not. `train`
-mixes one such sequence into every four, with the digits of each sequence permuted anew whenever it is seen, so that no
-number can be learned by heart. The folder it writes is one that transformers and consa load; what it measured on the
-way is in `training.json` there.
+and, in its tokens, `train.npy`, `heldout.npy` (a sequence of each document first, then a second) and `needles.npy`,
+`(num_sequences, seq_len)` uint16. Needles are text with numbers hidden in it, from one that comes back all the time to
+24 that come back twice, asked for or not. `train` mixes one such sequence into every four, with the digits of each
+sequence permuted anew whenever it is seen, so that no number can be learned by heart. The folder it writes is one that
+transformers and consa load; what it measured on the way is in `training.json` there.
 """
 
 from __future__ import annotations
