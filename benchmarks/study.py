@@ -83,10 +83,6 @@ def cells() -> list[Cell]:
         "1 sequence a step, 800 steps": ({"sequences_per_step": 1, "num_steps": 800}, ""),
         "candidates by all steps": ({}, "candidates_by_all_steps"),
         f"{evaluations} evaluations": ({"refine_evaluations": evaluations}, ""),
-        f"{evaluations} evaluations, candidates by all steps": (
-            {"refine_evaluations": evaluations},
-            "candidates_by_all_steps",
-        ),
     }
     for name, (config, variant) in whole.items():
         for sparsity in (0.9, 0.733, 0.5):
