@@ -320,6 +320,7 @@ def test_what_does_not_fit_is_refused_before_the_text_is_read(
         ([str(tmp_path / "bad.json")], "bad.json: schema"),
         (replace(CONFIG, lengths="600,5000"), "lengths must be at most the 4096 positions of .* got 5000"),
         (replace(CONFIG, seq_len=4097), "seq_len must be at most the 4096 positions of .* got 4097"),
+        (replace(CONFIG, window=94), "window . num_sink_tokens .* seq_len .96., got 94 . 2"),
         (
             replace(CONFIG, window=96),
             "window . num_sink_tokens must be smaller than seq_len .96., got 96 . 2",
