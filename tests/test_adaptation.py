@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
-from consa import Allocation, adaptation, convert, load, loop, loss, rules, runs
+from consa import Allocation, convert, load, loop, loss, rules, runs
 from consa.adaptation import adapt
 from consa.attention import interface
 from consa.cli import app
@@ -30,52 +29,21 @@ from consa.errors import ConsaError
 from consa.model import attached
 from consa.resume import METRICS
 from consa.runs import run_adaptation
+from tests.adaptation_case import (
+    METHODS,
+    OBJECTIVES,
+    QUICK,
+    Interrupted,
+    allocation,
+    changed,
+    interrupt_at,
+    text,
+)
 from tests.compare import Elements, assert_close
 from tests.compiler import needs_compiler
-from tests.models import allocate, exact, tiny, tokens
+from tests.models import exact, tiny, tokens
 
 ROOT = Path(__file__).parent.parent
-QUICK = AdaptConfig(
-    seq_len=24,
-    num_steps=5,
-    sequences_per_step=2,
-    learning_rate=3e-3,
-    lora_rank=2,
-    lora_alpha=4,
-    evaluate_every=2,
-    checkpoint_every=2,
-)
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "cross_entropy": {},
-    "distillation": {"cross_entropy": 0.0, "distillation": 1.0},
-    "all": {"cross_entropy": 0.3, "distillation": 0.5, "hidden_loss": 2.0},
-}
-METHODS = ("full", "lora")
-
-
-@cache
-def text() -> np.ndarray:
-    return tokens(7, 24).numpy().astype(np.uint16)
-
-
-def changed(**changes: Any) -> AdaptConfig:
-    return replace(QUICK, **changes)
-
-
-def allocation(window: int = 3, sinks: int = 1) -> Allocation:
-    return allocate(tiny(), window=window, num_sink_tokens=sinks)
-
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupt_at(number: int) -> Any:
-    def on_step(record: dict[str, float]) -> None:
-        if record["step"] == number:
-            raise Interrupted
-
-    return on_step
 
 
 # What it computes.
@@ -123,35 +91,6 @@ def test_first_update_is_that_of_the_formula(objective: str, change: Any, monkey
         moved = (model.get_parameter(name) - before).detach()
         sure = gradient.abs() > 1e-2 * gradient.abs().max()
         assert_close(moved[sure], -3e-3 * gradient.sign()[sure], 5e-3, name)
-
-
-def test_lora_follows_the_dense_model_without_a_second_copy():
-    """At the start LoRA adds nothing, so both teachers and both hybrids are the same."""
-    config = changed(**OBJECTIVES["all"], num_steps=5)
-    models = {method: tiny() for method in METHODS}
-    firsts = {
-        method: adapt(model, text(), allocation(), replace(config, method=method))[0]
-        for method, model in models.items()
-    }
-    for part in ("loss", *adaptation.PARTS):
-        assert firsts["lora"][part] == pytest.approx(firsts["full"][part], rel=1e-5)
-    for method in METHODS:  # the teacher stays where it was: a hybrid that comes nearer is nearer to `tiny()`
-        assert distance_to_dense(models[method]) < distance_to_dense(tiny())
-    dense = adapt(tiny(), text(), all_full(), replace(config, method="lora"))
-    assert dense[0]["distillation"] == pytest.approx(0, abs=1e-5)
-    assert dense[0]["hidden_loss"] == pytest.approx(0, abs=1e-6)
-
-
-def distance_to_dense(model: PreTrainedModel) -> float:
-    ids = torch.from_numpy(text().astype(np.int64))
-    with attached(model, allocation()), torch.no_grad():
-        q = model(ids, use_cache=False).logits.log_softmax(-1)
-    p = tiny()(ids).logits.detach().log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def all_full() -> Allocation:
-    return rules.bottom(4, 3, sparsity=0.0, window=3, num_sink_tokens=0)
 
 
 def test_bfloat16_trains_float32_masters():
@@ -229,15 +168,6 @@ def test_it_leaves_nothing_but_weights(method: Any):
     assert not model._hf_peft_config_loaded
 
 
-def test_a_failure_takes_the_additions_off():
-    model = tiny()
-    before = {name: p.clone() for name, p in model.state_dict().items()}
-    with pytest.raises(Interrupted):
-        adapt(model, text(), allocation(), changed(method="lora"), on_step=interrupt_at(2))
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert before.keys() == model.state_dict().keys() and all(p.requires_grad for p in model.parameters())
-
-
 def test_evaluation_sees_the_hybrid_and_joins_the_records():
     model, kept = tiny(), allocation()
     ids = torch.from_numpy(text().astype(np.int64))
@@ -251,16 +181,6 @@ def test_evaluation_sees_the_hybrid_and_joins_the_records():
     assert [record["step"] for record in history if "heldout" in record] == [2, 4, 5]
     with attached(model, kept):  # merged
         assert history[-1]["heldout"] == pytest.approx(float(loss.token_losses(model, ids).mean()), rel=1e-5)
-
-
-def test_lora_keeps_an_adapter_that_peft_reads(tmp_path: Path):
-    from peft import PeftModel
-
-    model = tiny()
-    adapt(model, text(), allocation(), changed(method="lora"), run_dir=tmp_path)
-    base: Any = PeftModel.from_pretrained(tiny(), str(tmp_path / "adapter"))
-    ids = tokens(2, 12)
-    assert_close(base.merge_and_unload()(ids).logits, model(ids).logits, 1e-5)
 
 
 @pytest.mark.parametrize("layer_wise", [False, True])
@@ -397,8 +317,8 @@ def test_the_run_folder(method: Any, where: RunConfig, tmp_path: Path, monkeypat
     ).spread(3)
     losses = loss.token_losses(load(folder / "model"), torch.from_numpy(heldout.tokens.astype(np.int64)))
     assert rows["adapted"]["loss"] == pytest.approx(float(losses[:, summary["start"] :].mean()), rel=1e-4)
-    for text in ("consa adapt it", f"{rows['adapted']['loss']:.4f}", f"method {method}"):
-        assert text in (folder / "summary.md").read_text()
+    for said in ("consa adapt it", f"{rows['adapted']['loss']:.4f}", f"method {method}"):
+        assert said in (folder / "summary.md").read_text()
 
     before = {path: path.read_bytes() for path in (folder / "model").iterdir()}
     monkeypatch.setattr(runs, "compare", None)  # killed before the end
@@ -447,56 +367,11 @@ def test_the_command(where: RunConfig, tmp_path: Path):
 # Bad input.
 
 
-@pytest.mark.parametrize("target", ["query_key_value", "lm_head"])
-def test_lora_on_a_model_without_such_layers(target: str):
-    model = tiny()
-    names = list(model.state_dict())
-    with pytest.raises(ConsaError, match=rf"LlamaForCausalLM \(all-linear, down_proj, .*\), got '{target}'"):
-        adapt(model, text(), allocation(), changed(method="lora", lora_targets=f"q_proj,{target}"))
-    assert list(model.state_dict()) == names
-
-
-def test_lora_on_named_layers_only():
-    model = tiny()
-    adapt(model, text(), allocation(), changed(method="lora", lora_targets="q_proj, v_proj"))
-    before = tiny().state_dict()
-    moved = {
-        name.split(".")[-2] for name, p in model.state_dict().items() if not torch.equal(p, before[name])
-    }
-    assert moved == {"q_proj", "v_proj"}
-
-
-def test_lora_on_experts_whose_parameters_peft_nests():
-    model = tiny("qwen3_moe")
-    names, decided, seen = list(model.state_dict()), allocate(model, window=3), []
-
-    def look(record: dict[str, float]) -> None:
-        with torch.no_grad():
-            seen[:] = [model(tokens(2, 24), use_cache=False).logits]
-
-    adapt(model, text(), decided, changed(method="lora"), on_step=look)
-    assert list(model.state_dict()) == names
-    with torch.no_grad(), attached(model, decided):
-        assert_close(model(tokens(2, 24), use_cache=False).logits, seen[0], 1e-4)
-
-
 def test_a_model_in_training_mode_follows_itself_without_dropout():
     model = tiny("phi3", resid_pdrop=0.5).train()
     config = changed(cross_entropy=0.0, distillation=1.0, num_steps=1)
     (record,) = adapt(model, text(), rules.bottom(4, 3, sparsity=0.0, window=3, num_sink_tokens=0), config)
     assert record["distillation"] < 1e-5 and all(module.training for module in model.modules())
-
-
-def test_without_peft(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(adaptation, "find_spec", lambda name: None)
-    with pytest.raises(ConsaError, match=r"pip install 'consa\[lora\]'"):
-        adapt(tiny(), text(), allocation(), changed(method="lora"))
-
-
-def test_peft_too_old_for_transformers(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(adaptation, "MIN_PEFT_VERSION", "999.1")
-    with pytest.raises(ConsaError, match=r"999\.1; run: pip install 'peft>=999\.1'"):
-        adapt(tiny(), text(), allocation(), changed(method="lora"))
 
 
 def test_a_loss_that_is_not_finite_and_no_text():
