@@ -254,9 +254,8 @@ def _reset_peak(device: torch.device) -> None:
     elif Path("/proc/self/clear_refs").exists():
         gc.collect()
         libc = ctypes.CDLL(None)
-        if hasattr(
-            libc, "malloc_trim"
-        ):  # glibc keeps what an earlier run freed, which would count in this one
+        # glibc keeps what an earlier run freed, which would count in this one.
+        if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the high-water mark
 

@@ -68,9 +68,8 @@ def sampled_losses(
     generator = torch.Generator().manual_seed(seed)
     uniform = torch.rand(allocation.num_layers, len(sequences), heads, generator=generator)
     log_alpha = torch.from_numpy(allocation.scores.astype(np.float32))[:, None]
-    z = gates.sample(
-        log_alpha, uniform
-    )  # (layers, sequences, kv_heads): a layer's draw goes to all its heads
+    # (layers, sequences, kv_heads): a layer's draw goes to all its heads.
+    z = gates.sample(log_alpha, uniform)
     with attached(model, allocation) as plan:
         return _losses(
             model,
