@@ -215,12 +215,7 @@ def _text(records: Records) -> list[str]:
             f"What is learned on 4,096 tokens {holds} at 8,192: {shorter:.3f} against"
             f" {recovered(record, BASE, GATES):.3f} learned there, gates alone."
         )
-    for title in dict.fromkeys(row[0] for row in whole_runs(record)):
-        gains = {sparsity: more for name, sparsity, more in whole_runs(record) if name == title}
-        said.append(
-            f"Whole runs with {title}, refined, recover {_listed(gains)} more than those of the defaults."
-        )
-    return said
+    return [*said, *_whole(record, shorter=True)]
 
 
 def _parts(records: Records) -> list[str]:
@@ -233,8 +228,19 @@ def _parts(records: Records) -> list[str]:
     noise = max(base) - min(base)
     return [
         f"Recovered by gates alone against the {mean(base):.3f} of all parts as they are, whose seeds lie {noise:.3f}"
-        f" apart: {', '.join(f'{title} {less[title]:+.3f}' for title in order)}."
+        f" apart: {', '.join(f'{title} {less[title]:+.3f}' for title in order)}.",
+        *_whole(records["study"], shorter=False),
     ]
+
+
+def _whole(record: dict[str, Any], *, shorter: bool) -> list[str]:
+    """Whole runs with something changed: on shorter sequences, or all others."""
+    gains: dict[str, dict[str, Estimate]] = {}
+    for title, sparsity, more in whole_runs(record):
+        if (" sequences of " in title) == shorter:
+            gains.setdefault(title, {})[sparsity] = more
+    said = "; ".join(f"with {title} {_listed(found)}" for title, found in gains.items())
+    return [f"Whole runs, refined, differ from those of the defaults by: {said}."] if said else []
 
 
 def _peers(records: Records) -> list[str]:
