@@ -423,7 +423,8 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...", help="folders of consa learn, eval or bench, or files of allocations"
+            metavar="RUN...",
+            help="folders of consa learn, adapt, eval or bench, files of allocations, or published ones",
         ),
     ],
     *,

@@ -167,6 +167,7 @@ def run_adaptation(
         measure = partial(_measure, loaded, heldout.tokens, folder=folder, batch_size=config.micro_batch)
         losses, means = {}, {}
         if distributed.is_main():
+            allocation.save(folder / "allocation.json")
             layout = loaded.layout
             all_swa = rules.all_swa(
                 *layout.shape,

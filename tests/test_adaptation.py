@@ -297,6 +297,7 @@ def test_the_run_folder(method: Any, where: RunConfig, tmp_path: Path, monkeypat
     summary = run_adaptation(where, kept, config, folder, command="consa adapt it")
     names = {
         ".lock",
+        "allocation.json",
         "checkpoint.safetensors",
         "config.json",
         "curves.png",
@@ -306,6 +307,7 @@ def test_the_run_folder(method: Any, where: RunConfig, tmp_path: Path, monkeypat
     }
     names |= {"summary.json", "summary.md"} | ({"adapter"} if method == "lora" else set())
     assert {path.name for path in folder.iterdir()} == names
+    assert Allocation.load(folder) == kept
     rows = {row["name"]: row for row in summary["rows"]}
     assert list(rows) == ["dense", "all_swa", "hybrid", "adapted"]
     assert rows["adapted"]["loss"] < rows["hybrid"]["loss"]

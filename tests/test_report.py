@@ -260,11 +260,33 @@ def test_a_file_of_an_allocation_is_a_run(tmp_path: Path):
     assert "2. top" in seen.text and seen.text.count("Memory and speed") == 1
 
 
-def test_an_adaptation_is_refused(tmp_path: Path):
+def test_an_adaptation_shows_what_it_gained_and_its_own_curves(tmp_path: Path):
     folder = make_run(tmp_path / "run")
-    (folder / "summary.json").write_text('{"adapt": {}}')
-    with pytest.raises(ConsaError, match=r"run is of consa adapt; name a folder of consa learn"):
-        page.write([folder], tmp_path / "report.html", command="")
+    (folder / "config.json").write_text('{"adapt": {}}')
+    summary = json.loads((folder / "summary.json").read_text())
+    del summary["losses"], summary["fractional"]
+    summary["rows"][2:] = [summary["rows"][2] | {"name": "hybrid"}, summary["rows"][3] | {"name": "adapted"}]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    steps = [{"step": n, "loss": 3 - n, "learning_rate": 1e-5 / n} for n in (1, 2, 3)]
+    steps[1]["heldout_loss"] = 2.25
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    html, seen = make_page([folder], tmp_path / "report.html")
+    assert "80.0%" in seen.text and "0.200" in seen.text  # recovered, and lost to dense
+    assert "<tr class=made><th scope=row>adapted" in html
+    record = json.loads(seen.scripts[0])
+    assert record["data"]["history 0"] == {
+        "step": [1, 2, 3],
+        "loss": [2, 1, 0],
+        "heldout_loss": [None, 2.25, None],
+        "learning_rate": [1e-5, 5e-6, 3.333e-6],
+    }
+    assert "Training" in seen.text and "Learning rate" in seen.text and "Lagrange" not in seen.text
+    assert record["data"]["positions 0"]["kind"][::2] == ["dense", "all-SWA", "other", "adapted"]
+
+
+def test_a_published_allocation_is_a_run(tmp_path: Path):
+    _, seen = make_page([Path("smollm2-135m/kv_head-0.733")], tmp_path / "report.html")
+    assert "kv_head-0.733" in seen.text and "73.3%" in seen.text
 
 
 def test_a_given_behaviour_serves_the_runs_it_fits(tmp_path: Path):

@@ -17,6 +17,8 @@ from consa.report.vega import Chart, Columns, Spec
 FA, SWA, OTHER = "#2868ad", "#d9952b", "#84878c"
 DECISIONS = {"FA": FA, "SWA": SWA}
 KINDS = {"learned": FA, "dense": "#4f9d69", "all-SWA": SWA, "other": OTHER}
+LEARNING = ("loss", "expected_sparsity", "target", "multiplier", "fractional")  # of a step
+ADAPTATION = ("loss", "heldout_loss", "learning_rate")
 MAX_POINTS = 400  # of a curve
 DIGITS = 4  # significant, of numbers in a page
 
@@ -87,19 +89,27 @@ def heatmap(name: str, data: str, allocation: Allocation, behaviour: Behaviour |
     )
 
 
-def history(records: Sequence[Mapping[str, float]]) -> Columns:
-    """The steps of a run; of a long one, means of neighbouring steps."""
-    names = ["step", "loss", "expected_sparsity", "target", "multiplier", "fractional"]
+def history(records: Sequence[Mapping[str, float]], *, adapted: bool) -> Columns:
+    """The steps of a run; of a long one, means of neighbouring steps. Held-out losses are of some steps alone."""
     parts = np.array_split(np.arange(len(records)), min(len(records), MAX_POINTS))
-    return {
-        name: [_rounded(float(np.mean([records[index][name] for index in part]))) for part in parts]
-        for name in names
+
+    def column(name: str) -> list[float | None]:
+        found = [
+            [records[i][name] for i in part if name != "heldout_loss" or name in records[i]] for part in parts
+        ]
+        return [_rounded(float(np.mean(values))) if values else None for values in found]
+
+    return {name: column(name) for name in ("step", *(ADAPTATION if adapted else LEARNING))}
+
+
+def curves(name: str, data: str, *, adapted: bool) -> list[Chart]:
+    """By step: loss, sparsity with its target, multiplier and share of fractional gates; or loss and learning rate."""
+    step = {
+        "field": "step",
+        "type": "quantitative",
+        "title": "step",
+        "axis": {"grid": False, "tickMinStep": 1},
     }
-
-
-def curves(name: str, data: str) -> list[Chart]:
-    """Loss, sparsity with its target, multiplier and share of fractional gates, by step."""
-    step = {"field": "step", "type": "quantitative", "title": "step", "axis": {"grid": False}}
 
     def line(field: str, title: str, domain: list[float] | None = None, **mark: Any) -> Spec:
         return {
@@ -127,6 +137,15 @@ def curves(name: str, data: str) -> list[Chart]:
             line("fractional", "share", [0, 1]),
         ),
     }
+    if adapted:
+        measured = {"transform": [{"filter": "isValid(datum.heldout_loss)"}], **line("heldout_loss", "nats")}
+        rate = line("learning_rate", "learning rate")
+        rate["encoding"]["y"]["axis"] = {"format": ".1e"}
+        panels = {
+            "loss": panels["loss"],
+            "heldout": ("Held-out loss", "held-out loss of some steps", measured),
+            "rate": ("Learning rate", "learning rate of each step", rate),
+        }
     return [
         Chart(
             name=f"{name}-{panel}",
@@ -139,11 +158,14 @@ def curves(name: str, data: str) -> list[Chart]:
     ]
 
 
-def by_position(name: str, data: str, *, intervals: bool) -> Chart:
-    """Loss beyond the dense model's, by position; rows hold allocation, kind, from, rise, low and high."""
+def by_position(name: str, data: str, *, intervals: bool, made: str = "learned") -> Chart:
+    """Loss beyond the dense model's, by position; rows hold allocation, kind, from, rise, low and high.
+
+    `made` is the kind of what the run made.
+    """
     shared = {
         "x": _places("from", "from position"),
-        "color": _colour("kind", KINDS),
+        "color": _colour("kind", {made if kind == "learned" else kind: c for kind, c in KINDS.items()}),
         "detail": {"field": "allocation"},
     }
     lines = {

@@ -8,19 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from consa import published
 from consa.allocation import Allocation
 from consa.errors import ConsaError
 from consa.files import read_json, read_text
 from consa.relations import Behaviour
+from consa.run_folder import CONFIG
 
 MAX_FILE_BYTES = 2**30
 FILES = ("allocation.json", "summary.json", "eval.json", "bench.json")
-WANTED = "a folder of consa learn, eval or bench, or the file of an allocation"
+WANTED = "a folder of consa learn, adapt, eval or bench, the file of an allocation, or one published"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a folder of `consa learn`, `eval` or `bench` holds, or one allocation; what is not there is None or empty.
+    """What a folder of `consa learn`, `adapt`, `eval` or `bench` holds, or one allocation; None or empty if not there.
 
     Attributes:
         name: of the folder or file.
@@ -30,6 +32,7 @@ class Run:
         evaluation: eval.json.
         benchmark: bench.json.
         behaviour: from behaviour.safetensors.
+        adapted: whether it is of `consa adapt`.
     """
 
     name: str
@@ -39,21 +42,21 @@ class Run:
     evaluation: dict[str, Any] | None = None
     benchmark: dict[str, Any] | None = None
     behaviour: Behaviour | None = None
+    adapted: bool = False
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """Read a folder, or the file of an allocation.
+        """Read a folder, the file of an allocation, or one published.
 
         Raises:
             ConsaError: there is nothing to report, or a file is damaged.
         """
+        if not os.path.exists(path):
+            path = published.resolve(path)
         if os.path.isfile(path):
             return cls(name=path.stem, allocation=Allocation.load(path))
         if not any(os.path.exists(path / name) for name in FILES):
             raise ConsaError(f"{path} holds none of {', '.join(FILES)}; name {WANTED}")
-        summary = _read_json(path / "summary.json")
-        if summary and "adapt" in summary:
-            raise ConsaError(f"{path} is of consa adapt; name {WANTED}")
         allocation, behaviour, metrics = (
             path / name for name in ("allocation.json", "behaviour.safetensors", "metrics.jsonl")
         )
@@ -61,11 +64,12 @@ class Run:
         return cls(
             name=path.resolve().name,
             allocation=Allocation.load(allocation) if allocation.exists() else None,
-            summary=summary,
+            summary=_read_json(path / "summary.json"),
             history=[_parse(line, metrics) for line in lines],
             evaluation=_read_json(path / "eval.json"),
             benchmark=_read_json(path / "bench.json"),
             behaviour=Behaviour.load(behaviour) if behaviour.exists() else None,
+            adapted="adapt" in (_read_json(path / CONFIG) or {}),
         )
 
 

@@ -17,10 +17,12 @@ from consa.report.folder import Run
 from consa.report.vega import Chart, Columns
 
 CACHE_TOKENS = 32768  # in the KV cache of the headline
+UNTOLD = ("rows", "buckets", "allocation")  # of a record, since they are shown as tables and charts
+MADE = ("learned", "adapted")  # rows of what a run made
 KINDS = {
     "dense": "dense",
     "all_swa": "all-SWA",
-    "learned": "learned",
+    **{name: name for name in MADE},
 }  # of a run's own rows; rules are "other"
 DASH = "\N{EN DASH}"
 RHO = "\N{GREEK SMALL LETTER RHO}"
@@ -81,7 +83,7 @@ class Sections:
             ("Loss on held-out text", self._losses(index, run)),
             ("Evaluation", self._evaluation(index, run)),
             ("Memory and speed", self._benchmark(index, run)),
-            ("Learning", self._learning(index, run)),
+            ("Training" if run.adapted else "Learning", self._learning(index, run)),
         ]
         for title, part in parts:
             content = "".join(part)
@@ -99,9 +101,9 @@ class Sections:
             cards.append(("sparsity, share of units on SWA", f"{allocation.sparsity:.1%}"))
             cards.append((f"KV cache of dense at {CACHE_TOKENS:,} tokens", f"{share:.1%}"))
         if run.summary is not None:
-            learned, losses = _row(run.summary, "learned"), run.summary["losses"]
-            cards.append(("of the loss gap recovered, 100% is dense", _percent(learned["recovered"])))
-            cards.append(("nats per token lost to dense", f"{losses['final'] - losses['dense']:.3f}"))
+            made, dense = _row(run.summary, MADE[run.adapted]), _row(run.summary, "dense")
+            cards.append(("of the loss gap recovered, 100% is dense", _percent(made["recovered"])))
+            cards.append(("nats per token lost to dense", f"{made['loss'] - dense['loss']:.3f}"))
         if run.benchmark is not None:
             dense, hybrid = run.benchmark["measurements"][-2:]
             faster = hybrid["decode_tokens_per_second"] / dense["decode_tokens_per_second"]
@@ -193,7 +195,8 @@ class Sections:
         }
         places = [first for first, _ in summary["buckets"]]
         data = self._add_data(f"positions {index}", _positions(lines, places))
-        yield self._figure(charts.by_position(self.files[index], data, intervals=False))
+        made = MADE[run.adapted]
+        yield self._figure(charts.by_position(self.files[index], data, intervals=False, made=made))
         buckets = [f"{first:,}{DASH}{end - 1:,}" for first, end in summary["buckets"]]
         yield _table(
             ["allocation", "sparsity", "loss", "recovered", *buckets],
@@ -296,16 +299,18 @@ class Sections:
     def _learning(self, index: int, run: Run) -> Iterator[str]:
         if not run.history:
             return
-        if run.summary is not None and run.summary["losses"]["stochastic"] is not None:
+        if run.summary is not None and not run.adapted and run.summary["losses"]["stochastic"] is not None:
             losses = run.summary["losses"]
             yield (
                 f"<p>Held-out loss: dense {losses['dense']:.4f}, stochastic gates {losses['stochastic']:.4f}, final"
                 f" allocation {losses['final']:.4f}; {run.summary['fractional']:.1%} of the gates were still"
                 " fractional at the end.</p>\n"
             )
-        data = self._add_data(f"history {index}", charts.history(run.history))
+        data = self._add_data(f"history {index}", charts.history(run.history, adapted=run.adapted))
         yield "<div class=grid>\n"
-        yield from (self._figure(chart) for chart in charts.curves(self.files[index], data))
+        yield from (
+            self._figure(chart) for chart in charts.curves(self.files[index], data, adapted=run.adapted)
+        )
         yield "</div>\n"
 
     def _comparison(self) -> Iterator[str]:
@@ -363,7 +368,7 @@ class Sections:
                 ("Behaviour", None if run.behaviour is None else dict(run.behaviour.provenance)),
             ):
                 if record:
-                    shown = {key: value for key, value in record.items() if key not in ("rows", "buckets")}
+                    shown = {key: value for key, value in record.items() if key not in UNTOLD}
                     text = escape(json.dumps(shown, indent=1, ensure_ascii=False))
                     yield f"<details><summary>{title}</summary><pre>{text}</pre></details>\n"
         yield "</section>\n"
@@ -383,13 +388,13 @@ class Sections:
 def _table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", *, kind: str = ""
 ) -> str:
-    """A table that scrolls by itself where the page is narrow; what was learned stands out.
+    """A table that scrolls by itself where the page is narrow; what the run made stands out.
 
     Of kind "told", its last column is prose.
     """
     head = "".join(f"<th scope=col>{escape(column)}</th>" for column in columns)
     body = "".join(
-        f"<tr{' class=learned' if row[0] == 'learned' else ''}><th scope=row>{escape(row[0])}</th>"
+        f"<tr{' class=made' if row[0] in MADE else ''}><th scope=row>{escape(row[0])}</th>"
         + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
         + "</tr>\n"
         for row in rows
