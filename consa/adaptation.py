@@ -65,7 +65,7 @@ def adapt(
     Raises:
         ConsaError: unusable settings or text, a loss that is not finite, or a folder that cannot be written.
     """
-    loop.check(config, sequences)
+    loop.check(config, sequences, window=allocation.window, num_sink_tokens=allocation.num_sink_tokens)
     decided = {**loop.fingerprint(config, sequences, identity), "allocation": allocation.decision()}
     run = Checkpoint(run_dir, decided) if run_dir else None
     with ExitStack() as stack:
@@ -125,7 +125,9 @@ def check_lora(model: PreTrainedModel, config: AdaptConfig) -> None:
     try:
         check_peft_version(MIN_PEFT_VERSION)
     except ValueError as error:
-        raise ConsaError(f"method lora: {error}; run: pip install 'peft>={MIN_PEFT_VERSION}'") from error
+        raise ConsaError(
+            f"method lora: {error}; run: pip install 'peft>={MIN_PEFT_VERSION}', or install an older transformers"
+        ) from error
     names = [name for name, module in model.base_model.named_modules() if isinstance(module, torch.nn.Linear)]
     known = sorted({name.rpartition(".")[2] for name in names})
     for target in words_of(config.lora_targets):

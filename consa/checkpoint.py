@@ -28,7 +28,7 @@ from consa.attention import interface
 from consa.attention.plan import Plan
 from consa.errors import ConsaError, UnsupportedModelError, first_line
 from consa.files import check_writable, read_json, sha256_of
-from consa.model import attention_layout, check_fits, inspect_attention, quiet
+from consa.model import attention_layout, check_device, check_fits, inspect_attention, quiet
 from consa.register import ARCHITECTURE_PREFIX, PREFIX, TAKEN
 
 SCHEMA = "consa.checkpoint/1"
@@ -164,6 +164,7 @@ def load(
         ConsaError: a file is missing, truncated, edited or of another model; the message names it.
     """
     folder = Path(folder)
+    check_device(None if device is None else str(device))
     kind, allocation = verify(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

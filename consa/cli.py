@@ -94,16 +94,17 @@ def demo(
     _run(DEMO_RUN, config, folder, f"consa demo --seed {seed}", tensorboard)
 
 
+Kept = Annotated[
+    Path,
+    typer.Option("--allocation", metavar="FILE", help="an allocation.json, a run's folder, or one published"),
+]
+
+
 @app.command()
 @with_fields_of(RunConfig, AdaptConfig)
 def adapt(
     *,
-    allocation: Annotated[
-        Path,
-        typer.Option(
-            "--allocation", metavar="FILE", help="an allocation.json, a run's folder, or one published"
-        ),
-    ],
+    allocation: Kept,
     out: Out = None,
     tensorboard: Tensorboard = False,
     **options: Any,
@@ -173,12 +174,7 @@ def rules(
 def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="as in learn")],
     *,
-    allocation: Annotated[
-        Path,
-        typer.Option(
-            "--allocation", metavar="FILE", help="an allocation.json, a run's folder, or one published"
-        ),
-    ],
+    allocation: Kept,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="a new folder for the checkpoint")],
     kind: Annotated[
         str,
@@ -195,9 +191,15 @@ def convert(
     chosen = Allocation.load(allocation)
     from consa import checkpoint
     from consa.model import load_model
+    from consa.progress import note
 
     checkpoint.check_wish(out, kind)
     loaded = load_model(model, device="cpu", dtype="auto")
+    match chosen.provenance.get("config"):
+        case {"mode": "joint"}:
+            note("Mode joint learned this allocation along with weights of its own, in the run's model")
+        case _:
+            pass
     written = checkpoint.convert(loaded.model, chosen, out, tokenizer=loaded.tokenizer, kind=cast(Any, kind))
     print(f"{written.folder}: {written.kind} checkpoint ({written.reason})")
 
@@ -270,7 +272,7 @@ def bench(
     from consa.progress import progress
     from consa.serving import bench as serving
 
-    out = out or folder.parent / f"{folder.name}-bench"
+    out = out or Path(f"{folder if folder.name.strip('.') else folder.resolve()}-bench")
     check_writable(out)
     measure: Any = serving.benchmark if engine == "vllm" else benchmark.benchmark
     model = folder if engine == "vllm" else load(folder)
@@ -422,10 +424,7 @@ def behaviour(
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="RUN...",
-            help="folders of consa learn, adapt, eval or bench, files of allocations, or published ones",
-        ),
+        typer.Argument(metavar="RUN...", help="folders of learn, adapt, eval or bench, or allocations"),
     ],
     *,
     out: Annotated[Path, typer.Option(metavar="FILE", help="the page")] = Path("report.html"),
@@ -482,7 +481,8 @@ def _run(where: RunConfig, config: LearnConfig, folder: Path, command: str, tens
     from consa.runs import run_learning
 
     summary = run_learning(where, config, folder, command=command, tensorboard=tensorboard)
-    _show_losses(summary, folder, "allocation.json", "heatmap.png", "summary.md")
+    made = ("model",) if config.mode == "joint" else ()
+    _show_losses(summary, folder, "allocation.json", *made, "heatmap.png", "summary.md")
 
 
 def _show_losses(summary: dict[str, Any], folder: Path, *names: str) -> None:

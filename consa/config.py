@@ -92,6 +92,7 @@ class LearnConfig:
         )
         _check_not_negative(self, "sharpening")
         _check_shares(self, "warmup", "sharpening_start", "averaged")
+        _check_flags(self, "activation_checkpointing", "compile")
         _check_steps(self)
         if self.mode == "frozen" and self.parallel == "fsdp":
             raise ConsaError("parallel must be ddp with mode frozen, which trains no weights; got 'fsdp'")
@@ -179,12 +180,13 @@ class AdaptConfig:
                 "cross_entropy, distillation and hidden_loss are all 0; give one of them a weight"
             )
         _check_shares(self, "warmup")
+        _check_flags(self, "activation_checkpointing", "compile")
         _check_steps(self)
         if self.method == "lora" and self.parallel == "fsdp":
             raise ConsaError(
                 "parallel must be ddp with method lora, whose trained weights are few; got 'fsdp'"
             )
-        if not words_of(self.lora_targets):
+        if not isinstance(self.lora_targets, str) or not words_of(self.lora_targets):
             raise ConsaError(f"lora_targets must name linear layers, got {self.lora_targets!r}")
 
     @property
@@ -255,12 +257,8 @@ class RunConfig:
         Raises:
             ConsaError: no position is left from there on, or window and sinks cover whole sequences.
         """
-        seq_len, window, sinks = config.seq_len, config.window, config.num_sink_tokens
-        if window + sinks >= seq_len:
-            raise ConsaError(
-                f"window + num_sink_tokens must be smaller than seq_len ({seq_len}), got {window} + {sinks};"
-                " else sliding-window attention is full attention"
-            )
+        seq_len, window = config.seq_len, config.window
+        check_window(window, config.num_sink_tokens, seq_len)
         if self.max_tokens is not None and self.max_tokens < seq_len:
             raise ConsaError(f"max_tokens must be at least seq_len ({seq_len}), got {self.max_tokens}")
         if self.start is None:
@@ -432,6 +430,15 @@ class ChoiceConfig:
         return LearnConfig(**settings | other)
 
 
+def check_window(window: int, num_sink_tokens: int, seq_len: int) -> None:
+    """Raise ConsaError if window and sinks cover whole sequences, on which nothing can be learned or measured."""
+    if window + num_sink_tokens >= seq_len:
+        raise ConsaError(
+            f"window + num_sink_tokens must be smaller than seq_len ({seq_len}), got {window} + {num_sink_tokens};"
+            " else sliding-window attention is full attention"
+        )
+
+
 def words_of(text: str | None) -> tuple[str, ...]:
     """The words of an option that takes several, with commas between; each once."""
     return tuple(dict.fromkeys(word.strip() for word in (text or "").split(",") if word.strip()))
@@ -456,9 +463,15 @@ def _check_choices(config: Any, **allowed: tuple[str, ...]) -> None:
             raise ConsaError(f"{name} must be one of {', '.join(allowed[name])}, got {value!r}")
 
 
+def _check_flags(config: Any, *names: str) -> None:
+    for name, value in _given(config, names):
+        if not isinstance(value, bool):
+            raise ConsaError(f"{name} must be True or False, got {value!r}")
+
+
 def _check_integers(config: Any, **least: int) -> None:
     for name, value in _given(config, least):
-        if not isinstance(value, int) or value < least[name]:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least[name]:
             raise ConsaError(f"{name} must be an integer >= {least[name]}, got {value!r}")
         if value >= 2**63:
             raise ConsaError(f"{name} must be below 2**63, got {value}")

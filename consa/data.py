@@ -181,7 +181,7 @@ def _cut(
     if num_found and not num_documents:
         raise ConsaError(
             f"split {split!r} with heldout_fraction {heldout_fraction} has none of the {num_found} documents of "
-            f"{data!r}; add documents or name others to measure on (heldout_data), or change heldout_fraction"
+            f"{data!r}; add documents, or name others to measure on (heldout_data)"
         )
     if not longest:
         raise ConsaError(f"data {data!r} holds no text; name files with text in UTF-8")

@@ -131,6 +131,8 @@ def generate_texts(
     """
     if max_new_tokens < 1:
         raise ConsaError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if any(prompt.encode(errors="replace").decode() != prompt for prompt in prompts):
+        raise ConsaError("a prompt must be text in UTF-8; it holds bytes that are not")
     texts = [tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in prompts]
     if not all(texts):
         raise ConsaError("the prompt is empty; give it some text")

@@ -57,7 +57,7 @@ def _read(where: RunConfig, source: str, split: Split, seq_len: int, loaded: Loa
     if distributed.is_main():
         note(f"Reading {source}" if split == "all" else f"Reading {source} ({split})")
     with distributed.main_first():
-        return load_sequences(
+        found = load_sequences(
             source,
             loaded.tokenizer,
             seq_len,
@@ -65,3 +65,8 @@ def _read(where: RunConfig, source: str, split: Split, seq_len: int, loaded: Loa
             max_tokens=where.max_tokens,
             text_field=where.text_field,
         )
+    if distributed.is_main():
+        count, documents, unused = len(found.tokens), found.num_documents, found.num_skipped
+        said = f"Found {count:,} sequences of {seq_len:,} tokens in {documents:,} documents"
+        note(said + (f", {unused:,} of them too short or not text" if unused else ""))
+    return found

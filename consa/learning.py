@@ -76,7 +76,8 @@ def learn(
     units = units_of(layout, config.granularity)
     num_full = target_units(layout, config)
     target = 1 - num_full / units.count
-    loop.check(config, sequences)
+    loop.check(config, sequences, window=config.window, num_sink_tokens=config.num_sink_tokens)
+    config = replace(config, seq_len=sequences.shape[1])  # what the record says it was learned on
     with distributed.sharded(model) if config.parallel == "fsdp" else nullcontext(model) as trained:
         state = _State.fresh(trained, units, config)
         run = Checkpoint(run_dir, loop.fingerprint(config, sequences, identity)) if run_dir else None

@@ -18,10 +18,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from consa import distributed
-from consa.config import AdaptConfig, LearnConfig
+from consa.config import AdaptConfig, LearnConfig, check_window
 from consa.errors import ConsaError, first_line
 from consa.loss import evaluating
 from consa.model import decoder_layers
+from consa.resume import CHECKPOINT
 
 # What may differ when a run is continued: none of these changes what is computed, but for rounding.
 FREE = {"checkpoint_every", "parallel"}
@@ -81,16 +82,19 @@ def prepared(
 @contextmanager
 def _recomputing(model: PreTrainedModel) -> Iterator[None]:
     """Within the block layers keep their inputs alone and are computed again in the backward pass."""
-    before = model.is_gradient_checkpointing
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in model.modules():  # transformers recomputes only in modules in training mode
-        if hasattr(module, "gradient_checkpointing"):
-            module.training = True
+    modules = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    before = any(module.gradient_checkpointing for module in modules)
+    # Before transformers 5.23 it was called gradient checkpointing, a name that 6 drops.
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    settings = {f"{word}_checkpointing_kwargs": {"use_reentrant": False}}
+    getattr(model, f"{word}_checkpointing_enable")(**settings)
+    for module in modules:  # transformers recomputes only in modules in training mode
+        module.training = True
     try:
         yield
     finally:
         if not before:
-            model.gradient_checkpointing_disable()
+            getattr(model, f"{word}_checkpointing_disable")()
 
 
 @contextmanager
@@ -226,16 +230,25 @@ def generator(seed: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int(digest) % 2**63)
 
 
-def check(config: LearnConfig | AdaptConfig, sequences: np.ndarray) -> None:
+def check(
+    config: LearnConfig | AdaptConfig, sequences: np.ndarray, *, window: int, num_sink_tokens: int
+) -> None:
     """Make sure that a loop can run.
 
     Raises:
-        ConsaError: there is no text, or a step's sequences do not divide among the processes.
+        ConsaError: there is no text, none of it beyond window and sinks, or a step's sequences do not divide among the
+            processes.
     """
+    if not isinstance(sequences, np.ndarray) or sequences.ndim != 2:
+        raise ConsaError(
+            "sequences must be a numpy array of tokens (num_sequences, seq_len), got"
+            f" {type(sequences).__name__} of shape {tuple(getattr(sequences, 'shape', ()))}"
+        )
     if len(sequences) == 0 or sequences.shape[1] < 2:
         raise ConsaError(
             f"no training text: got sequences of shape {sequences.shape}; give longer or more documents"
         )
+    check_window(window, num_sink_tokens, sequences.shape[1])
     distributed.check_divides(config.sequences_per_step, config.micro_batch)
 
 
@@ -247,11 +260,13 @@ def check_finite(record: dict[str, Any], config: LearnConfig | AdaptConfig, run_
     """
     for name, value in record.items():
         if not math.isfinite(value):
+            kept = run_dir and (run_dir / CHECKPOINT).exists()
             rates = "gate_lr or weight_lr" if isinstance(config, LearnConfig) else "learning_rate"
             raise ConsaError(
                 f"the {name} became {value} at step {record['step']};"
-                + (f" the last good checkpoint is kept in {run_dir};" if run_dir else "")
-                + f" lower {rates}, or use float32"
+                + (f" the last good checkpoint is kept in {run_dir};" if kept else "")
+                + f" lower {rates}{' and choose another folder' if run_dir else ''}"
+                + ", or use float32 where that is not in use"
             )
 
 

@@ -173,7 +173,16 @@ def check_fits(allocation: Allocation, layout: AttentionLayout, model_name: str)
 
 
 def attention_layout(model: PreTrainedModel) -> AttentionLayout:
-    """The layout of a loaded model; see `inspect_attention`."""
+    """The layout of a loaded model; see `inspect_attention`.
+
+    Raises:
+        UnsupportedModelError: as there, or it is something around a model of transformers.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a model of transformers; give the one inside: get_base_model() or"
+            " merge_and_unload() of a peft model, _orig_mod of a compiled one"
+        )
     return _inspect_cached(type(model), type(model.config), model.config.to_json_string(use_diff=False))
 
 
@@ -256,7 +265,7 @@ def _first_argument(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> t
     return hidden_states
 
 
-@functools.lru_cache(maxsize=32)  # attaching is frequent, and a skeleton takes about a second
+@functools.lru_cache(maxsize=32)  # attaching is frequent, and a skeleton takes a fraction of a second
 def _inspect_cached(model_class: type, config_class: type, config_json: str) -> AttentionLayout:
     return inspect_attention(model_class, config_class.from_dict(json.loads(config_json)))
 
@@ -266,8 +275,12 @@ def make_dense(model: PreTrainedModel) -> None:
     for module in model.modules():
         vars(module).pop("consa_plan", None)
     if vars(model.config).pop("consa", None):
-        softcap = getattr(model.config, "attn_logit_softcapping", None)  # which sdpa refuses
-        model.set_attn_implementation("sdpa" if softcap is None else "eager")
+        model.set_attn_implementation("eager" if _has_softcap(model) else "sdpa")
+
+
+def _has_softcap(model: PreTrainedModel) -> bool:
+    """Whether scores are bounded. sdpa bounds none: transformers from 5.21 on refuses it then, before it chooses it."""
+    return getattr(model.config, "attn_logit_softcapping", None) is not None
 
 
 @dataclass(frozen=True)
@@ -317,6 +330,8 @@ def load_model(
     try:
         with quiet():
             model: Any = _whole(folder, dtype=dtype).eval().to(device)
+            if _has_softcap(model) and model.config._attn_implementation == "sdpa":
+                model.set_attn_implementation("eager")
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except torch.OutOfMemoryError:
         raise
@@ -443,11 +458,12 @@ def _hash_weights(folder: Path) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' progress bars and warnings, which cannot tell the user anything here."""
-    before = transformers_logging.get_verbosity()
+    before, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(before)
-        transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()

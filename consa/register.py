@@ -19,6 +19,7 @@ from transformers import (
     AttentionMaskInterface,
     AutoConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     cache_utils,
 )
 from transformers.cache_utils import CacheLayerMixin
@@ -36,6 +37,7 @@ ARCHITECTURE_PREFIX = "ConSA"  # of the family's class, in a hybrid's config.jso
 
 _stock_layer_types = cache_utils.get_layer_types_and_kwargs
 _stock_save = PreTrainedConfig.save_pretrained
+_stock_set_attention = PreTrainedModel.set_attn_implementation
 
 
 class HybridConfig(PreTrainedConfig):
@@ -73,6 +75,17 @@ def save_config(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
             "save_pretrained cannot write a hybrid; use consa.convert(model, allocation, folder)"
         )
     _stock_save(config, *args, **kwargs)
+
+
+def set_attention(model: PreTrainedModel, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+    """transformers' `set_attn_implementation`, which would have a hybrid run as full attention in silence.
+
+    Raises:
+        ConsaError: the model's config holds an allocation, and another attention is asked for.
+    """
+    if attn_implementation != interface.NAME and interface.allocation_of(model.config) is not None:
+        raise ConsaError(_another_attention(attn_implementation))
+    _stock_set_attention(model, attn_implementation, *args, **kwargs)
 
 
 def layer_types_and_kwargs(config: Any) -> tuple[list[str], Any]:
@@ -118,3 +131,4 @@ cache_utils.STATIC_LAYER_TYPE_MAPPING[interface.NAME] = _static
 cache_utils.get_layer_types_and_kwargs = layer_types_and_kwargs
 AutoConfig.register(interface.NAME, HybridConfig)
 PreTrainedConfig.save_pretrained = save_config  # pyright: ignore[reportAttributeAccessIssue]
+PreTrainedModel.set_attn_implementation = set_attention  # pyright: ignore[reportAttributeAccessIssue]

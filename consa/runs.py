@@ -73,6 +73,7 @@ def run_learning(
         sparsity = 1 - target_units(loaded.layout, config) / units.count  # finds a budget that is too small
         train = inputs.training_text(where, config.seq_len, loaded)
         heldout = inputs.heldout_text(where, config.seq_len, loaded)
+        _say_if_few(len(train.tokens), config)
         record = _record(settings, command, folder)
         began = time.monotonic()
         board = folder / "tensorboard" if tensorboard else None
@@ -163,6 +164,7 @@ def run_adaptation(
         check_lora(loaded.model, config)
         train = inputs.training_text(where, config.seq_len, loaded)
         heldout = inputs.heldout_text(where, config.seq_len, loaded)
+        _say_if_few(len(train.tokens), config)
         record = _record(settings, command, folder)
         measure = partial(_measure, loaded, heldout.tokens, folder=folder, batch_size=config.micro_batch)
         losses, means = {}, {}
@@ -221,6 +223,12 @@ def _joined(
         if distributed.is_main():
             check_same(folder, settings, _without_free, kind="run")
         yield
+
+
+def _say_if_few(num_sequences: int, config: LearnConfig | AdaptConfig) -> None:
+    times = config.num_steps * config.sequences_per_step / num_sequences
+    if times > 1 and distributed.is_main():
+        note(f"Little text: each training sequence is used {times:.1f} times")
 
 
 def _record(settings: dict[str, Any], command: str, folder: Path) -> dict[str, Any]:

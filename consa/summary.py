@@ -73,7 +73,9 @@ def of_learning(summary: dict[str, Any]) -> str:
     }
     found = [(kinds[key], loss) for key, loss in summary["losses"].items() if loss is not None]
     fractional = "none learned" if summary["fractional"] is None else f"{summary['fractional']:.1%}"
+    joint = summary["learn"]["mode"] == "joint"
     return f"""{_measured(summary, "learned allocation")}
+{JOINT if joint else ""}\
 ## From gates to a decision
 
 Losses on the same text and positions. Fractional gates at the end: {fractional}.
@@ -97,6 +99,13 @@ distillation {config["distillation"]:g}, hidden states {config["hidden_loss"]:g}
 {_how(summary, "trained", "adapting")}
 
 ![losses and learning rate by step](curves.png)
+"""
+
+
+JOINT = """\
+All rows are of the weights that this run trained along with the gates, which `model` holds; `dense` is full attention
+with them.
+
 """
 
 

@@ -19,7 +19,7 @@ from consa.errors import ConsaError
 from consa.evaluation import suite
 from consa.evaluation.table import Line, Table, number
 from consa.files import png, write_atomically, write_json
-from consa.methods import METHODS, RANKINGS, choose
+from consa.methods import METHODS, RANKINGS, check_budget, choose
 from consa.model import LoadedModel, read_layout
 from consa.progress import note
 from consa.provenance import hardware
@@ -217,7 +217,7 @@ def sweep(
         config: what is chosen.
         measured: what the allocations are measured by; its window and sinks are those of all choices.
         folder: for allocations, cells and results. It may be asked for more sparsities, granularities, methods, seeds
-            and measurements later.
+            and measurements later; what a method that ranks adds is then of another run than what is there.
         command: that does the same again, for the record.
 
     Returns:
@@ -227,9 +227,13 @@ def sweep(
         ConsaError: something the caller can mend; what is wrong is found before long work where that is possible.
     """
     wanted = list(choices(config, measured))
+    if not wanted:
+        raise ConsaError(f"methods must be some that choose by {config.granularity}, got {config.methods!r}")
     inputs.check(where)
     start = where.start_for(measured)
-    read_layout(where.model)
+    layout = read_layout(where.model)
+    for choice in wanted:
+        check_budget(choice.method, layout, choice.config)
     settings = {"run": asdict(where), "sweep": asdict(config), "eval": asdict(measured), "command": command}
     with claimed(folder):
         check_same(folder, settings, _decisive, kind="sweep")

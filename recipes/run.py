@@ -7,10 +7,11 @@ torchrun --nproc-per-node 8 -m recipes.run qwen3_0_6b adapt
 from __future__ import annotations
 
 import argparse
+import shlex
 from importlib import import_module
 from pathlib import Path
 
-from consa import Allocation
+from consa import Allocation, ConsaError
 from consa.runs import run_adaptation, run_learning
 
 RECIPES = sorted(path.stem for path in Path(__file__).parent.glob("qwen*.py"))
@@ -26,13 +27,20 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     options = parser.parse_args()
     recipe = import_module(f"recipes.{options.recipe}")
-    command = f"python -m recipes.run {options.recipe} {options.phase}"
+    command = (
+        f"python -m recipes.run {options.recipe} {options.phase} --runs {shlex.quote(str(options.runs))}"
+    )
     learned, adapted = (options.runs / f"{options.recipe}-{phase}" for phase in ("learn", "adapt"))
-    if options.phase == "learn":
-        run_learning(recipe.RUN, recipe.LEARN, learned, command=command)
-    else:
-        allocation = Allocation.load(learned / "allocation.json")
-        run_adaptation(recipe.RUN, allocation, recipe.ADAPT, adapted, command=command)
+    try:
+        if options.phase == "learn":
+            run_learning(recipe.RUN, recipe.LEARN, learned, command=command)
+        elif not (learned / "allocation.json").exists():
+            raise ConsaError(f"{learned} holds no allocation; run the recipe's learn before")
+        else:
+            allocation = Allocation.load(learned)
+            run_adaptation(recipe.RUN, allocation, recipe.ADAPT, adapted, command=command)
+    except ConsaError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

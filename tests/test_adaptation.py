@@ -164,7 +164,9 @@ def test_it_leaves_nothing_but_weights(method: Any):
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert model.config.to_json_string() == config and model.config._attn_implementation == "sdpa"
-    assert not torch.are_deterministic_algorithms_enabled() and not model.is_gradient_checkpointing
+    assert not torch.are_deterministic_algorithms_enabled() and not any(
+        getattr(m, "gradient_checkpointing", False) for m in model.modules()
+    )
     assert not model._hf_peft_config_loaded
 
 
@@ -411,3 +413,29 @@ def spoiled_at(call: int) -> Any:
     """A measure that is infinite when it is called for the second time, say."""
     found = iter([*[1.0] * (call - 1), float("inf")])
     return lambda model: {"heldout_loss": next(found)}
+
+
+def test_updates_are_adamws_without_decay_on_gradients_clipped_where_they_are_long():
+    start = torch.tensor([3.0, -4.0])
+    own, plain = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    weights = loop.Weights({"w": own}, learning_rate=0.1)
+    optimizer = torch.optim.AdamW([plain], lr=0.1, weight_decay=0)
+    for scale in (0.1, 5.0, 0.3):  # one of them beyond the largest norm
+        for parameter in (own, plain):
+            parameter.grad = scale * torch.tensor([1.0, 0.5])
+        norm = torch.nn.utils.clip_grad_norm_([plain], 2.0)
+        optimizer.step()
+        assert weights.update(max_norm=2.0) == pytest.approx(float(norm))
+        torch.testing.assert_close(own, plain)
+
+
+def test_gradients_are_scaled_down_to_the_norm_asked_for(monkeypatch: pytest.MonkeyPatch):
+    asked, update = [], loop.Weights.update
+
+    def seen(weights: loop.Weights, *, max_norm: float, **options: Any) -> float:
+        asked.append(max_norm)
+        return update(weights, max_norm=max_norm, **options)
+
+    monkeypatch.setattr(loop.Weights, "update", seen)
+    adapt(tiny(), text(), allocation(), changed(max_grad_norm=0.25, num_steps=2))
+    assert asked == [0.25, 0.25]

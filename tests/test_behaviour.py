@@ -470,3 +470,37 @@ def test_8192_tokens_of_a_real_model_take_no_matrix():
     behaviour.measure(model, text, window=128)
     rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert rise < 2**20  # kB; one layer's scores would take 2.25 GiB
+
+
+def test_blocks_are_layers_above_the_mean_beside_shuffles_alone():
+    found = depth(allocation([[1, 1], [1, 1], [1, 0], [1, 0]]))
+    assert found.blocks == [(0, 1)] and found.mean_run == 2
+    block = allocation([[0]] * 9 + [[1]] * 6 + [[0]] * 9)
+    assert depth(block, permutations=1).expected_run < 3  # 6 as it is
+
+
+def test_depth_correlates_fully_with_itself_at_twice_the_layers():
+    """Sums of thirds differ in their last bits, which must not part what is tied."""
+    full = np.array([[0, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 0]])
+    assert depth_correlation(allocation(full), allocation(np.repeat(full, 2, axis=0))) == pytest.approx(1)
+
+
+def test_agreement_is_over_decided_layers():
+    full, scores = [[1, 0], [0, 0], [1, 1]], np.array([[3.0, 1.0], [0.0, 0.0], [4.0, 2.0]])
+    first, second = (
+        allocation(full, scores=scores + np.array([[0], [native], [0]]), native_windows={1: 4})
+        for native in (9, -9)
+    )
+    found = agreement(first, second)
+    assert (found.jaccard, found.rank_correlation) == (1, 1)
+    assert found.expected_jaccard == pytest.approx(9 / 4 / (6 - 9 / 4))  # of 3 among 4
+
+
+def test_needles_are_hidden_in_no_more_text_than_the_model_takes(monkeypatch: pytest.MonkeyPatch):
+    asked: list[int] = []
+    monkeypatch.setattr(behaviour, "_needles", lambda tokenizer, length, seed: asked.append(length) or [])
+    given: Any = object()
+    for longest in (100, 5000):
+        model = tiny(max_position_embeddings=longest)
+        behaviour.measure(model, tokens(1, 40).numpy(), window=4, tokenizer=given)
+    assert asked == [100, behaviour.NEEDLE_TOKENS]

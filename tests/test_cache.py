@@ -477,3 +477,25 @@ def test_rows_without_padding_go_on_alone(model, max_length: int | None):
 def test_a_hybrids_cache_in_another_model_is_named(model):
     with pytest.raises(AttributeError, match="a HybridCache is for hybrids alone"):
         model(tokens(1, 8), **{CACHE: HybridCache(allocate(model))})
+
+
+def test_crop_takes_nothing_back_of_sequences_that_were_reordered(model):
+    allocation = allocate(model, window=7, num_sink_tokens=2)
+    with torch.no_grad(), attached(model, allocation):
+        cache = HybridCache(allocation)
+        decode(model, cache, tokens(2, 30), [30])
+        cache.activate_past_recording()
+        decode(model, cache, tokens(2, 35), [5])
+        cache.reorder_cache(torch.tensor([1, 0]))
+        with pytest.raises(ConsaError, match="cannot remove 2 tokens"):
+            cache.crop(-2)
+
+
+def test_a_mask_that_leaves_out_keys_is_refused(model):
+    said = "the attention mask covers 10 of 20 keys; cover all"
+    with (
+        torch.no_grad(),
+        attached(model, allocation := allocate(model)),
+        pytest.raises(ConsaError, match=said),
+    ):
+        model(tokens(2, 20), attention_mask=torch.ones(2, 10).long(), **{CACHE: HybridCache(allocation)})

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from consa import Allocation, HybridCache, attached
+from consa.attention.cached import as_computed
 from tests.models import CACHE, allocate, left_padding, tiny, tokens
 
 
@@ -109,3 +110,38 @@ def test_autocast_computes_as_without_a_cache_and_as_the_dense_model(padded: boo
                 out.append(model(ids[:, here], **part, **{CACHE: cache}).logits)
     assert (wanted - dense)[real].abs().max() > 1  # the hybrid is not the dense model
     torch.testing.assert_close(torch.cat(out, 1)[real], wanted[real], atol=0.15, rtol=0)
+
+
+def test_a_compiled_prefill_into_a_cache_that_was_reset_is_exact():
+    """What was there before says nothing of where the next sequences start."""
+    model = tiny(num_hidden_layers=2)
+    allocation = allocate(model)
+    ids, mask = left_padding(tokens(2, 6), [0, 3])
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    torch._dynamo.reset()
+    with torch.no_grad(), attached(model, allocation):
+        wanted = model(ids, attention_mask=mask, position_ids=position, use_cache=False).logits
+        compiled = torch.compile(model, backend="eager")
+        cache, out = HybridCache(allocation, max_length=16), []
+        model(tokens(2, 8, seed=1), **{CACHE: cache})
+        cache.reset()
+        for column in range(6):
+            here = slice(column, column + 1)
+            options = {
+                "position_ids": position[:, here],
+                "attention_mask": mask[:, : column + 1],
+                CACHE: cache,
+            }
+            out.append(compiled(ids[:, here], **options).logits)
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(out, 1)[real], wanted[real], atol=1e-4, rtol=0)
+
+
+def test_autocast_leaves_float64_as_it_is():
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [
+            x.dtype
+            for kind in (torch.float64, torch.float32)
+            for x in as_computed(torch.zeros(1, dtype=kind))
+        ]
+    assert found == [torch.float64, torch.bfloat16]

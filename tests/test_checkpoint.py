@@ -128,7 +128,11 @@ def test_another_attention_than_the_hybrid_is_refused(folder):
     with pytest.raises(ConsaError, match=said):
         AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     model = AutoModelForCausalLM.from_pretrained(folder)
-    model.set_attn_implementation("sdpa")
+    wanted = model(tokens(1, 5), use_cache=False).logits
+    with pytest.raises(ConsaError, match=said):
+        model.set_attn_implementation("sdpa")
+    assert torch.equal(model(tokens(1, 5), use_cache=False).logits, wanted)
+    model.config._attn_implementation = "sdpa"
     with pytest.raises(ConsaError, match=said):
         model.generate(tokens(1, 5), max_new_tokens=2)
     with pytest.raises(ConsaError, match=said):
@@ -359,3 +363,28 @@ def test_what_transformers_does_not_save_is_one_line(tmp_path):
     with pytest.raises(ConsaError, match=r"^LlamaForCausalLM cannot be saved: "):
         convert(model, allocate(model), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plain_llama_keeps_heads_of_a_size_of_their_own(tmp_path):
+    model = tiny(head_dim=16)  # 6 heads of a hidden size of 48
+    convert(model, layerwise(), tmp_path / "out", kind="plain")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with attached(model, layerwise()):
+        torch.testing.assert_close(
+            logits(stock, tokens(1, 40)), logits(model, tokens(1, 40)), atol=1e-4, rtol=0
+        )
+
+
+def test_an_allocation_of_another_shape_in_a_config_is_refused():
+    model = tiny()
+    model.config.consa = json.loads(Allocation(full_attention=np.ones((5, 3), bool), window=4).to_json())
+    model.set_attn_implementation("consa")
+    with pytest.raises(ConsaError, match=r"is for 5 layers x 3 KV heads, the model has 4 x 3; convert"):
+        model(tokens(1, 8), use_cache=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("device", "said"), [("cuda", "torch sees no GPU"), ("gpu", "got 'gpu'")])
+def test_a_device_that_is_not_there_is_said_before_anything_is_read(device: str, said: str, tmp_path: Path):
+    with pytest.raises(ConsaError, match=said):
+        load(tmp_path / "nothing", device=device)

@@ -326,6 +326,7 @@ def test_learn_from_the_shell(tmp_path: Path, tiny_model_folder: Path, text_fold
     assert {line.split()[0] for line in done.stderr.splitlines()} == {
         "Loading",
         "Reading",
+        "Found",
         "Learning",
         "Refining",
         "Undecided:",

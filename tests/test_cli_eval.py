@@ -33,12 +33,12 @@ def test_every_setting_is_an_option():
 
 def test_eval_measures_what_is_named(tmp_path: Path, tiny_model_folder: Path, text_folder: Path):
     rules.top(4, 3, sparsity=0.25, window=8).save(tmp_path / "mine.json")
-    names = ["middle", "all-swa", tmp_path / "mine.json"]
+    names = ["middle", "all_swa", tmp_path / "mine.json"]
     command = ["eval", tiny_model_folder, *SMALL, "--data", text_folder, "--sparsity", 0.5]
     command += ["--retrieval", "single", "--lengths", "500", "--examples", 1, "--out", tmp_path / "out"]
     result = consa_cli(*command, *(word for name in names for word in ("--allocation", name)))
     assert result.exit_code == 0, result.output
-    for part in ("dense", "all-swa", "middle", "recovered", "single 500", "by first position", "eval.png"):
+    for part in ("dense", "all_swa", "middle", "recovered", "single 500", "by first position", "eval.png"):
         assert part in result.stdout
     assert "Measuring 16/16" in result.stderr
     record = json.loads((tmp_path / "out" / "eval.json").read_text())
@@ -92,7 +92,7 @@ def test_bad_settings_are_refused_before_any_work(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--allocation", "guess"], ["'guess'", "dense, all-swa, interleaved"]),
+        (["--allocation", "guess"], ["'guess'", "dense, all_swa, interleaved"]),
         (["--allocation", "{0}/cut.json"], ["cut.json", "JSON"]),
         (["--allocation", "{0}/other.json"], ["other.json", "5 layers x 3 KV heads"]),
         (["--allocation", "{0}/other.tsv"], ["other.tsv"]),

@@ -260,3 +260,30 @@ def test_refinement_tries_the_layers_first_where_the_choice_was_close(monkeypatc
     assert out.full_attention.tolist() == [[True, False], [False, True], [False, True]]
     out = refine(NOTHING, start, NOTHING, max_evaluations=50, constraint=uniform)
     assert out.full_attention.tolist() == [[False, True], [False, True], [True, False]]
+
+
+def test_the_first_layer_that_is_decided_is_what_others_are_alike_to():
+    mask = np.array([[False, False], [True, False], [False, True]])
+    allocation = Allocation(full_attention=mask, window=4, native_windows={0: 3})
+    assert violation(allocation, Constraint(full_heads_per_layer="uniform")) is None
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("even", 1), ("uniform", 1), ("any", 2)])
+def test_learning_refines_within_the_constraint(kind: Any, ranks: int, monkeypatch: pytest.MonkeyPatch):
+    """Heads are worth what would draw FA out of its layer and rank."""
+    worth = np.array([[0, 9, 1, 2], [3, 4, 10, 5], [6, 7, 8, 11]])
+    loss = lambda _m, allocation, _s, _b: -float(worth[allocation.full_attention].sum())  # noqa: E731
+    monkeypatch.setattr(refinement, "_mean_loss", loss)
+    config = LearnConfig(
+        **{
+            "sparsity": 0.6,
+            "full_heads_per_layer": kind,
+            "tensor_parallel": ranks,
+            "seq_len": 16,
+            "window": 3,
+        },
+        **{"num_sink_tokens": 1, "num_steps": 2, "sequences_per_step": 2, "refine_evaluations": 60},
+    )
+    model = tiny(num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=3)
+    allocation = learn(model, tokens(7, 16).numpy(), config).allocation
+    assert violation(allocation, config.constraint) is None

@@ -26,7 +26,7 @@ from consa.evaluation.cells import Cell, run_cells
 from consa.evaluation.perplexity import load_losses, save_losses
 from consa.files import read_json, read_text
 from consa.gguf_header import check_header
-from consa.model import load_model, read_layout
+from consa.model import AttentionLayout, load_model, read_layout
 from consa.resume import CHECKPOINT, METRICS, Checkpoint
 from tests.models import allocate, byte_tokenizer, tiny, write_gguf
 
@@ -95,7 +95,7 @@ def test_a_damaged_record_of_a_run_is_refused(text: str, tmp_path: Path):
 def test_a_damaged_record_of_a_sweep_is_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "config.json").write_text(text)
     (tmp_path / "text").write_text("text")
-    monkeypatch.setattr(sweeping, "read_layout", lambda model: None)
+    monkeypatch.setattr(sweeping, "read_layout", lambda model: AttentionLayout(("attention",), 1, 1, 8))
     where = RunConfig(model="./nowhere", data=str(tmp_path / "text"))
     refuses(
         lambda: sweeping.sweep(where, SweepConfig(), EvalConfig(), tmp_path, command=""),

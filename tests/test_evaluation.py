@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from consa import ConsaError, convert, inputs, retrieval, rules
 from consa.config import EvalConfig, RunConfig
 from consa.data import load_sequences
 from consa.evaluation import cells, suite
+from consa.evaluation import retrieval as asking
 from consa.evaluation.intervals import Estimate, bootstrap
 from consa.evaluation.perplexity import buckets_of, heldout_losses
 from consa.evaluation.retrieval import ask
@@ -159,7 +161,7 @@ def test_questions_asked_together_are_answered_as_alone(tiny_model_folder: Path)
 
 def test_the_table_says_what_was_measured(finished: Any, where: RunConfig):
     _, table, _ = finished
-    assert [line.name for line in table.lines] == ["dense", "all-swa", "middle", "random_units"]
+    assert [line.name for line in table.lines] == ["dense", "all_swa", "middle", "random_units"]
     loaded = load_model(where.model, device="cpu")
     heldout = load_sequences(str(where.heldout_data), loaded.tokenizer, 96).spread(6)
     start = table.start
@@ -182,7 +184,7 @@ def test_the_table_says_what_was_measured(finished: Any, where: RunConfig):
         assert middle.differences_by_domain[domain].mean == pytest.approx((own - base)[rows, start:].mean())
     means = [losses[:, start:].mean() for losses in (floor, own, base)]
     assert middle.recovered == pytest.approx((means[0] - means[1]) / (means[0] - means[2]))
-    assert (dense.recovered, table.line("all-swa").recovered, dense.difference.mean) == (1, 0, 0)
+    assert (dense.recovered, table.line("all_swa").recovered, dense.difference.mean) == (1, 0, 0)
     assert middle.cache_bytes == allocation.kv_cache_bytes(1000, head_dim=8)
     assert dense.cache_bytes == 2 * 1000 * 4 * 3 * 8 * 2
     assert {task: list(lengths) for task, lengths in middle.retrieval.items()} == {
@@ -263,21 +265,23 @@ def test_questions_are_made_once_for_all_allocations(
 def test_each_window_has_an_all_swa_of_its_own(where: RunConfig, tmp_path: Path):
     other = rules.top(4, 3, sparsity=0.5, window=4, num_sink_tokens=1)
     other.save(tmp_path / "other.json")
-    names = [str(tmp_path / "other.json"), "all-swa", "dense", "bottom"]
+    names = [str(tmp_path / "other.json"), "all_swa", "dense", "bottom"]
     config = replace(CONFIG, retrieval=None)
-    table, _ = suite.run(where, config, names, tmp_path, command="c")
+    with pytest.raises(ConsaError, match=r"holds files of something else \(other\.json\)"):
+        suite.run(where, config, names, tmp_path, command="c")
+    table, _ = suite.run(where, config, names, tmp_path / "eval", command="c")
     assert [line.name for line in table.lines] == [
         "dense",
-        "all-swa 4+1",
-        "all-swa 8+2",
+        "all_swa 4+1",
+        "all_swa 8+2",
         f"{names[0]} 4+1",
         "bottom 8+2",
     ]
-    floors = {name: table.line(name) for name in ("all-swa 4+1", "all-swa 8+2")}
-    assert floors["all-swa 4+1"].loss.mean != floors["all-swa 8+2"].loss.mean
+    floors = {name: table.line(name) for name in ("all_swa 4+1", "all_swa 8+2")}
+    assert floors["all_swa 4+1"].loss.mean != floors["all_swa 8+2"].loss.mean
     assert all(line.recovered == 0 for line in floors.values())
-    gap = floors["all-swa 4+1"].loss.mean - table.line("dense").loss.mean
-    closed = floors["all-swa 4+1"].loss.mean - table.line(f"{names[0]} 4+1").loss.mean
+    gap = floors["all_swa 4+1"].loss.mean - table.line("dense").loss.mean
+    closed = floors["all_swa 4+1"].loss.mean - table.line(f"{names[0]} 4+1").loss.mean
     assert table.line(f"{names[0]} 4+1").recovered == pytest.approx(closed / gap)
 
 
@@ -315,7 +319,7 @@ def test_what_does_not_fit_is_refused_before_the_text_is_read(
     (tmp_path / "bad.json").write_text("{}")
     given: Any
     for given, named in (
-        (["nowhere"], "'nowhere' is no file, and none of dense, all-swa, interleaved"),
+        (["nowhere"], "'nowhere' is no file, and none of dense, all_swa, interleaved"),
         ([str(tmp_path / "other.json")], "other.json: .*5 layers x 3 KV heads"),
         ([str(tmp_path / "bad.json")], "bad.json: schema"),
         (replace(CONFIG, lengths="600,5000"), "lengths must be at most the 4096 positions of .* got 5000"),
@@ -348,3 +352,116 @@ def test_the_real_model_finds_what_is_hidden_and_a_window_alone_does_not(length:
     window = rules.bottom(30, 3, sparsity=1.0, window=256, num_sink_tokens=4)
     far = asked[:3]  # in the first half
     assert ask(loaded, window, far)["scores"] == [0.0] * 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dtype": "bfloat16"}, {"start": 60}, {"num_heldout": 5}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_changes_a_loss_has_it_measured_again(
+    change: dict[str, Any], finished: Any, where: RunConfig, tmp_path: Path
+):
+    folder, _, _ = finished
+    shutil.copytree(folder / "cells", tmp_path / "kept" / "cells")
+    config, asked = replace(CONFIG, retrieval=None), replace(where, **change)
+    kept, fresh = (
+        suite.run(asked, config, ["middle"], tmp_path / name, command="c")[0] for name in ("kept", "fresh")
+    )
+    assert [line.loss for line in kept.lines] == [line.loss for line in fresh.lines]
+
+
+def test_the_largest_window_says_where_counting_starts(where: RunConfig):
+    allocations = {str(window): rules.top(4, 3, sparsity=0.5, window=window) for window in (4, 16, 8)}
+    assert suite.start_of(where, replace(CONFIG, seq_len=512), allocations) == 64
+    with pytest.raises(ConsaError, match=r"window . num_sink_tokens .* seq_len .96., got 94 . 4"):
+        suite.start_of(where, CONFIG, {"a": rules.top(4, 3, sparsity=0.5, window=94)})
+
+
+def test_a_rule_that_draws_takes_the_seed(where: RunConfig):
+    layout = load_model(where.model, device="cpu").layout
+    for seed in (0, 3):
+        found = suite.named("random_units", "m", layout, replace(CONFIG, seed=seed))
+        wanted = rules.random_units(4, 3, sparsity=0.5, granularity="kv_head", seed=seed)
+        assert found and np.array_equal(found.full_attention, wanted.full_attention)
+
+
+def test_the_terminal_says_what_was_measured(finished: Any):
+    _, table, _ = finished
+    sections = {title.partition(",")[0]: (columns, rows) for title, columns, rows in table.sections()}
+    for title, (columns, rows) in sections.items():
+        assert columns[0] == "allocation" and [row[0] for row in rows] == [line.name for line in table.lines]
+        for line, (_, *said) in zip(table.lines, rows, strict=True):
+            if title.startswith("Held-out loss"):
+                cache = f"{line.cache_bytes / table.lines[0].cache_bytes:.1%}"
+                numbers = [f"{line.sparsity:.4f}", cache, f"{line.loss.mean:.4f}", str(line.difference)]
+                assert said == [*numbers, f"{line.recovered:.3f}"]
+            elif title.endswith("(nats)"):
+                assert said == [f"{found.mean:.4f}" for found in line.differences_by_position.values()]
+            elif title.startswith("Loss beyond"):
+                assert said == [str(line.differences_by_domain[domain]) for domain in columns[1:]]
+            else:
+                shares = [share for lengths in line.retrieval.values() for share in lengths.values()]
+                assert said == [f"{share:.2f}" for share in shares]
+
+
+def test_what_was_retrieved_is_the_mean_over_tasks_and_lengths(finished: Any):
+    line = finished[1].line("middle")
+    assert replace(line, retrieval={"a": {600: 1.0, 900: 0.0}, "b": {600: 0.5, 900: 0.0}}).retrieved == 0.375
+    assert math.isnan(replace(line, retrieval={}).retrieved)
+
+
+def test_what_was_learned_is_told_from_the_rest():
+    top = rules.top(4, 3, sparsity=0.5)
+    learned = replace(top, provenance={"method": "consa"})
+    given = (None, rules.all_swa(4, 3), learned, top)
+    assert [suite._kind_of(one) for one in given] == ["dense", "all-SWA", "learned", "other"]
+
+
+def test_intervals_are_over_documents_of_several_sequences(where: RunConfig, tmp_path: Path):
+    whole, config = replace(where, num_heldout=99), replace(CONFIG, retrieval=None)
+    table, _ = suite.run(whole, config, ["middle"], tmp_path, command="c")
+    loaded = load_model(where.model, device="cpu")
+    heldout = load_sequences(str(where.heldout_data), loaded.tokenizer, 96).spread(99)
+    assert len(np.unique(heldout.documents)) < len(heldout.documents)
+    losses = heldout_losses(loaded.model, heldout.tokens)[:, table.start :].mean(1, dtype=np.float64)
+    wanted, found = bootstrap(losses, heldout.documents), table.line("dense").loss
+    assert [found.mean, found.low, found.high] == pytest.approx([wanted.mean, wanted.low, wanted.high])
+
+
+def test_what_is_asked_is_part_of_what_an_answer_depends_on(where: RunConfig):
+    loaded = load_model(where.model, device="cpu")
+    tokens = np.zeros((2, 96), int)
+    first, again, other = (
+        {
+            one.name: one.settings
+            for one in suite._measures(loaded, tokens, replace(CONFIG, seed=seed), 32, None)
+        }
+        for seed in (0, 0, 1)
+    )
+    assert first == again and first["losses"] == other["losses"]
+    assert all(first[name] != other[name] for name in first if name != "losses") and len(first) == 5
+
+
+def test_every_document_is_as_likely_to_be_drawn():
+    """A document of one sequence beside one of 99: a quarter of the draws holds the first alone."""
+    estimate = bootstrap(np.r_[0.0, np.ones(99)], np.r_[0, np.ones(99, int)])
+    assert (estimate.mean, estimate.low, estimate.high) == (0.99, 0, 1)
+
+
+def test_the_longest_answer_says_how_many_tokens_all_may_take(
+    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    given: list[int] = []
+    silent = lambda *a, max_new_tokens, **_: given.append(max_new_tokens) or [""] * len(a[2])  # noqa: E731
+    monkeypatch.setattr(asking, "generate_texts", silent)
+    loaded = load_model(str(tiny_model_folder), device="cpu")
+    short, long = Example("a", ("1",)), Example("b", ("1234567", "7654321"))
+    assert ask(loaded, None, [short, long, short])["scores"] == [0, 0, 0]
+    assert given == [num_answer_tokens(long, loaded.tokenizer)] * 3
+
+
+def test_intervals_are_of_the_mean_over_sequences():
+    documents = np.repeat(np.arange(40), [1, 9] * 20)
+    estimate = bootstrap((documents % 2).astype(float), documents)
+    assert estimate.mean == 0.9 and 0.7 < estimate.low < 0.9 < estimate.high

@@ -158,3 +158,22 @@ def test_drawing_needs_no_display_and_changes_nothing_global():
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=Path(__file__).parent.parent)
+
+
+def test_shades_say_how_far_a_score_is_from_the_decision():
+    full = np.array([[True], [True], [True], [False], [False], [False]])
+    scores = np.array([[3.0], [1.0], [2.0], [0.0], [-2.0], [-50.0]])
+    allocation = Allocation(full_attention=full, window=8, scores=scores, native_windows={5: 4})
+    assert figures.shades(allocation)[:5, 0].tolist() == [1, 0, 0.5, 0, 1]
+
+
+def test_every_unit_of_a_heatmap_has_its_own_score():
+    scores = np.array([[1.0, -2.0], [3.0, 4.0]])
+    allocation = Allocation(full_attention=scores > 0, window=8, scores=scores)
+    axes = figures._draw_heatmap(allocation).axes[0]
+    found = {text.get_position(): text.get_text() for text in axes.texts}
+    assert found == {
+        (column, layer): f"{scores[layer, column]:.1f}".replace("-", "\N{MINUS SIGN}")
+        for layer in range(2)
+        for column in range(2)
+    }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from consa.errors import ConsaError
-from consa.files import cache_dir, check_writable, read_text, sha256_of, write_atomically
+from consa.files import cache_dir, check_writable, read_text, remove_leftovers, sha256_of, write_atomically
 
 
 @pytest.fixture
@@ -151,3 +151,11 @@ def test_what_can_be_written_is_known_before(tmp_path: Path):
 def test_a_folder_that_takes_nothing_is_named():
     with pytest.raises(ConsaError, match="cannot write /proc/consa: "):
         check_writable(Path("/proc/consa"))
+
+
+def test_leftovers_that_are_links_go_and_what_they_name_stays(tmp_path: Path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").touch()
+    (link := tmp_path / ".name.0123456789abcdef").symlink_to(tmp_path / "kept")
+    remove_leftovers(tmp_path)
+    assert not link.is_symlink() and (tmp_path / "kept" / "file").exists()

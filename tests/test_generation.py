@@ -310,3 +310,21 @@ def test_the_real_model_finds_what_it_finds_without_a_cache(real, real_allocatio
     wanted = allocation.kv_cache_bytes(seen, head_dim=64, bytes_per_element=4)
     one_chunk = 2 * 90 * GROWTH * 64 * 4
     assert seen == ids.shape[1] + 8 and wanted <= allocated_bytes(getattr(out, CACHE)) < wanted + one_chunk
+
+
+def test_sampling_chooses_from_all_that_top_p_leaves():
+    options = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0}
+    assert Sampling(temperature=0.8, top_p=0.9).options() == options  # generate's own top_k would be 50
+
+
+def test_every_position_may_be_generated(text_model, monkeypatch):
+    model, tokenizer = text_model
+    monkeypatch.setattr(model.config, "max_position_embeddings", 10)
+    generate_text(model, tokenizer, "x", max_new_tokens=9)
+    with pytest.raises(ConsaError, match="1 tokens and 10 new ones are more than the 10 positions"):
+        generate_text(model, tokenizer, "x", max_new_tokens=10)
+
+
+def test_bytes_that_are_no_text_are_refused(text_model):
+    with pytest.raises(ConsaError, match="a prompt must be text in UTF-8"):
+        generate_text(*text_model, "caf\udce9")

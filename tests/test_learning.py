@@ -360,7 +360,7 @@ def test_frozen_mode_leaves_the_model_as_it_was(checkpointing: bool):
     assert all(p.grad is None for p in model.parameters())
     assert model.config.to_json_string() == config and model.config._attn_implementation == "sdpa"
     assert not torch.are_deterministic_algorithms_enabled()
-    assert not model.is_gradient_checkpointing
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -372,7 +372,9 @@ def test_a_failure_leaves_the_model_as_it_was(checkpointing: bool):
     assert all(p.requires_grad for p in model.parameters())
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert model.config._attn_implementation == "sdpa"
-    assert not torch.are_deterministic_algorithms_enabled() and not model.is_gradient_checkpointing
+    assert not torch.are_deterministic_algorithms_enabled() and not any(
+        getattr(m, "gradient_checkpointing", False) for m in model.modules()
+    )
 
 
 def test_joint_mode_trains_every_weight_and_lowers_the_loss():
@@ -452,3 +454,98 @@ def test_no_text_is_refused(shape: tuple[int, int]):
         ConsaError, match=rf"no training text: got sequences of shape \({shape[0]}, {shape[1]}\)"
     ):
         learn(tiny(), np.zeros(shape, dtype=np.uint16), QUICK)
+
+
+def test_what_the_caller_had_chosen_comes_back():
+    model, settings = tiny(), torch.utils.deterministic
+    model.gradient_checkpointing_enable()
+    try:
+        for warn_only in (False, True):
+            torch.use_deterministic_algorithms(True, warn_only=warn_only)
+            with loop.prepared(model, activation_checkpointing=True):
+                assert not settings.fill_uninitialized_memory
+            assert torch.are_deterministic_algorithms_enabled()
+            assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+            assert settings.fill_uninitialized_memory and model.is_gradient_checkpointing
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_gradients_of_weights_are_clipped_in_joint_mode(monkeypatch: pytest.MonkeyPatch):
+    asked, update = [], loop.Weights.update
+
+    def seen(weights: loop.Weights, *, max_norm: float, **options: Any) -> float:
+        asked.append(max_norm)
+        return update(weights, max_norm=max_norm, **options)
+
+    monkeypatch.setattr(loop.Weights, "update", seen)
+    learn(tiny(), text(), changed(mode="joint", num_steps=2))
+    assert asked == [1.0, 1.0]
+
+
+def test_every_seed_and_purpose_draws_numbers_of_its_own():
+    drawn = {
+        float(torch.rand(1, generator=loop.generator(seed, purpose)))
+        for seed in (0, 1)
+        for purpose in ("start", "noise 0", "noise 1")
+    }
+    assert len(drawn) == 6
+
+
+def test_the_multiplier_grows_faster_from_the_warm_ups_end_on():
+    config, multiplier = changed(num_steps=10, warmup=0.4), 0.0
+    for record in learn(tiny(), text(), config).history:
+        growth = config.penalty_growth ** max(0.0, (record["step"] / 10 - 0.4) / 0.6)
+        multiplier += growth * config.multiplier_step * (record["target"] - record["expected_sparsity"])
+        assert record["multiplier"] == pytest.approx(multiplier, rel=1e-9)
+
+
+def test_sharpening_begins_where_it_is_told():
+    without, with_it = (
+        learn(tiny(), text(), changed(num_steps=10, sharpening=most, sharpening_start=0.5)).history
+        for most in (0.0, 30.0)
+    )
+    assert without[:5] == with_it[:5]
+    assert without[5]["expected_sparsity"] != with_it[5]["expected_sparsity"]
+
+
+def test_gates_stay_within_their_bounds():
+    config = changed(sparsity=0.9, num_steps=12, gate_lr=3.0, log_alpha_min=-1.5, log_alpha_max=2.5)
+    scores = learn(tiny(), text(), config).allocation.scores
+    assert scores is not None and scores.min() == -1.5 and scores.max() <= 2.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "sequences", "said"),
+    [
+        (
+            {"window": 15},
+            text(),
+            r"window \+ num_sink_tokens must be smaller than seq_len \(16\), got 15 \+ 1",
+        ),
+        ({}, torch.zeros(4, 16), r"a numpy array of tokens .*, got Tensor of shape \(4, 16\)"),
+        ({}, text()[0], r"got ndarray of shape \(16,\)"),
+    ],
+    ids=["window", "tensor", "one sequence"],
+)
+def test_text_that_nothing_can_be_learned_on_is_refused(changes: dict[str, Any], sequences: Any, said: str):
+    with pytest.raises(ConsaError, match=said):
+        learn(tiny(), sequences, changed(**changes))
+
+
+def test_the_record_says_how_long_the_sequences_were():
+    allocation = learn(tiny(), text(), changed(seq_len=8192, num_steps=1)).allocation
+    assert allocation.provenance["config"]["seq_len"] == 16
+
+
+def test_a_checkpoint_is_named_only_where_there_is_one(tmp_path: Path):
+    for folder, every, kept in ((tmp_path / "a", 1, True), (tmp_path / "b", 5, False)):
+        model = tiny()
+
+        def poison(model: Any = model) -> None:
+            with torch.no_grad():
+                model.lm_head.weight[:] = float("nan")
+
+        with pytest.raises(ConsaError, match="and choose another folder") as caught:
+            learn(model, text(), changed(checkpoint_every=every), run_dir=folder, on_step=at_step(1, poison))
+        assert ("the last good checkpoint" in str(caught.value)) == kept

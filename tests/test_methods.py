@@ -18,7 +18,7 @@ from consa.allocation import num_full_units
 from consa.attention import masks
 from consa.config import ChoiceConfig
 from consa.methods import METHODS, RANKINGS, choose, duo_attention, method_named, prulong
-from consa.methods.bosch import apportion
+from consa.methods.bosch import _buckets, apportion
 from consa.methods.problem import Problem, Text
 from consa.methods.tsv import read_tsv
 from consa.model import LoadedModel, attention_layout, load_model
@@ -366,3 +366,77 @@ def test_patterns_of_another_shape_are_refused_by_name(text: str, message: str, 
 def test_a_pattern_that_is_not_there_is_refused_by_name(tmp_path: Path):
     with pytest.raises(ConsaError, match=r"cannot read .*nothing\.tsv"):
         read_tsv(tmp_path / "nothing.tsv", num_layers=3, num_kv_heads=2)
+
+
+def test_every_seed_has_an_order_of_its_own(tokenizer: Any):
+    sequences = np.arange(40).reshape(20, 2)
+    samples = [
+        [
+            int(text.tokens[0])
+            for text in Problem(
+                loaded_from(tiny(), tokenizer), sequences, ChoiceConfig(seed=seed, **SMALL)
+            ).sample()
+        ]
+        for seed in range(3)
+    ]
+    assert all(len(set(sample)) == 2 for sample in samples) and len(set(map(tuple, samples))) == 3
+
+
+def test_a_bucket_opens_a_head_of_each_of_its_layers_first():
+    rise = np.array([0.0, 5.0, 1.0, 4.0, 2.0, 3.0])
+    found = [bucket.tolist() for bucket in _buckets(rise, 2)]
+    assert found == [[2, 6, 3, 7], [10, 8, 11, 9], [4, 0, 5, 1]]
+
+
+def test_ties_of_many_units_go_to_the_lower_ones(tokenizer: Any):
+    loaded = loaded_from(tiny(num_hidden_layers=32), tokenizer)
+    problem = Problem(loaded, np.zeros((1, 9), int), ChoiceConfig(**SMALL | {"sparsity": 0.5}))
+    tied = np.random.default_rng(0).integers(0, 3, 96).astype(float)
+    wanted = np.argsort(-tied, kind="stable")[:48]
+    assert np.flatnonzero(problem.top(tied)).tolist() == sorted(wanted)
+
+
+def test_duo_attentions_gates_stay_between_0_and_1(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    model = tiny(num_hidden_layers=2)
+    with torch.no_grad():  # half of the gates have no effect and close
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+    texts = [Text(tokens, 20) for tokens in text_of(model, 4, 40)]
+    monkeypatch.setattr(Problem, "questions", lambda *_: texts)
+    config = ChoiceConfig(sparsity=0.5, **SMALL | {"window": 3, "num_steps": 90})
+    scores = METHODS["duo_attention"](loaded_from(model, tokenizer), np.zeros((1, 40), int), config).scores
+    assert scores is not None and scores.min() >= 0 and scores.max() <= 1 + 1e-6
+
+
+def test_duo_attention_looks_at_answers_alone(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    loaded = loaded_from(model := tiny(), tokenizer)
+    sequences = text_of(model, 4, 40)
+    config, found = ChoiceConfig(**SMALL | {"window": 3, "num_steps": 8}), []
+    for start in (1, 20, 38):
+        monkeypatch.setattr(Problem, "questions", lambda *_, start=start: [Text(t, start) for t in sequences])
+        found.append(METHODS["duo_attention"](loaded, sequences, config).scores)
+    assert not np.allclose(found[0], found[1], atol=1e-4) and not np.allclose(found[1], found[2], atol=1e-4)
+
+
+def test_greedy_ranks_open_and_closed_units_by_what_they_are_worth(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    costs = np.random.default_rng(0).random(12)
+    monkeypatch.setattr(Problem, "loss", lambda problem, full, texts: float(costs[~full].sum()))
+    loaded = loaded_from(tiny(), tokenizer)
+    config = ChoiceConfig(**SMALL | {"evaluations": 14})
+    allocation = METHODS["greedy"](loaded, text_of(loaded.model, 2, 20), config)
+    assert allocation.scores is not None
+    np.testing.assert_allclose(allocation.scores.flatten(), costs, atol=1e-12)
+
+
+def test_consa_refines_on_as_many_sequences_as_others_evaluate_on():
+    assert ChoiceConfig(evaluation_sequences=3).for_learning().refine_sequences == 3
+
+
+def test_every_seed_asks_questions_of_its_own(tokenizer: Any):
+    loaded = loaded_from(tiny(), tokenizer)
+    asked = [
+        Problem(loaded, np.zeros((1, LENGTH), int), ChoiceConfig(seed=seed, **SMALL)).questions(1)[0]
+        for seed in (0, 1)
+    ]
+    assert asked[0].tokens.tolist() != asked[1].tokens.tolist()

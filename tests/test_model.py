@@ -453,3 +453,17 @@ def test_attention_dropout_in_training_is_refused():
         model.train()
         with pytest.raises(ConsaError, match=r"attention dropout 0\.25"):
             logits(model, tokens(1, 6))
+
+
+def test_what_is_around_a_model_is_refused_by_name():
+    pytest.importorskip("peft", reason="needs consa[lora]")
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny()
+    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"]))
+    for outer in (wrapped, torch.compile(model)):
+        with (
+            pytest.raises(UnsupportedModelError, match=r"the one inside: get_base_model\(\)"),
+            attached(outer, allocate(model)),
+        ):
+            pass

@@ -103,3 +103,13 @@ def test_numbers_differ_whenever_needles_are_seen(tmp_path: Path, monkeypatch: p
     for row in rows[:, is_digit]:
         assert (row[:10] == row[10:]).all() and sorted(row[:10]) == sorted(digits)
     assert len({row.tobytes() for row in rows}) == 4
+
+
+def test_adapting_before_learning_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("sys.argv", ["run", "qwen3_0_6b", "adapt", "--runs", str(tmp_path)])
+    with pytest.raises(SystemExit) as caught:
+        run.main()
+    assert caught.value.code == 2
+    assert "qwen3_0_6b-learn holds no allocation; run the recipe's learn before" in capsys.readouterr().err

@@ -15,8 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from consa import Allocation, ConsaError, cli, rules
-from consa.relations import MEASURES, Behaviour
+from consa.relations import MEASURES, OPTIONAL, Behaviour, relate
 from consa.report import charts, page
+from consa.report.folder import Run
+from consa.report.sections import Sections, _distinct
 
 pytest.importorskip("vl_convert", reason="needs consa[report]")
 
@@ -92,7 +94,7 @@ def make_run(
         }
         for line, kind, rise in (
             ("dense", "dense", 0.0),
-            ("all-swa", "all-SWA", 1.0),
+            ("all_swa", "all-SWA", 1.0),
             (f"{name}/allocation.json", "learned", 0.2),
         )
     ]
@@ -478,3 +480,91 @@ def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str, width: int):
     )
     assert not said
     context.close()
+
+
+def test_attention_by_distance_is_that_of_decided_units():
+    by_distance = np.array([[[1, 0, 0, 0]], [[0, 0.5, 0.5, 0]], [[0, 0, 0, 1]]], dtype=np.float32)
+    measures = {name: np.zeros((3, 1), np.float32) for name in MEASURES if name not in OPTIONAL}
+    found = Behaviour(measures=measures, by_distance=by_distance, window=8, num_sink_tokens=4)
+    full = np.array([[True], [False], [False]])
+    rows = charts.distances(Allocation(full_attention=full, window=8, native_windows={2: 4}), found)
+    assert rows["decision"] == ["FA"] * 4 + ["SWA"] * 4
+    assert rows["bucket"] == ["0", "1", "2\N{EN DASH}3", "4\N{EN DASH}7"] * 2
+    assert rows["share"] == [1, 0, 0, 0, 0, 0.5, 0.5, 0]
+
+
+def test_steps_of_a_long_run_are_means():
+    names = ("step", "loss", "expected_sparsity", "target", "multiplier", "fractional")
+    found = charts.history(
+        [dict.fromkeys(names, float(n)) for n in range(2 * charts.MAX_POINTS)], adapted=False
+    )
+    assert all(list(found[name][:3]) == [0.5, 2.5, 4.5] and len(found[name]) == 400 for name in names)
+
+
+def test_the_headline_says_the_runs_own_numbers(tmp_path: Path):
+    html, _ = make_page([make_run(tmp_path / "run", sparsity=0.75)], tmp_path / "report.html")
+    found = re.findall(r"<dd>([^<]*)</dd>", html)
+    assert found == ["75.0%", "25.0%", "80.0%", "0.200", "1.50\N{MULTIPLICATION SIGN}"]
+
+
+def test_tables_and_charts_say_what_the_files_say(tmp_path: Path):
+    folder = make_run(tmp_path / "run")
+    html, seen = make_page([folder], tmp_path / "report.html")
+    data = json.loads(seen.scripts[0])["data"]
+    assert data["positions 0"]["rise"] == pytest.approx([0, 0, 0, 1, 0, 0.5, 0, 0.2])
+    kinds = ("dense", "all-SWA", "other", "learned")
+    assert data["positions 0"]["kind"] == [kind for kind in kinds for _ in range(2)]
+    evaluated = data["evaluated positions 0"]
+    assert evaluated["low"] == pytest.approx([-0.02, -0.02, 0.48, 0.98, 0.08, 0.18])
+    assert evaluated["high"] == pytest.approx([0.02, 0.02, 0.52, 1.02, 0.12, 0.22])
+    assert data["benchmark 0"]["cache_mb"] == [512, 512, 1024, 1024]
+    assert cells(html, "Loss from position 64 on.")[-6:] == [
+        *("model/allocation.json", "0.5000", "2.2000", "+0.2000", "+0.1800 to +0.2200", "0.800"),
+    ]
+    measured = re.findall(
+        r"<t[hd](?: [^>]*)?>([^<]*)<", html.partition(">peak MB</th>")[2].partition("</table>")[0]
+    )
+    assert measured[7:14] == ["hybrid", "512", "1", "1.000", "15.0", "512.00", "1000"]
+    told = cells(html, "with the decision and with the score.")
+    behaviour = Behaviour.load(folder / "behaviour.safetensors")
+    for found in relate(behaviour, Allocation.load(folder / "allocation.json")):
+        place = told.index(found.measure.replace("_", " "))
+        numbers = (found.auc, found.with_decision, found.with_scores)
+        assert told[place + 1 : place + 4] == [f"{number:.3f}" for number in numbers]
+
+
+def test_a_measure_that_every_swa_unit_has_more_of_tells_the_most():
+    full = np.array([[False, False], [True, True], [False, False]])
+    measures = {name: np.full((3, 2), 0.5, np.float32) for name in MEASURES if name not in OPTIONAL}
+    measures["sink_share"] = np.where(full, 0.1, 0.9).astype(np.float32)  # an AUC of 0
+    measures["copy"] = np.array([[0.1, 0.6], [0.5, 0.6], [0.1, 0.5]], dtype=np.float32)
+    by_distance = np.full((3, 2, 4), 0.25, np.float32)
+    found = Behaviour(measures=measures, by_distance=by_distance, window=8, num_sink_tokens=4)
+    run = Run(name="run", allocation=Allocation(full_attention=full, window=8), behaviour=found)
+    sections = Sections([run], None)
+    assert sections.data["relations 0"]["measure"][-1] == "sink share"
+    (spectrum,) = (chart for chart in sections.charts if chart.name == "run-spectrum")
+    assert spectrum.spec["params"][0]["value"] == "sink_share"
+
+
+def test_a_layer_decided_as_one_has_the_mean_of_its_heads():
+    measures = {name: np.zeros((2, 2), np.float32) for name in MEASURES if name not in OPTIONAL}
+    measures["copy"] = np.array([[0.25, 0.75], [0, 1]], dtype=np.float32)
+    by_distance = np.full((2, 2, 4), 0.25, np.float32)
+    found = Behaviour(measures=measures, by_distance=by_distance, window=8, num_sink_tokens=4)
+    chosen = Allocation(full_attention=np.array([[True] * 2, [False] * 2]), granularity="layer", window=8)
+    assert charts.units(chosen, found)["copy"] == [0.5, 0.5]
+
+
+def test_of_one_document_there_is_no_interval(tmp_path: Path):
+    folder = make_run(tmp_path / "run")
+    record = json.loads((folder / "eval.json").read_text())
+    for line in record["lines"]:
+        line["difference"] |= {"low": None, "high": None}
+    (folder / "eval.json").write_text(json.dumps(record))
+    html, _ = make_page([folder], tmp_path / "report.html")
+    assert cells(html, "Loss from position 64 on.")[-2:] == ["\N{EN DASH}", "0.800"]
+
+
+def test_names_that_come_again_are_told_apart():
+    assert _distinct(["a", "a (2)", "a", "a"]) == ["a", "a (2)", "a (3)", "a (4)"]

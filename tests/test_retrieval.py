@@ -106,3 +106,9 @@ def test_what_cannot_be_is_refused(changes: dict, named: str, tokenizer):
     given = {"task": "single", "length": 1000, "count": 1} | changes
     with pytest.raises(ConsaError, match=named):
         examples(given.pop("task"), tokenizer, **given)
+
+
+def test_what_is_hidden_lies_in_the_middle_of_equal_parts(tokenizer):
+    made = examples("single", tokenizer, length=3000, count=4)
+    depths = [example.prompt.index(example.answers[0]) / len(example.prompt) for example in made]
+    assert depths == pytest.approx([0.125, 0.375, 0.625, 0.875], abs=0.06)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from consa import Allocation, ConsaError, inputs, rules, runs
+from consa import Allocation, ConsaError, gates, inputs, rules, run_folder, runs
+from consa import summary as summaries
+from consa.checkpoint import verify
 from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig, SweepConfig
-from consa.data import load_sequences
+from consa.data import SequenceSet, load_sequences
 from consa.evaluation.perplexity import compare, heldout_losses, sampled_losses
 from consa.model import load_model
 from consa.rules import RULES
@@ -393,3 +396,166 @@ def test_tensorboard_writes_what_it_is_told(
     run_learning(where, replace(CONFIG, num_steps=2), tmp_path, command="c", tensorboard=True)
     assert {name for name, _, _ in written} >= {"loss", "expected_sparsity", "target", "multiplier", "closed"}
     assert {step for _, _, step in written[:-1]} == {1, 2}
+
+
+def test_losses_are_kept_for_nothing_but_what_they_are_of(
+    where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    loaded = load_model(where.model, device="cpu")
+    decided = rules.random_units(4, 3, sparsity=0.5, granularity="kv_head", window=4)
+    text, other = np.random.default_rng(0).integers(0, 256, (2, 2, 40))
+    drawn, also = (replace(decided, scores=np.full((4, 3), score)) for score in (0.0, 0.5))
+    done: list[str] = []
+    for kind in ("heldout_losses", "sampled_losses"):
+        zeros = lambda *_, kind=kind, **__: done.append(kind) or np.zeros((2, 39), np.float32)  # noqa: E731
+        monkeypatch.setattr(runs, kind, zeros)
+    both = ["heldout_losses", "sampled_losses"]
+    for tokens, learned, weights, wanted in (
+        (text, drawn, None, both),
+        (text, drawn, None, []),
+        (other, drawn, None, both),
+        (text, also, None, both[1:]),  # the same decision of other gates
+        (text, drawn, {"seed": 1}, both),
+    ):
+        done.clear()
+        options: Any = {"batch_size": 1, "weights": weights, "sampled": True}
+        runs._measure(loaded, tokens, {"learned": learned}, tmp_path, **options)
+        assert done == wanted
+
+
+def test_losses_that_are_not_finite_are_refused_and_not_kept(
+    where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    lost = lambda model, tokens, **_: np.full((len(tokens), 95), np.nan, np.float32)  # noqa: E731
+    monkeypatch.setattr(runs, "heldout_losses", lost)
+    config = replace(CONFIG, num_steps=1, refine_evaluations=0)
+    with pytest.raises(ConsaError, match="dense has held-out losses that are not finite; use float32"):
+        run_learning(where, config, tmp_path, command="c")
+    assert not list(tmp_path.glob("heldout/*")) and not (tmp_path / "summary.json").exists()
+
+
+def test_stochastic_gates_are_measured_on_the_same_positions(
+    finished: tuple[Path, dict[str, Any]], where: RunConfig
+):
+    folder, summary = finished
+    loaded = load_model(where.model, device="cpu")
+    heldout = load_sequences(where.data, loaded.tokenizer, 96, split="heldout").spread(4)
+    drawn = sampled_losses(loaded.model, heldout.tokens, Allocation.load(folder / "allocation.json"))
+    wanted = float(drawn[:, summary["start"] :].mean())
+    assert summary["losses"]["stochastic"] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_under_a_budget_rules_are_measured_at_the_sparsity_it_affords(where: RunConfig, tmp_path: Path):
+    layout = load_model(where.model, device="cpu").layout
+    affordable = rules.bottom(*layout.shape, sparsity=0.75, granularity="kv_head", window=8)
+    budget = affordable.kv_cache_bytes(1000, head_dim=layout.head_dim)
+    config = replace(CONFIG, kv_budget=budget, context=1000, num_steps=1, refine_evaluations=0)
+    summary = run_learning(replace(where, num_heldout=1), config, tmp_path, command="c")
+    assert {row["sparsity"] for row in summary["rows"][2:]} == {0.75}
+
+
+def test_joint_learning_leaves_a_hybrid_even_where_plain_would_do(where: RunConfig, tmp_path: Path):
+    config = replace(CONFIG, mode="joint", granularity="layer", num_sink_tokens=0, num_steps=1)
+    run_learning(where, replace(config, refine_evaluations=0), tmp_path, command="c")
+    assert verify(tmp_path / "model") == ("hybrid", Allocation.load(tmp_path / "allocation.json"))
+    assert "All rows are of the weights that this run trained" in (tmp_path / "summary.md").read_text()
+
+
+def test_documents_are_counted_once():
+    heldout = SequenceSet(
+        tokens=np.zeros((3, 96), int),
+        domains=("",) * 3,
+        documents=np.array([4, 4, 7]),
+        num_documents=9,
+        num_skipped=7,
+    )
+    found = {name: (0.0, np.ones((3, 95))) for name in ("dense", "all_swa")}
+    allocation = rules.top(4, 3, sparsity=0.5)
+    said = summaries.measured({}, allocation, CONFIG, heldout, compare(found, start=32))
+    assert (said["heldout_sequences"], said["heldout_documents"]) == (3, 2)
+
+
+def test_all_of_the_text_is_learned_on_only_if_other_text_is_measured_on(where: RunConfig):
+    loaded = load_model(where.model, device="cpu")
+    for heldout_data, split in ((None, "train"), (where.data, "all")):
+        found = inputs.training_text(replace(where, heldout_data=heldout_data), 96, loaded)
+        wanted = load_sequences(where.data, loaded.tokenizer, 96, split=split)
+        assert np.array_equal(found.tokens, wanted.tokens)
+
+
+def test_each_sequence_has_gates_of_its_own_however_many_are_computed_at_once(where: RunConfig):
+    loaded = load_model(where.model, device="cpu")
+    tokens = np.random.default_rng(0).integers(0, 256, (5, 40))
+    undecided = replace(rules.random_units(4, 3, sparsity=0.5, window=4), scores=np.zeros((4, 3)))
+    alone, together = (sampled_losses(loaded.model, tokens, undecided, batch_size=size) for size in (1, 5))
+    np.testing.assert_allclose(alone, together, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_model_computes_in_the_dtype_asked_for(dtype: Any, where: RunConfig):
+    assert inputs.load(replace(where, dtype=dtype)).model.dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("granularity", ["kv_head", "layer"])
+def test_what_a_run_is_compared_with_has_its_limits(granularity: Any, where: RunConfig):
+    loaded = load_model(where.model, device="cpu")
+    config = replace(CONFIG, granularity=granularity, window=9, num_sink_tokens=3)
+    found = runs._competitors(loaded, config, 0.5)
+    assert found.pop("dense") is None and found["all_swa"] is not None
+    for allocation in found.values():
+        assert allocation is not None
+        assert (allocation.window, allocation.num_sink_tokens) == (9, 3)
+        assert allocation.granularity == granularity
+
+
+def test_the_summary_says_losses_by_position(finished: tuple[Path, dict[str, Any]]):
+    folder, summary = finished
+    markdown = (folder / "summary.md").read_text()
+    assert "| allocation | 0-63 | 64-94 |" in markdown
+    for row in summary["rows"]:
+        assert f"| {row['name']} | {' | '.join(f'{loss:.3f}' for loss in row['by_position'])} |" in markdown
+
+
+@pytest.mark.parametrize(("granularity", "kinds"), [("layer", 1), ("kv_head", 3)])
+def test_a_layer_decided_as_one_has_one_gate(
+    granularity: Any, kinds: int, where: RunConfig, monkeypatch: pytest.MonkeyPatch
+):
+    drawn, sample = [], gates.sample
+    monkeypatch.setattr(gates, "sample", lambda *given: drawn.append(sample(*given)) or drawn[-1])
+    loaded = load_model(where.model, device="cpu")
+    undecided = rules.random_units(4, 3, sparsity=0.5, granularity=granularity, window=4)
+    undecided = replace(undecided, scores=np.zeros((4, 3)))
+    sampled_losses(loaded.model, np.zeros((2, 20), int), undecided)
+    (z,) = drawn
+    assert z.shape == (4, 2, 3) and max(len(heads.unique()) for row in z for heads in row) == kinds
+
+
+def test_a_lock_that_its_last_holder_has_just_removed_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    lock, flock = tmp_path / ".lock", fcntl.flock
+
+    def after_another(file: Any, how: int) -> None:
+        lock.unlink()
+        lock.touch()  # and yet another process has begun
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", after_another)
+    with pytest.raises(ConsaError, match="in use by another process"), run_folder.claimed(tmp_path):
+        raise AssertionError("it must not begin")
+
+
+def test_what_text_there_is_is_said(where: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "long.txt").write_text("word " * 200)
+    (texts / "short.txt").write_text("word")
+    (texts / "bytes.txt").write_bytes(b"\xff\x00" * 50)
+    loaded = load_model(where.model, device="cpu")
+    inputs.training_text(replace(where, data=str(texts), heldout_data=where.data), 96, loaded)
+    said = capsys.readouterr().err
+    assert re.search(
+        r"Found \d+ sequences of 96 tokens in 3 documents, 2 of them too short or not text", said
+    ), said
+    runs._say_if_few(3, replace(CONFIG, num_steps=5, sequences_per_step=3))
+    assert "Little text: each training sequence is used 5.0 times" in capsys.readouterr().err

@@ -171,3 +171,9 @@ def test_what_was_learned_for_it_can_be_served():
     assert found.planned_bytes < 1.05 * found.ideal_bytes
     assert not any(violation(allocation, Constraint(tensor_parallel=ranks)) for ranks in (1, 2, 4))
     assert {head for layer in found.modules for module in layer for head in module.heads} == {6, 7}
+
+
+def test_kinds_of_which_one_has_half_as_many_more_are_grouped_by_the_rarest():
+    shapes: Any = [(1, None)] * 2 + [(1, 5)] * 3
+    counted = planned_head_tokens(shapes, context=26, num_sink_tokens=0, block_size=4)
+    assert counted == 2 * (7 + 2 * 2) * 4

@@ -92,7 +92,7 @@ def test_a_sweep_chooses_measures_and_goes_on_where_it_was(
     assert {(c.window, c.num_sink_tokens, c.evaluations) for c in asked} == {(8, 2, 3)}
     assert {path.stem for path in (tmp_path / "allocations").iterdir()} == set(NAMES)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
-    assert [line.name for line in frontier.table.lines] == ["dense", "all-swa", *NAMES]
+    assert [line.name for line in frontier.table.lines] == ["dense", "all_swa", *NAMES]
     provenance = Allocation.load(tmp_path / "allocations" / f"{NAMES[0]}.json").provenance
     assert {"model", "method", "seconds", "hardware"} <= provenance.keys()
 
@@ -190,6 +190,10 @@ def test_all_rules_by_one_word_each_once():
         ({"granularity": "head"}, "granularity .* got 'head'"),
         ({"seeds": 0}, "seeds must be an integer >= 1, got 0"),
         ({"num_steps": 0}, "num_steps .* got 0"),
+        (
+            {"methods": "uniform_heads", "granularity": "layer"},
+            "methods must be some that choose by layer, got 'uniform_heads'",
+        ),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(
@@ -198,6 +202,13 @@ def test_bad_settings_are_refused_before_any_work(
     monkeypatch.setattr(sweeping, "read_layout", None)
     with pytest.raises(ConsaError, match=named):
         sweep(where, replace(CONFIG, **changes), MEASURED, tmp_path / "out", command="c")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_search_that_cannot_begin_is_refused_before_any_work(where: RunConfig, tmp_path: Path):
+    config = replace(CONFIG, methods="top,greedy", granularity="kv_head", evaluations=13)
+    with pytest.raises(ConsaError, match="evaluations must be at least 14 for greedy on this model, got 13"):
+        sweep(where, config, MEASURED, tmp_path / "out", command="c")
     assert not (tmp_path / "out").exists()
 
 
@@ -213,3 +224,25 @@ def test_one_process_at_a_time(where: RunConfig, tmp_path: Path):
     with run_folder.claimed(tmp_path), pytest.raises(ConsaError, match="in use by another process"):
         sweep(where, CONFIG, MEASURED, tmp_path, command="c")
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_rule_that_draws_draws_anew_for_every_seed(where: RunConfig, tmp_path: Path):
+    config = replace(CONFIG, methods="random_units", sparsity="0.5", granularity="kv_head", seeds=3)
+    sweep(where, config, MEASURED, tmp_path, command="c")
+    for seed in range(3):
+        found = Allocation.load(tmp_path / "allocations" / f"random_units-kv_head-0.5-seed{seed}.json")
+        wanted = rules.random_units(4, 3, sparsity=0.5, granularity="kv_head", seed=seed)
+        assert np.array_equal(found.full_attention, wanted.full_attention)
+
+
+@pytest.mark.parametrize(
+    "name", ["num_steps", "sequences_per_step", "evaluations", "evaluation_sequences", "micro_batch"]
+)
+def test_no_budget_may_change_within_a_folder(
+    name: str, where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    small = replace(CONFIG, sparsity="0.5", granularity="kv_head", methods="by_loss", seeds=1)
+    sweep(where, small, MEASURED, tmp_path, command="c")
+    monkeypatch.setattr(suite, "load", None)
+    with pytest.raises(ConsaError, match=rf"a different sweep .sweep\.{name} was"):
+        sweep(where, replace(small, **{name: 2}), MEASURED, tmp_path, command="c")

@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from consa import Allocation, ConsaError, rules
 from consa.config import EvalConfig, RunConfig
 from consa.evaluation import suite
+from consa.evaluation.cells import Cell, run_cells
 from consa.evaluation.tasks import find_tasks, run_task
 from consa.model import load_model
 
@@ -167,3 +171,27 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ConsaError, match=r"pip install 'consa.lm-eval.'"):
         find_tasks(["arc_easy"])
+
+
+def test_another_limit_or_seed_is_measured_anew(loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[tuple[Any, Any]] = []
+
+    def scores(*_: Any, limit: Any, seed: int, **__: Any) -> dict[str, float]:
+        asked.append((limit, seed))
+        return {"tiny acc": 0.0}
+
+    monkeypatch.setattr(suite, "run_task", scores)
+    config = EvalConfig(seq_len=16, window=8, tasks="tiny")
+    for limit, seed in ((1, 0), (2, 0), (2, 1), (1, 0)):
+        (measure,) = suite._measures(
+            loaded, np.zeros((1, 16), int), replace(config, limit=limit, seed=seed), 4, None
+        )[1:]
+        cell = Cell(
+            allocation="a",
+            measure=measure.name,
+            depends_on=measure.settings,
+            size=1,
+            compute=partial(measure.compute, None),
+        )
+        run_cells([cell], tmp_path)
+    assert asked == [(1, 0), (2, 0), (2, 1)]

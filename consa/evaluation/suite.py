@@ -30,10 +30,12 @@ from consa.methods.tsv import read_tsv
 from consa.model import AttentionLayout, LoadedModel, check_fits, read_layout
 from consa.progress import note
 from consa.provenance import hardware, versions
+from consa.run_folder import CONFIG, check_free
 
 DENSE = "dense"
-ALL_SWA = "all-swa"
+ALL_SWA = "all_swa"
 LOSSES = "losses"
+SETTINGS = "eval-config.json"
 
 
 def run(
@@ -58,11 +60,13 @@ def run(
     layout = read_layout(where.model)
     allocations = {name: named(name, where.model, layout, config) for name in dict.fromkeys(names)}
     start = start_of(where, config, allocations)
+    if not any((folder / name).exists() for name in (SETTINGS, CONFIG)):  # nor in the folder of a run
+        check_free(folder)
     settings = {"run": asdict(where), "eval": asdict(config), "allocations": list(names), "command": command}
     loaded = load(where, config)
     harness = find_harness(config, loaded)
     heldout = inputs.heldout_text(where, config.seq_len, loaded)
-    write_json(folder / "eval-config.json", settings)
+    write_json(folder / SETTINGS, settings)
     table = evaluate(loaded, allocations, heldout, config, folder, start=start, harness=harness, how=settings)
     return table, table.write(folder)
 
@@ -71,7 +75,7 @@ def named(name: str, model: str, layout: AttentionLayout, config: EvalConfig) ->
     """The allocation that a name stands for; None is the model as it is.
 
     Args:
-        name: "dense", "all-swa", a rule, an allocation's file, or a .tsv file of DuoAttention or PruLong.
+        name: "dense", "all_swa", a rule, an allocation's file, or a .tsv file of DuoAttention or PruLong.
         model: its name, for messages.
         layout: of the model.
         config: settings of rules and .tsv files.
@@ -273,7 +277,7 @@ def with_ends(
 ) -> dict[str, Allocation | None]:
     """Dense first, all-SWA at every window and number of sinks that occur, then the others as given.
 
-    Where several occur, names say which: "all-swa 128+4".
+    Where several occur, names say which: "all_swa 128+4".
     """
     limits = _all_limits(allocations, config)
     ends = [

@@ -127,7 +127,11 @@ class Table:
         Raises:
             ConsaError: the folder does not take them.
         """
-        content = {".json": self.to_json().encode(), ".csv": self.to_csv().encode(), ".png": self.figure()}
+        content = {
+            ".json": self.to_json().encode(),
+            ".csv": self.to_csv().encode(errors="backslashreplace"),
+            ".png": self.figure(),
+        }
         for suffix, data in content.items():
             write_atomically(folder / f"{name}{suffix}", data)
         return [folder / f"{name}{suffix}" for suffix in content]

@@ -18,7 +18,7 @@ from consa.config import ChoiceConfig
 from consa.errors import ConsaError
 
 if TYPE_CHECKING:
-    from consa.model import LoadedModel
+    from consa.model import AttentionLayout, LoadedModel
 
 
 Method = Callable[["LoadedModel", np.ndarray, ChoiceConfig], Allocation]
@@ -59,6 +59,24 @@ def method_named(name: str) -> Method:
     if name not in METHODS:
         raise ConsaError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
     return METHODS[name]
+
+
+def check_budget(name: str, layout: AttentionLayout, config: ChoiceConfig) -> None:
+    """Make sure that a search can probe a model of this layout and then begin.
+
+    Raises:
+        ConsaError: the budget has too few evaluations for that.
+    """
+    from consa.learning import units_of
+
+    units = units_of(layout, config.granularity)
+    least = {"greedy": units.count, "bosch": len(units.layers)}.get(
+        name, -1
+    ) + 2  # the probes, and one at each end
+    if config.evaluations < least:
+        raise ConsaError(
+            f"evaluations must be at least {least} for {name} on this model, got {config.evaluations}"
+        )
 
 
 def choose(

@@ -11,7 +11,7 @@ import numpy as np
 
 from consa.allocation import Allocation
 from consa.config import ChoiceConfig
-from consa.errors import ConsaError
+from consa.methods import check_budget
 from consa.methods.problem import Problem
 from consa.model import LoadedModel
 
@@ -28,11 +28,7 @@ def bosch(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) -> A
     problem = Problem(loaded, sequences, config)
     units, texts = problem.units, problem.sample()
     layer = np.arange(units.count) // units.per_layer  # of each unit
-    needed = len(units.layers) + 2  # dense, a probe of each layer, and the start of the search
-    if config.evaluations < needed:
-        raise ConsaError(
-            f"evaluations must be at least {needed} for bosch on this model, got {config.evaluations}"
-        )
+    check_budget("bosch", loaded.layout, config)
     everything = np.ones(units.count, dtype=bool)
     dense = problem.loss(everything, texts)
     rise = np.array([problem.loss(layer != one, texts) - dense for one in range(len(units.layers))])
@@ -46,7 +42,8 @@ def bosch(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) -> A
     current, rng = problem.loss(full, texts), np.random.default_rng(config.seed)
     # The last neighbourhood is all units, so that what the probes got wrong can still be put right.
     neighbourhoods = [*(b for b in buckets if 0 < full[b].sum() < len(b)), np.arange(units.count)]
-    for spent in range(needed, config.evaluations):
+    begun = len(units.layers) + 2  # dense, a probe of each layer, and the start of the search
+    for spent in range(begun, config.evaluations):
         units_here = neighbourhoods[spent % len(neighbourhoods)]
         kept, closed = units_here[full[units_here]], units_here[~full[units_here]]
         size = min(int(rng.geometric(1 / MEAN_EXCHANGE)), len(kept), len(closed))

@@ -7,7 +7,7 @@ import numpy as np
 from consa import rules
 from consa.allocation import Allocation
 from consa.config import ChoiceConfig
-from consa.errors import ConsaError
+from consa.methods import check_budget
 from consa.methods.problem import Problem
 from consa.model import LoadedModel
 from consa.refinement import Exchange, refine
@@ -20,11 +20,7 @@ def greedy(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) -> 
         ConsaError: the budget does not cover the probes.
     """
     problem = Problem(loaded, sequences, config)
-    needed = problem.units.count + 2  # the start, a probe of each unit, and refine's own start
-    if config.evaluations < needed:
-        raise ConsaError(
-            f"evaluations must be at least {needed} for greedy on this model, got {config.evaluations}"
-        )
+    check_budget("greedy", loaded.layout, config)
     layout, texts = loaded.layout, problem.sample()
     start = rules.middle(
         layout.num_layers,

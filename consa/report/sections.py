@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
-from itertools import combinations
+from itertools import chain, combinations, count
 from typing import Any
 
 from consa.allocation import Allocation
@@ -141,8 +141,9 @@ class Sections:
         if run.allocation is None or behaviour is None:
             return
         relations = relate(behaviour, run.allocation)
-        order = sorted(relations, key=lambda relation: -(relation.auc or 0.5))
-        telling = max(relations, key=lambda relation: abs((relation.auc or 0.5) - 0.5)).measure
+        aucs = {one.measure: 0.5 if one.auc is None else one.auc for one in relations}
+        order = sorted(relations, key=lambda one: -aucs[one.measure])
+        telling = max(aucs, key=lambda measure: abs(aucs[measure] - 0.5))
         yield (
             f"<p>Measured under full attention; window {behaviour.window:,} tokens, {behaviour.num_sink_tokens} sink"
             " tokens.</p>\n"
@@ -229,7 +230,7 @@ class Sections:
                     f"{line['sparsity']:.4f}",
                     f"{line['loss']['mean']:.4f}",
                     f"{line['difference']['mean']:+.4f}",
-                    f"{line['difference']['low']:+.4f} to {line['difference']['high']:+.4f}",
+                    _interval(line["difference"]),
                     _number(line["recovered"]),
                 ]
                 for line in lines
@@ -453,15 +454,22 @@ def _number(value: float | None, digits: int = 3) -> str:
     return DASH if value is None else f"{value:.{digits}f}"
 
 
+def _interval(estimate: dict[str, float | None]) -> str:
+    low, high = estimate["low"], estimate["high"]
+    return DASH if low is None or high is None else f"{low:+.4f} to {high:+.4f}"
+
+
 def _percent(value: float | None) -> str:
     return DASH if value is None else f"{value:.1%}"
 
 
 def _distinct(names: list[str]) -> list[str]:
     """The names, those that come again with a number."""
-    return [
-        f"{name} ({names[:i].count(name) + 1})" if name in names[:i] else name for i, name in enumerate(names)
-    ]
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name} ({n})" for n in count(2))
+        found.append(next(new for new in chain([name], numbered) if new not in found))
+    return found
 
 
 def _range(values: list[float]) -> str:

@@ -120,3 +120,9 @@ def test_default_cache_is_used(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("CONSA_CACHE", str(tmp_path / "own"))
     load_sequences(str(jsonl(tmp_path / "a.jsonl", numbered(2))), tokenizer, 8, progress=False)
     assert len(list((tmp_path / "own" / "sequences").iterdir())) == 2
+
+
+def test_a_file_under_another_name_has_another_domain(load, tmp_path):
+    for kind in ("txt", "md"):
+        (tmp_path / f"a.{kind}").write_text(TEXT)
+        assert set(load(tmp_path / f"a.{kind}").domains) == {kind}
