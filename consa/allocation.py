@@ -111,6 +111,10 @@ class Allocation:
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidAllocationError(f"provenance must be JSON-able: {error}") from error
 
+    def __reduce__(self) -> Any:
+        """Copies and what is unpickled are made anew, so that nobody can write to them either."""
+        return Allocation.from_json, (self.to_json(),)
+
     @property
     def num_layers(self) -> int:
         """Layers of the model, those it already slides included."""
@@ -232,7 +236,7 @@ class Allocation:
 
     @classmethod
     def load(cls, path: str | Path) -> Allocation:
-        """Read an allocation from JSON: a file, or one of those that come with consa by its name (`consa.published`).
+        """Read an allocation from JSON: a file, a run's folder, or one that comes with consa (`consa.published`).
 
         Raises:
             InvalidAllocationError: the file does not hold a valid allocation; the message names file and field.

@@ -88,7 +88,7 @@ def demo(
     seed: Annotated[int, number(help="of the gates' noise and the order of the text")] = 0,
     tensorboard: Tensorboard = False,
 ) -> None:
-    """Learn and measure KV heads of a real 135M model, small, on Python's own sources: 10 minutes on a laptop CPU."""
+    """Learn and measure KV heads of a real 135M model, small, on Python's own sources: 10 to 20 minutes on 2 cores."""
     config = replace(DEMO_LEARN, seed=seed)
     folder = out or Path("runs") / ("demo" if seed == 0 else f"demo-seed{seed}")
     _run(DEMO_RUN, config, folder, f"consa demo --seed {seed}", tensorboard)

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ def claimed(folder: Path) -> Iterator[None]:
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     lock = folder / ".lock"
     in_use = ConsaError(f"{folder} is in use by another process; wait for that one or choose another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with lock.open("a") as file:
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(lock.open("a"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Another file by now, where the last holder has just removed it.
@@ -45,18 +46,18 @@ def claimed(folder: Path) -> Iterator[None]:
             for room in list(folder.iterdir()):  # but not another run's, which may be writing
                 if room.is_dir() and not (room / lock.name).exists():
                     remove_leftovers(room)
-            try:
-                yield
-            finally:
+        except OSError as error:
+            raise ConsaError(
+                f"cannot write {folder}: {error.strerror or error}; choose another folder with --out"
+            ) from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # another run may have begun beside this one
                 if missing and [path.name for path in folder.iterdir()] == [lock.name]:
                     lock.unlink()
-                    with suppress(OSError):  # another run may have begun beside this one
-                        for path in missing:
-                            path.rmdir()
-    except OSError as error:
-        raise ConsaError(
-            f"cannot write {folder}: {error.strerror or error}; choose another folder with --out"
-        ) from error
+                    for path in missing:
+                        path.rmdir()
 
 
 def check_same(

@@ -15,8 +15,9 @@ def adaptation(record: dict[str, Any]) -> list[str]:
     settings, rows = record["settings"], record["rows"]
     dense = rows["dense"]
     tokens = record["steps"] * settings["sequences_per_step"] * record["seq_len"]
+    several = " at several sparsities" if any(name.count("/") == 2 for name in rows) else ""
     lines = [
-        f"## Adaptation on {tokens / 1e6:.1f} M tokens: hybrids and the dense model, trained equally long",
+        f"## Adaptation on {tokens / 1e6:.1f} M tokens: hybrids{several} and the dense model, trained equally long",
         "",
         f"SmolLM2-135M-Instruct, every weight trained by `adapt` on {tokens / 1e6:.2f} M tokens"
         f" ({record['steps']} steps of {settings['sequences_per_step']} sequences of {record['seq_len']:,}),"
@@ -68,7 +69,7 @@ def from_scratch(record: dict[str, Any]) -> list[str]:
     columns = ["step", "tokens", "loss", "heldout_loss", "needles", "seconds"]
     rows = [[row[name] for name in columns] for row in record["measured"]]
     return [
-        f"## A model of {record['parameters'] / 1e6:.0f} M parameters from scratch",
+        f"## A model of {record['parameters'] / 1e6:.1f} M parameters trained from scratch",
         "",
         "Full attention, 16 query heads on 8 KV heads a layer, sequences of 4,096 tokens, one of four with numbers"
         " hidden in it (recipes/from_scratch.py). `needles` are the shares of 20 single needles found at 4,096 tokens.",

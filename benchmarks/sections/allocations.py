@@ -36,7 +36,7 @@ def demo(record: dict[str, Any]) -> list[str]:
         ["gates still fractional", *(f"{run['fractional']:.3f}" for run in runs)],
     ]
     return [
-        "## The demo: learned against every rule, on a laptop CPU",
+        "## The demo: learned against every rule, on two CPU cores",
         "",
         *recovered(record),
         "",
@@ -86,7 +86,8 @@ def constraints(record: dict[str, Any]) -> list[str]:
     num_kv_heads = len(rows[0]["allocation"][0])
     odd = f"; with {num_kv_heads} KV heads to a layer `even` has no meaning" if num_kv_heads % 2 else ""
     return [
-        f"## The price of a constraint for serving: {model_of(record.get('model', 'smollm2-135m'))}",
+        f"## The price of a constraint for serving: {model_of(record.get('model', 'smollm2-135m'))},"
+        f" {settings['seq_len']:,} tokens",
         "",
         f"Weights frozen, KV heads, window {settings['window']}, {settings['num_sink_tokens']} sinks;"
         f" {settings['num_steps']} steps of {settings['sequences_per_step']} sequences of {settings['seq_len']:,}"

@@ -75,7 +75,8 @@ def named(name: str, model: str, layout: AttentionLayout, config: EvalConfig) ->
     """The allocation that a name stands for; None is the model as it is.
 
     Args:
-        name: "dense", "all_swa", a rule, an allocation's file, or a .tsv file of DuoAttention or PruLong.
+        name: "dense", "all_swa", a rule, an allocation's file, a run's folder, one published, or a .tsv file of
+            DuoAttention or PruLong.
         model: its name, for messages.
         layout: of the model.
         config: settings of rules and .tsv files.
