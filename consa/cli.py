@@ -190,16 +190,15 @@ def convert(
 
     chosen = Allocation.load(allocation)
     from consa import checkpoint
-    from consa.model import load_model
+    from consa.model import check_fits, load_model, read_layout
     from consa.progress import note
 
     checkpoint.check_wish(out, kind)
+    check_fits(chosen, read_layout(model), model)
     loaded = load_model(model, device="cpu", dtype="auto")
     match chosen.provenance.get("config"):
         case {"mode": "joint"}:
             note("Mode joint learned this allocation along with weights of its own, in the run's model")
-        case _:
-            pass
     written = checkpoint.convert(loaded.model, chosen, out, tokenizer=loaded.tokenizer, kind=cast(Any, kind))
     print(f"{written.folder}: {written.kind} checkpoint ({written.reason})")
 

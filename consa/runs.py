@@ -33,7 +33,7 @@ from consa.evaluation.perplexity import (
 )
 from consa.files import write_atomically, write_json
 from consa.learning import LearnResult, learn, target_units, units_of
-from consa.model import LoadedModel, check_fits
+from consa.model import LoadedModel, check_fits, read_layout
 from consa.progress import Display, note, progress
 from consa.provenance import hardware, versions
 from consa.report import figures
@@ -159,8 +159,8 @@ def run_adaptation(
     _check_before_loading(where, tensorboard)
     settings = {"run": asdict(where), "adapt": asdict(config), "allocation": allocation.decision()}
     with _joined(where, config, folder, settings):
+        check_fits(allocation, read_layout(where.model), where.model)
         loaded = inputs.load(where)
-        check_fits(allocation, loaded.layout, type(loaded.model).__name__)
         check_lora(loaded.model, config)
         train = inputs.training_text(where, config.seq_len, loaded)
         heldout = inputs.heldout_text(where, config.seq_len, loaded)

@@ -50,6 +50,27 @@ def converted(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+def test_an_allocation_with_weights_of_its_own_is_said(tiny_model_folder: Path, tmp_path: Path):
+    for mode in ("frozen", "joint"):
+        replace(HEADS, provenance={"config": {"mode": mode}}).save(tmp_path / f"{mode}.json")
+        out = tmp_path / mode
+        result = consa_cli(
+            "convert", tiny_model_folder, "--allocation", tmp_path / f"{mode}.json", "--out", out
+        )
+        assert result.exit_code == 0, result.output
+        assert ("weights of its own, in the run's model" in result.output) == (mode == "joint")
+
+
+def test_weights_are_not_read_for_an_allocation_of_another_model(
+    allocations: Path, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("consa.model.load_model", None)
+    other = allocations / "other.json"
+    assert "4 layers x 2 KV heads" in refused(
+        "convert", tiny_model_folder, "--allocation", other, "--out", tmp_path / "out"
+    )
+
+
 @pytest.mark.parametrize(
     ("allocation", "options", "kind"),
     [

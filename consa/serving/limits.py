@@ -36,9 +36,9 @@ def engine_obstacle(*, plugin: bool = True) -> str | None:
     """
     version = vllm_version()
     if version is None:
-        return "vLLM is not installed; install consa[vllm]"
+        return "vLLM is not installed; run: pip install 'consa[vllm]'"
     if version.split(".")[:2] != VERSION.split("."):
-        return f"this consa serves with vLLM {VERSION}, and {version} is installed; install consa[vllm]"
+        return f"this consa serves with vLLM {VERSION}, and {version} is installed; run: pip install 'consa[vllm]'"
     if not plugin:
         return None
     names = {point.name for point in importlib.metadata.entry_points(group=PLUGIN_GROUP)}
