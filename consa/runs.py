@@ -159,7 +159,9 @@ def run_adaptation(
     _check_before_loading(where, tensorboard)
     settings = {"run": asdict(where), "adapt": asdict(config), "allocation": allocation.decision()}
     with _joined(where, config, folder, settings):
-        check_fits(allocation, read_layout(where.model), where.model)
+        with distributed.main_first():
+            layout = read_layout(where.model)
+        check_fits(allocation, layout, where.model)
         loaded = inputs.load(where)
         check_lora(loaded.model, config)
         train = inputs.training_text(where, config.seq_len, loaded)
@@ -170,7 +172,6 @@ def run_adaptation(
         losses, means = {}, {}
         if distributed.is_main():
             allocation.save(folder / "allocation.json")
-            layout = loaded.layout
             all_swa = rules.all_swa(
                 *layout.shape,
                 window=allocation.window,

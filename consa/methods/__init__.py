@@ -70,10 +70,9 @@ def check_budget(name: str, layout: AttentionLayout, config: ChoiceConfig) -> No
     from consa.learning import units_of
 
     units = units_of(layout, config.granularity)
-    least = {"greedy": units.count, "bosch": len(units.layers)}.get(
-        name, -1
-    ) + 2  # the probes, and one at each end
-    if config.evaluations < least:
+    probes = {"greedy": units.count, "bosch": len(units.layers)}.get(name, 0)
+    least = probes + 2  # one before them, and one with which the search begins
+    if probes and config.evaluations < least:
         raise ConsaError(
             f"evaluations must be at least {least} for {name} on this model, got {config.evaluations}"
         )
