@@ -415,20 +415,6 @@ def spoiled_at(call: int) -> Any:
     return lambda model: {"heldout_loss": next(found)}
 
 
-def test_updates_are_adamws_without_decay_on_gradients_clipped_where_they_are_long():
-    start = torch.tensor([3.0, -4.0])
-    own, plain = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    weights = loop.Weights({"w": own}, learning_rate=0.1)
-    optimizer = torch.optim.AdamW([plain], lr=0.1, weight_decay=0)
-    for scale in (0.1, 5.0, 0.3):  # one of them beyond the largest norm
-        for parameter in (own, plain):
-            parameter.grad = scale * torch.tensor([1.0, 0.5])
-        norm = torch.nn.utils.clip_grad_norm_([plain], 2.0)
-        optimizer.step()
-        assert weights.update(max_norm=2.0) == pytest.approx(float(norm))
-        torch.testing.assert_close(own, plain)
-
-
 def test_gradients_are_scaled_down_to_the_norm_asked_for(monkeypatch: pytest.MonkeyPatch):
     asked, update = [], loop.Weights.update
 

@@ -489,13 +489,3 @@ def test_crop_takes_nothing_back_of_sequences_that_were_reordered(model):
         cache.reorder_cache(torch.tensor([1, 0]))
         with pytest.raises(ConsaError, match="cannot remove 2 tokens"):
             cache.crop(-2)
-
-
-def test_a_mask_that_leaves_out_keys_is_refused(model):
-    said = "the attention mask covers 10 of 20 keys; cover all"
-    with (
-        torch.no_grad(),
-        attached(model, allocation := allocate(model)),
-        pytest.raises(ConsaError, match=said),
-    ):
-        model(tokens(2, 20), attention_mask=torch.ones(2, 10).long(), **{CACHE: HybridCache(allocation)})

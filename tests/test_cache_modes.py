@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -31,6 +33,18 @@ def test_decoding_compiles_to_one_graph():
     torch.testing.assert_close(torch.cat(out, 1), wanted, atol=1e-4, rtol=0)
 
 
+def token_by_token(
+    model: Any, cache: HybridCache, ids: torch.Tensor, mask: torch.Tensor, position: torch.Tensor
+) -> torch.Tensor:
+    """Logits `(batch, length, vocabulary)`, each column of `ids` in a forward of its own."""
+    out = []
+    for column in range(ids.shape[1]):
+        here = slice(column, column + 1)
+        options = {"position_ids": position[:, here], "attention_mask": mask[:, : column + 1], CACHE: cache}
+        out.append(model(ids[:, here], **options).logits)
+    return torch.cat(out, 1)
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 def test_a_compiled_prefill_token_by_token_is_exact(padded: bool):
     """What is recorded before anything was written knows no starts; with padding it must not be written as text."""
@@ -42,17 +56,10 @@ def test_a_compiled_prefill_token_by_token_is_exact(padded: bool):
     with torch.no_grad(), attached(model, allocation):
         wanted = model(ids, attention_mask=mask, position_ids=position, use_cache=False).logits
         compiled = torch.compile(model, backend="eager")
-        cache, out = HybridCache(allocation, max_length=16), []
-        for column in range(8):
-            here = slice(column, column + 1)
-            options = {
-                "position_ids": position[:, here],
-                "attention_mask": mask[:, : column + 1],
-                CACHE: cache,
-            }
-            out.append(compiled(ids[:, here], **options).logits)
+        cache = HybridCache(allocation, max_length=16)
+        found = token_by_token(compiled, cache, ids, mask, position)
     real = mask.bool()
-    torch.testing.assert_close(torch.cat(out, 1)[real], wanted[real], atol=1e-4, rtol=0)
+    torch.testing.assert_close(found[real], wanted[real], atol=1e-4, rtol=0)
 
 
 def test_a_growing_cache_compiles():
@@ -122,19 +129,12 @@ def test_a_compiled_prefill_into_a_cache_that_was_reset_is_exact():
     with torch.no_grad(), attached(model, allocation):
         wanted = model(ids, attention_mask=mask, position_ids=position, use_cache=False).logits
         compiled = torch.compile(model, backend="eager")
-        cache, out = HybridCache(allocation, max_length=16), []
+        cache = HybridCache(allocation, max_length=16)
         model(tokens(2, 8, seed=1), **{CACHE: cache})
         cache.reset()
-        for column in range(6):
-            here = slice(column, column + 1)
-            options = {
-                "position_ids": position[:, here],
-                "attention_mask": mask[:, : column + 1],
-                CACHE: cache,
-            }
-            out.append(compiled(ids[:, here], **options).logits)
+        found = token_by_token(compiled, cache, ids, mask, position)
     real = mask.bool()
-    torch.testing.assert_close(torch.cat(out, 1)[real], wanted[real], atol=1e-4, rtol=0)
+    torch.testing.assert_close(found[real], wanted[real], atol=1e-4, rtol=0)
 
 
 def test_autocast_leaves_float64_as_it_is():

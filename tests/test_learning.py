@@ -260,16 +260,6 @@ def test_noise_differs_between_steps():
     assert len({record["loss"] for record in history}) == len(history)
 
 
-def test_text_comes_once_per_epoch_each_in_its_own_order():
-    config = changed(sequences_per_step=2)
-    order = loop.order(text(), config, range(21))
-    epochs = [order[:7], order[7:14], order[14:]]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    batches = [loop.batches(text(), config, step) for step in range(3)]
-    assert np.array_equal(np.concatenate([b for step in batches for b in step]), text()[order[:6]])
-
-
 @pytest.mark.parametrize("granularity", ["kv_head", "layer"])
 @pytest.mark.parametrize(("sparsity", "full"), [(0.0, True), (1.0, False), (0.01, True), (0.99, False)])
 def test_nothing_to_choose_returns_at_once(sparsity: float, full: bool, granularity: Any):
@@ -448,29 +438,6 @@ def test_a_step_with_every_gate_saturated_does_not_crash(
     assert result.allocation.sparsity == 0.5
 
 
-@pytest.mark.parametrize("shape", [(0, 16), (3, 1), (0, 0)])
-def test_no_text_is_refused(shape: tuple[int, int]):
-    with pytest.raises(
-        ConsaError, match=rf"no training text: got sequences of shape \({shape[0]}, {shape[1]}\)"
-    ):
-        learn(tiny(), np.zeros(shape, dtype=np.uint16), QUICK)
-
-
-def test_what_the_caller_had_chosen_comes_back():
-    model, settings = tiny(), torch.utils.deterministic
-    model.gradient_checkpointing_enable()
-    try:
-        for warn_only in (False, True):
-            torch.use_deterministic_algorithms(True, warn_only=warn_only)
-            with loop.prepared(model, activation_checkpointing=True):
-                assert not settings.fill_uninitialized_memory
-            assert torch.are_deterministic_algorithms_enabled()
-            assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
-            assert settings.fill_uninitialized_memory and model.is_gradient_checkpointing
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def test_gradients_of_weights_are_clipped_in_joint_mode(monkeypatch: pytest.MonkeyPatch):
     asked, update = [], loop.Weights.update
 
@@ -481,15 +448,6 @@ def test_gradients_of_weights_are_clipped_in_joint_mode(monkeypatch: pytest.Monk
     monkeypatch.setattr(loop.Weights, "update", seen)
     learn(tiny(), text(), changed(mode="joint", num_steps=2))
     assert asked == [1.0, 1.0]
-
-
-def test_every_seed_and_purpose_draws_numbers_of_its_own():
-    drawn = {
-        float(torch.rand(1, generator=loop.generator(seed, purpose)))
-        for seed in (0, 1)
-        for purpose in ("start", "noise 0", "noise 1")
-    }
-    assert len(drawn) == 6
 
 
 def test_the_multiplier_grows_faster_from_the_warm_ups_end_on():
@@ -515,37 +473,6 @@ def test_gates_stay_within_their_bounds():
     assert scores is not None and scores.min() == -1.5 and scores.max() <= 2.5
 
 
-@pytest.mark.parametrize(
-    ("changes", "sequences", "said"),
-    [
-        (
-            {"window": 15},
-            text(),
-            r"window \+ num_sink_tokens must be smaller than seq_len \(16\), got 15 \+ 1",
-        ),
-        ({}, torch.zeros(4, 16), r"a numpy array of tokens .*, got Tensor of shape \(4, 16\)"),
-        ({}, text()[0], r"got ndarray of shape \(16,\)"),
-    ],
-    ids=["window", "tensor", "one sequence"],
-)
-def test_text_that_nothing_can_be_learned_on_is_refused(changes: dict[str, Any], sequences: Any, said: str):
-    with pytest.raises(ConsaError, match=said):
-        learn(tiny(), sequences, changed(**changes))
-
-
 def test_the_record_says_how_long_the_sequences_were():
     allocation = learn(tiny(), text(), changed(seq_len=8192, num_steps=1)).allocation
     assert allocation.provenance["config"]["seq_len"] == 16
-
-
-def test_a_checkpoint_is_named_only_where_there_is_one(tmp_path: Path):
-    for folder, every, kept in ((tmp_path / "a", 1, True), (tmp_path / "b", 5, False)):
-        model = tiny()
-
-        def poison(model: Any = model) -> None:
-            with torch.no_grad():
-                model.lm_head.weight[:] = float("nan")
-
-        with pytest.raises(ConsaError, match="and choose another folder") as caught:
-            learn(model, text(), changed(checkpoint_every=every), run_dir=folder, on_step=at_step(1, poison))
-        assert ("the last good checkpoint" in str(caught.value)) == kept

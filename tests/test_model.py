@@ -15,14 +15,18 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedModel,
+)
 
-from consa import Allocation, rules
+from consa import Allocation, HybridCache, rules
 from consa.attention.reference import reference_attention
 from consa.errors import ConsaError, InvalidAllocationError, UnsupportedModelError
 from consa.model import attached, attention_layout, inspect_attention, load_model, read_layout
 from tests.compare import assert_close
-from tests.models import FAMILIES, NATIVE_WINDOW, SHAPE, allocate, tiny, tokens
+from tests.models import CACHE, FAMILIES, NATIVE_WINDOW, SHAPE, allocate, tiny, tokens
 
 NATIVE = {"gemma2", "gemma3_text", "cohere2"}
 
@@ -467,3 +471,14 @@ def test_what_is_around_a_model_is_refused_by_name():
             attached(outer, allocate(model)),
         ):
             pass
+
+
+def test_a_mask_that_leaves_out_keys_is_refused():
+    model = tiny()
+    said = "the attention mask covers 10 of 20 keys; cover all"
+    with (
+        torch.no_grad(),
+        attached(model, allocation := allocate(model)),
+        pytest.raises(ConsaError, match=said),
+    ):
+        model(tokens(2, 20), attention_mask=torch.ones(2, 10).long(), **{CACHE: HybridCache(allocation)})

@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from consa import Allocation, ConsaError, gates, inputs, rules, run_folder, runs
-from consa import summary as summaries
+from consa import Allocation, ConsaError, inputs, rules, runs
 from consa.checkpoint import verify
 from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig, SweepConfig
-from consa.data import SequenceSet, load_sequences
+from consa.data import load_sequences
 from consa.evaluation.perplexity import compare, heldout_losses, sampled_losses
 from consa.model import load_model
 from consa.rules import RULES
@@ -461,41 +460,6 @@ def test_joint_learning_leaves_a_hybrid_even_where_plain_would_do(where: RunConf
     assert "All rows are of the weights that this run trained" in (tmp_path / "summary.md").read_text()
 
 
-def test_documents_are_counted_once():
-    heldout = SequenceSet(
-        tokens=np.zeros((3, 96), int),
-        domains=("",) * 3,
-        documents=np.array([4, 4, 7]),
-        num_documents=9,
-        num_skipped=7,
-    )
-    found = {name: (0.0, np.ones((3, 95))) for name in ("dense", "all_swa")}
-    allocation = rules.top(4, 3, sparsity=0.5)
-    said = summaries.measured({}, allocation, CONFIG, heldout, compare(found, start=32))
-    assert (said["heldout_sequences"], said["heldout_documents"]) == (3, 2)
-
-
-def test_all_of_the_text_is_learned_on_only_if_other_text_is_measured_on(where: RunConfig):
-    loaded = load_model(where.model, device="cpu")
-    for heldout_data, split in ((None, "train"), (where.data, "all")):
-        found = inputs.training_text(replace(where, heldout_data=heldout_data), 96, loaded)
-        wanted = load_sequences(where.data, loaded.tokenizer, 96, split=split)
-        assert np.array_equal(found.tokens, wanted.tokens)
-
-
-def test_each_sequence_has_gates_of_its_own_however_many_are_computed_at_once(where: RunConfig):
-    loaded = load_model(where.model, device="cpu")
-    tokens = np.random.default_rng(0).integers(0, 256, (5, 40))
-    undecided = replace(rules.random_units(4, 3, sparsity=0.5, window=4), scores=np.zeros((4, 3)))
-    alone, together = (sampled_losses(loaded.model, tokens, undecided, batch_size=size) for size in (1, 5))
-    np.testing.assert_allclose(alone, together, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_model_computes_in_the_dtype_asked_for(dtype: Any, where: RunConfig):
-    assert inputs.load(replace(where, dtype=dtype)).model.dtype == getattr(torch, dtype)
-
-
 @pytest.mark.parametrize("granularity", ["kv_head", "layer"])
 def test_what_a_run_is_compared_with_has_its_limits(granularity: Any, where: RunConfig):
     loaded = load_model(where.model, device="cpu")
@@ -514,35 +478,6 @@ def test_the_summary_says_losses_by_position(finished: tuple[Path, dict[str, Any
     assert "| allocation | 0-63 | 64-94 |" in markdown
     for row in summary["rows"]:
         assert f"| {row['name']} | {' | '.join(f'{loss:.3f}' for loss in row['by_position'])} |" in markdown
-
-
-@pytest.mark.parametrize(("granularity", "kinds"), [("layer", 1), ("kv_head", 3)])
-def test_a_layer_decided_as_one_has_one_gate(
-    granularity: Any, kinds: int, where: RunConfig, monkeypatch: pytest.MonkeyPatch
-):
-    drawn, sample = [], gates.sample
-    monkeypatch.setattr(gates, "sample", lambda *given: drawn.append(sample(*given)) or drawn[-1])
-    loaded = load_model(where.model, device="cpu")
-    undecided = rules.random_units(4, 3, sparsity=0.5, granularity=granularity, window=4)
-    undecided = replace(undecided, scores=np.zeros((4, 3)))
-    sampled_losses(loaded.model, np.zeros((2, 20), int), undecided)
-    (z,) = drawn
-    assert z.shape == (4, 2, 3) and max(len(heads.unique()) for row in z for heads in row) == kinds
-
-
-def test_a_lock_that_its_last_holder_has_just_removed_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    lock, flock = tmp_path / ".lock", fcntl.flock
-
-    def after_another(file: Any, how: int) -> None:
-        lock.unlink()
-        lock.touch()  # and yet another process has begun
-        flock(file, how)
-
-    monkeypatch.setattr(fcntl, "flock", after_another)
-    with pytest.raises(ConsaError, match="in use by another process"), run_folder.claimed(tmp_path):
-        raise AssertionError("it must not begin")
 
 
 def test_what_text_there_is_is_said(where: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

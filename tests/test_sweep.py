@@ -220,12 +220,6 @@ def test_what_was_asked_is_on_record(where: RunConfig, tmp_path: Path):
     assert json.loads((tmp_path / "eval.json").read_text())["how"]["command"] == "consa sweep it"
 
 
-def test_what_fails_within_is_not_put_down_to_the_folder(tmp_path: Path):
-    with pytest.raises(ConnectionResetError), run_folder.claimed(tmp_path / "run"):
-        raise ConnectionResetError("peer")
-    assert not (tmp_path / "run").exists()
-
-
 def test_one_process_at_a_time(where: RunConfig, tmp_path: Path):
     with run_folder.claimed(tmp_path), pytest.raises(ConsaError, match="in use by another process"):
         sweep(where, CONFIG, MEASURED, tmp_path, command="c")
