@@ -338,6 +338,14 @@ def test_learn_from_the_shell(tmp_path: Path, tiny_model_folder: Path, text_fold
     assert Allocation.load(tmp_path / "out" / "allocation.json").num_layers == 4
 
 
+def test_joint_learning_names_the_model_it_made(tmp_path: Path, tiny_model_folder: Path, text_folder: Path):
+    out = tmp_path / "out"
+    given = ["learn", tiny_model_folder, *SMALL, "--data", text_folder, "--out", out, "--mode", "joint"]
+    result = consa_cli(*given)
+    assert result.exit_code == 0, result.output
+    assert str(out / "model") in result.stdout.split() and (out / "model" / "consa.json").exists()
+
+
 def test_rules_of_a_shape(tmp_path: Path):
     result = consa_cli(
         "rules", "--layers", 8, "--kv-heads", 2, "--sparsity", 0.5, "--out", tmp_path, "--tokens", 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,6 +220,16 @@ def test_what_cannot_be_generated_is_refused(
 ):
     line = refused("generate", converted / folder, *arguments)
     assert all(part in line for part in named), line
+
+
+def test_what_is_measured_of_the_folder_here_lies_beside_it(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copytree(converted / "hybrid", tmp_path / "hybrid")
+    monkeypatch.chdir(tmp_path / "hybrid")
+    result = consa_cli("bench", ".", "--contexts", "20", "--decode-tokens", "1", "--repeats", "1")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hybrid", "hybrid-bench"]
 
 
 def test_bench(converted: Path, tmp_path: Path):

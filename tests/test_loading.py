@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.utils import logging as transformers_logging
 
 from consa import model as model_module
 from consa.errors import ConsaError
-from consa.model import attention_layout, load_model, read_layout
+from consa.model import attention_layout, load_model, quiet, read_layout
 from tests.models import byte_tokenizer, tiny
 
 
@@ -200,3 +201,26 @@ def test_tied_weights_are_not_missing(tied: bool, tmp_path: Path):
     model.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     assert torch.equal(load_model(str(tmp_path)).model.lm_head.weight, model.lm_head.weight)
+
+
+def test_bars_that_were_off_stay_off():
+    for wanted in (False, True):
+        (transformers_logging.enable_progress_bar if wanted else transformers_logging.disable_progress_bar)()
+        with quiet():
+            assert not transformers_logging.is_progress_bar_enabled()
+        assert transformers_logging.is_progress_bar_enabled() == wanted
+
+
+def test_a_softcap_is_not_left_to_an_attention_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Versions of transformers before 5.21 choose sdpa, which drops it."""
+    tiny("gemma2").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    whole = model_module._whole
+
+    def chosen(*given: Any, **options: Any) -> Any:
+        model = whole(*given, **options)
+        model.config._attn_implementation = "sdpa"
+        return model
+
+    monkeypatch.setattr(model_module, "_whole", chosen)
+    assert load_model(str(tmp_path), device="cpu").model.config._attn_implementation == "eager"

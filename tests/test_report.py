@@ -122,7 +122,7 @@ def test_a_file_of_an_allocation_is_a_run(tmp_path: Path):
 def test_an_adaptation_shows_what_it_gained_and_its_own_curves(tmp_path: Path):
     folder = make_run(tmp_path / "run")
     (folder / "config.json").write_text('{"adapt": {}}')
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text()) | {"allocation": {"full_attention": ["01"]}}
     del summary["losses"], summary["fractional"]
     summary["rows"][2:] = [summary["rows"][2] | {"name": "hybrid"}, summary["rows"][3] | {"name": "adapted"}]
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -131,7 +131,7 @@ def test_an_adaptation_shows_what_it_gained_and_its_own_curves(tmp_path: Path):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     html, seen = make_page([folder], tmp_path / "report.html")
     assert "80.0%" in seen.text and "0.200" in seen.text  # recovered, and lost to dense
-    assert "<tr class=made><th scope=row>adapted" in html
+    assert "<tr class=made><th scope=row>adapted" in html and "full_attention" not in html
     record = json.loads(seen.scripts[0])
     assert record["data"]["history 0"] == {
         "step": [1, 2, 3],

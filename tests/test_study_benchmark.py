@@ -95,6 +95,9 @@ def test_gains_are_paired(monkeypatch: pytest.MonkeyPatch):
     assert "| 0.5 | KV heads | interleaved, the best rule | 0.350 [0.350, 0.350] |" in page
     assert "| 0.5 | KV heads | layers, learned | 0.200 [0.200, 0.200] |" in page
     assert "| 120 evaluations | 0.5 | 0.100 [0.100, 0.100] |" in "\n".join(section._whole(record))
+    answers = import_module("sections.answers")
+    assert answers._whole(record, shorter=True) == []
+    assert "by: with 120 evaluations 0.100 [0.100, 0.100] at 0.5." in answers._whole(record, shorter=False)[0]
 
 
 def test_differences_on_models_from_scratch_need_no_losses_of_sequences(monkeypatch: pytest.MonkeyPatch):
