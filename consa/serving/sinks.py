@@ -2,7 +2,7 @@
 
 The sinks' pages stay where they are: a page table of such a group begins with them, then come dropped pages, then the
 window's. What an SWA head has dropped no later query sees, so the sinks and the window are to it an ordinary short
-sequence, which `consa.attention.branches` computes. It is torch on any device, and reads no page of the gap.
+sequence, which `consa.attention.portable` computes. It is torch on any device, and reads no page of the gap.
 """
 
 # pyright: reportMissingImports=false
@@ -28,7 +28,8 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from consa.attention.branches import attend, sliding_attention
+from consa.attention.ops import sliding_attention
+from consa.attention.portable import attend
 
 
 @dataclass(frozen=True, kw_only=True)

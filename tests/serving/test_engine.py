@@ -18,10 +18,10 @@ pytest.importorskip("vllm", reason="needs vLLM; run make test-vllm")
 from transformers import AutoConfig
 
 from consa import Allocation, convert, rules
-from consa.model import load_model
-from consa.register import HybridConfig
+from consa.bench.vllm import dense_folder, planned_bytes
+from consa.model.load import load_model
+from consa.model.register import HybridConfig
 from consa.serving import limits, plugin
-from consa.serving.bench import dense_folder, planned_bytes
 from consa.serving.plan import plan
 from tests.models import allocate, tiny, tokens
 from tests.serving.engine import engine, generate, groups, same_tokens, served
