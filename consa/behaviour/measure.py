@@ -27,7 +27,7 @@ from consa.config import RunConfig
 from consa.data.questions import examples
 from consa.errors import ConsaError
 from consa.model import loss
-from consa.model.attach import attached, observed
+from consa.model.attach import attached
 from consa.model.layout import attention_layout
 from consa.progress import note, progress
 from consa.provenance import hardware, versions
@@ -97,7 +97,7 @@ def measure(
     on_text, on_repeated, on_needles = (_Means(layout.shape) for _ in range(3))
 
     def observe(tokens: np.ndarray, observer: Any, text: str) -> None:
-        with torch.no_grad(), observed(model, dense, observer):
+        with torch.no_grad(), attached(model, dense, observer=observer):
             loss.hidden_states(model, _batch(model, tokens))
         tell(text)
 

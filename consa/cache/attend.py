@@ -1,83 +1,19 @@
-"""Attention of new queries over a cache that keeps all of some KV heads, and sinks and a window of the others.
+"""Attention of new queries over a hybrid's cache.
 
-What an SWA head has dropped, no later query sees. So the tokens it kept, in order, followed by the new ones, are to
-those queries an ordinary short sequence: sinks first, the window last. `branches` computes it; no other rule is needed.
+No later query sees a token that an SWA head has dropped. So the tokens that the head kept, in order, followed by the
+new ones, form an ordinary short sequence for the new queries: sinks first, the window last. `attention.ops` computes
+it without a special case.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
-
 import torch
 from torch import Tensor
 
-from consa.allocation import Allocation
 from consa.attention.ops import full_attention, sliding_attention
 from consa.attention.portable import attend
-
-if TYPE_CHECKING:
-    from consa.cache.layer import HybridLayer
-
-
-@dataclass(frozen=True)
-class HeadSplit:
-    """What a layer's cache keeps.
-
-    Attributes:
-        full: KV heads that keep every token.
-        sliding: KV heads that keep `num_sink_tokens` first tokens and the last `window` of the others.
-        window: tokens.
-        num_sink_tokens: tokens.
-    """
-
-    full: tuple[int, ...]
-    sliding: tuple[int, ...]
-    window: int
-    num_sink_tokens: int
-
-    @classmethod
-    def of(cls, allocation: Allocation, layer: int) -> HeadSplit:
-        """The split of one layer; a layer that the model slides itself is all-SWA, without sinks."""
-        full = tuple(int(head) for head in allocation.full_attention[layer].nonzero()[0])
-        sliding = tuple(head for head in range(allocation.num_kv_heads) if head not in full)
-        native_window = allocation.native_windows.get(layer)
-        if native_window is not None:
-            return cls(full, sliding, native_window, 0)
-        return cls(full, sliding, allocation.window, allocation.num_sink_tokens)
-
-    @property
-    def kept(self) -> int:
-        """Tokens that an SWA head keeps at most."""
-        return self.num_sink_tokens + self.window
-
-
-class NewKeys(NamedTuple):
-    """What `HybridLayer.update` hands to the attention function in place of keys: the cache, and what goes into it.
-
-    The tokens are written by the attention function, since it alone knows about padding, and the first real tokens of
-    a sequence are its sinks.
-    """
-
-    cache: HybridLayer
-    key: Tensor  # (batch, kv_heads, tokens, head_dim)
-    value: Tensor
-
-    def __getattr__(self, name: str) -> Any:  # what other attention asks of keys
-        raise AttributeError(
-            f"no {name}: a HybridCache is for hybrids alone; use consa.load or consa.attached, or another cache"
-        )
-
-
-def as_computed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys or values in the dtype that attention computes in: autocast's, where that is on.
-
-    Rotated queries and keys come in float32 then, beside values of lower precision.
-    """
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+from consa.cache.layer import HybridLayer, NewKeys
+from consa.cache.split import Heads, by_start, pick
 
 
 def cached_attention(
@@ -160,25 +96,3 @@ def _merge(heads: Tensor, parts: list[tuple[Heads, Tensor]]) -> Tensor:
     for selected, part in parts:
         out[:, selected] = part.unflatten(1, (-1, heads.shape[2]))
     return out.flatten(1, 2)
-
-
-Heads = slice | Tensor  # KV heads side by side, or their indices
-
-
-def selector(heads: tuple[int, ...], device: torch.device) -> Heads:
-    """A slice where the heads lie side by side, since that takes a view and no copy, else their indices."""
-    if heads and heads == tuple(range(heads[0], heads[-1] + 1)):
-        return slice(heads[0], heads[-1] + 1)
-    return torch.tensor(heads, dtype=torch.long, device=device)
-
-
-def pick(x: Tensor, heads: Heads) -> Tensor:
-    """Some of the heads of `(batch, heads, ...)`."""
-    return x[:, heads] if isinstance(heads, slice) else x.index_select(1, heads)
-
-
-def by_start(first: Tensor | None) -> list[tuple[Any, int]]:
-    """Sequences that start at the same column, as (which, column)."""
-    if first is None:
-        return [(slice(None), 0)]
-    return [((first == start).nonzero()[:, 0], start) for start in first.unique().tolist()]

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from consa.allocation import Allocation
-from consa.cache.attend import HeadSplit
 from consa.cache.layer import HybridLayer
+from consa.cache.split import HeadSplit
 from consa.cache.static import StaticHybridLayer
 
 

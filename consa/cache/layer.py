@@ -8,18 +8,45 @@ has been seen, and what is stored is exactly what the next query sees, besides i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from consa.attention.ops import kernels_for
-from consa.cache.attend import Heads, HeadSplit, NewKeys, as_computed, by_start, pick, selector
+from consa.cache.split import Heads, HeadSplit, by_start, pick, selector
 from consa.errors import ConsaError
 
 GROWTH = 64  # tokens by which storage grows: at most as many unused, and a copy costs a 64th of what attention reads
 STORAGE = ("full_keys", "full_values", "sliding_keys", "sliding_values")
+
+
+class NewKeys(NamedTuple):
+    """What `HybridLayer.update` hands to the attention function in place of keys: the cache and the tokens to write.
+
+    The attention function writes the tokens: only it knows the padding, and so which tokens are a sequence's sinks.
+    """
+
+    cache: HybridLayer
+    key: Tensor  # (batch, kv_heads, tokens, head_dim)
+    value: Tensor
+
+    def __getattr__(self, name: str) -> Any:  # another attention function would use it as a tensor
+        raise AttributeError(
+            f"no {name}: only a hybrid can use a HybridCache; use consa.load or consa.attached, or another cache"
+        )
+
+
+def as_computed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys or values in the dtype that attention computes in: autocast's, if autocast is on.
+
+    Under autocast, rotary embeddings return queries and keys in float32 while values have a lower precision.
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 class HybridLayer(CacheLayerMixin):

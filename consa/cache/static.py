@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consa.cache.attend import Heads, HeadSplit, pick
 from consa.cache.layer import STORAGE, HybridLayer
+from consa.cache.split import Heads, HeadSplit, pick
 from consa.errors import ConsaError
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from consa.attention import masks
 from consa.methods.problem import Problem, Text
 from consa.model import loss
-from consa.model.attach import observed
+from consa.model.attach import attached
 
 QUERY_BLOCK = 256
 
@@ -38,7 +38,7 @@ def mean_over_queries(problem: Problem, text: Text, queries: range, measure: Mea
             weights = scores.masked_fill(~masks.causal(query, key), float("-inf")).softmax(-1)
             total[layer] += measure(weights.flatten(0, 1), query, key).sum(-1).cpu()
 
-    with torch.no_grad(), observed(problem.loaded.model, problem.dense, add):
+    with torch.no_grad(), attached(problem.loaded.model, problem.dense, observer=add):
         loss.hidden_states(problem.loaded.model, problem.tensor(text))
     problem.forward_tokens += len(text.tokens)
     return total / len(queries)

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from consa.allocation import Allocation
 from consa.errors import ConsaError
 from consa.model import interface
 from consa.model.layout import attention_layout, check_fits
-from consa.model.plan import Plan
+from consa.model.plan import Observer, Plan
 
 
 @contextmanager
-def attached(model: PreTrainedModel, allocation: Allocation) -> Iterator[Plan]:
+def attached(
+    model: PreTrainedModel, allocation: Allocation, *, observer: Observer | None = None
+) -> Iterator[Plan]:
     """Within the block, `model` computes the exact hybrid attention of `allocation`; on exit it is as before.
 
     Args:
         model: a causal language model of transformers, loaded with any attention implementation.
         allocation: which KV heads keep full attention.
+        observer: called by each layer before it attends.
 
     Yields:
         The `Plan` that the model's attention layers follow.
@@ -41,7 +43,7 @@ def attached(model: PreTrainedModel, allocation: Allocation) -> Iterator[Plan]:
     if any(hasattr(module, "consa_plan") for module in modules):
         raise ConsaError(f"{type(model).__name__} already has an allocation attached; leave that block first")
     before: Any = model.config._attn_implementation
-    plan = Plan(allocation)
+    plan = Plan(allocation, observer)
     try:
         model.set_attn_implementation(interface.NAME)
         for module in modules:
@@ -51,27 +53,6 @@ def attached(model: PreTrainedModel, allocation: Allocation) -> Iterator[Plan]:
         for module in modules:
             module.__dict__.pop("consa_plan", None)
         model.set_attn_implementation(before)
-
-
-Observer = Callable[[int, Tensor, Tensor, float, float | None], None]
-"""What `observed` calls, with the layer, its queries `(batch, q_heads, queries, head_dim)`, its keys
-`(batch, kv_heads, keys, head_dim)`, the factor on the scores, and their bound by tanh or None."""
-
-
-@contextmanager
-def observed(model: PreTrainedModel, allocation: Allocation, observer: Observer) -> Iterator[None]:
-    """As `attached`, and each layer shows `observer` what it attends with before it does."""
-    with attached(model, allocation) as plan:
-        attend = plan.attend
-
-        def show_and_attend(layer: int, q: Tensor, k: Tensor, *rest: Any) -> Tensor:
-            *_, scaling, softcap = rest
-            observer(layer, q, k, scaling, softcap)
-            return attend(layer, q, k, *rest)
-
-        # Of this plan alone, which ends with the block; it is called by place.
-        plan.attend = show_and_attend  # pyright: ignore[reportAttributeAccessIssue]
-        yield
 
 
 def make_dense(model: PreTrainedModel) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from consa.allocation import Allocation
-from consa.cache.attend import NewKeys, as_computed
+from consa.cache.layer import NewKeys, as_computed
 from consa.errors import ConsaError
 from consa.model.plan import Plan
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,8 +11,14 @@ from torch import Tensor
 from consa.allocation import Allocation
 from consa.attention.ops import hybrid_attention, sliding_attention
 from consa.attention.rows import Rows
-from consa.cache.attend import HeadSplit, NewKeys, by_start, cached_attention
+from consa.cache.attend import cached_attention
+from consa.cache.layer import NewKeys
+from consa.cache.split import HeadSplit, by_start
 from consa.errors import ConsaError
+
+Observer = Callable[[int, Tensor, Tensor, float, float | None], None]
+"""Called by each layer before it attends, with the layer's index, its queries `(batch, q_heads, queries, head_dim)`,
+its keys `(batch, kv_heads, keys, head_dim)`, the scaling of the scores, and their tanh bound or None."""
 
 
 class Plan:
@@ -22,8 +28,8 @@ class Plan:
         allocation: window, sink tokens and native windows come from it, and the heads' branches while no gates are set.
     """
 
-    def __init__(self, allocation: Allocation) -> None:
-        self.allocation = allocation
+    def __init__(self, allocation: Allocation, observer: Observer | None = None) -> None:
+        self.allocation, self._observer = allocation, observer
         full = torch.tensor(allocation.full_attention, dtype=torch.float32)
         self._fixed = full[:, None, :]  # (layers, 1, kv_heads): the same for every sequence
         self._gates: tuple[Tensor, Tensor] | None = None
@@ -75,6 +81,8 @@ class Plan:
         Returns:
             As `q`; zero for queries that are padding.
         """
+        if self._observer:
+            self._observer(layer, q, k, scaling, softcap)
         if first is None:
             return self._attend(layer, None, q, k, v, scaling, softcap)
         # Without its padding, a sequence is an ordinary one: group those of equal length and shift each to its start.

@@ -14,8 +14,9 @@ from consa.attention.ops import hybrid_attention
 from consa.attention.reference import reference_attention
 from consa.attention.rows import Rows
 from consa.cache import layer as cache_layer
-from consa.cache.attend import HeadSplit, NewKeys, cached_attention
-from consa.cache.layer import STORAGE, HybridLayer
+from consa.cache.attend import cached_attention
+from consa.cache.layer import STORAGE, HybridLayer, NewKeys
+from consa.cache.split import HeadSplit
 from consa.cache.static import StaticHybridLayer
 from tests.compare import assert_close
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from consa import Allocation, HybridCache, attached
-from consa.cache.attend import as_computed
+from consa.cache.layer import as_computed
 from tests.models import CACHE, allocate, left_padding, tiny, tokens
 
 
