@@ -8,7 +8,6 @@ import importlib.util
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -27,25 +26,15 @@ def module_name(path: Path) -> str:
 
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
-LEAVES = [
-    "allocation",
-    "config",
-    "constraints",
-    "errors",
-    "files",
-    "gates",
-    "lagrangian",
-    "rules",
-    "attention.masks",
-]
-NUMPY_ONLY = ["allocation", "config", "constraints", "errors", "files", "rules"]
-MOST_LINES = 500
-MOST_LINES_OF_A_BODY = 60
-VERBS = ["adaptation", "behaviour", "evaluation", "learning", "report", "serving"]
-
-
-def existing(names: list[str]) -> list[str]:
-    return [f"consa.{name}" for name in names if f"consa.{name}" in MODULES]
+# Every package and module, from the bottom to the top: each imports only what stands before it.
+ORDER = [
+    "errors", "files", "published", "allocation", "rules", "constraints", "provenance", "progress", "data", "config",
+    "attention", "cache", "model", "training", "methods", "evaluation", "behaviour", "serving", "bench", "runs", "report",
+    "cli", "register", "__main__",
+]  # fmt: skip
+MAX_ARROWS = 150  # pairs of (package, package that it imports)
+NUMPY_ONLY = ["errors", "files", "published", "allocation", "rules", "constraints", "config"]
+TORCH_ONLY = ["attention.masks", "training.gates", "training.lagrangian"]
 
 
 @cache
@@ -54,14 +43,14 @@ def tree_of(name: str) -> ast.Module:
 
 
 @cache
-def imports_of(name: str, *, lazy: bool = True) -> frozenset[str]:
-    """Modules that a module imports; `lazy` counts those inside functions too. Not those for type checkers."""
+def imports_of(name: str, *, lazy: bool = True, typing: bool = False) -> frozenset[str]:
+    """Modules that a module imports; `lazy` counts those inside functions, `typing` those for type checkers."""
     package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
     found: set[str] = set()
     waiting: list[ast.AST] = [tree_of(name)]
     while waiting:
         node = waiting.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if not typing and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             waiting += node.orelse
             continue
         if not lazy and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
@@ -72,8 +61,9 @@ def imports_of(name: str, *, lazy: bool = True) -> frozenset[str]:
             parts = package.split(".")
             above = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
             source = ".".join(filter(None, [above, node.module]))
-            submodules = {f"{source}.{alias.name}" for alias in node.names} & MODULES.keys()
-            found |= submodules | {source}
+            targets = {f"{source}.{alias.name}" for alias in node.names}
+            found |= targets & MODULES.keys()
+            found |= set() if targets <= MODULES.keys() else {source}
         waiting += ast.iter_child_nodes(node)
     return frozenset(found)
 
@@ -106,68 +96,79 @@ def test_the_walk_sees_what_there_is_to_see():
     assert {"numpy", "json", "consa"} <= reached_from("consa.rules")
 
 
-@pytest.mark.parametrize("name", existing(LEAVES))
+@pytest.mark.parametrize("name", [*NUMPY_ONLY, *TORCH_ONLY])
 def test_leaves_know_nothing_of_transformers(name: str):
+    name = f"consa.{name}"
     assert not top_levels(imports_of(name) | reached_from(name)) & {"transformers", "huggingface_hub"}
 
 
-@pytest.mark.parametrize("name", existing(NUMPY_ONLY))
+@pytest.mark.parametrize("name", NUMPY_ONLY)
 def test_the_noun_and_what_is_below_know_nothing_of_torch(name: str):
+    name = f"consa.{name}"
     allowed = {"numpy", "consa", "__future__", *sys.stdlib_module_names}
     assert top_levels(imports_of(name) | reached_from(name)) <= allowed
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_nothing_imports_the_command_line(name: str):
-    if name != "consa.__main__":
-        assert "consa.cli" not in imports_of(name)
+def home(name: str) -> str:
+    """The package or top-level module that a module of consa belongs to."""
+    return name.split(".")[1]
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_verbs_do_not_import_each_other(name: str):
-    parts = [*name.split("."), ""]
-    if parts[1] in VERBS:
-        others = {f"consa.{verb}" for verb in VERBS if verb != parts[1]}
-        imported = {".".join(module.split(".")[:2]) for module in imports_of(name)}
-        assert not imported & others
+def arrows() -> dict[tuple[str, str], set[str]]:
+    """(importing, imported) packages -> the modules that import; without the root, which holds only the version."""
+    pairs: dict[tuple[str, str], set[str]] = {}
+    for name in MODULES.keys() - {"consa"}:
+        for imported in (imports_of(name) & MODULES.keys()) - {"consa"}:
+            if home(name) != home(imported):
+                pairs.setdefault((home(name), home(imported)), set()).add(name)
+    return pairs
 
 
-def rooms() -> list[str]:
-    """The names in the list of docs/DESIGN.md, in its order."""
+def test_the_order_names_every_package():
+    assert sorted(ORDER) == sorted({home(name) for name in MODULES.keys() - {"consa"}})
+
+
+def test_packages_import_only_what_stands_before_them():
+    against = {
+        f"{', '.join(sorted(modules))} imports {lower}"
+        for (upper, lower), modules in arrows().items()
+        if ORDER.index(lower) > ORDER.index(upper)
+    }
+    assert not against
+
+
+def test_arrows_between_packages_are_few():
+    assert len(arrows()) <= MAX_ARROWS
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Some circle of a graph, or []: remove the nodes that point at nothing until only circles are left."""
+    graph = {node: targets - {node} for node, targets in graph.items()}
+    while leaves := {node for node, targets in graph.items() if not targets & graph.keys()}:
+        graph = {node: targets for node, targets in graph.items() if node not in leaves}
+    path = sorted(graph)[:1]
+    while path and path.count(path[-1]) < 2:
+        path.append(min(graph[path[-1]] & graph.keys()))
+    return path[path.index(path[-1]) :] if path else []
+
+
+def test_the_search_for_circles_sees_them():
+    assert circle({"a": {"b"}, "b": {"c", "e"}, "c": {"b"}, "e": set()}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_no_package_has_a_circle(package: str):
+    """Imports inside functions and those for type checkers count too: two files in a circle cannot be read alone."""
+    names = {name for name in MODULES.keys() - {"consa"} if home(name) == package}
+    assert circle({name: imports_of(name, typing=True) & names for name in names}) == []
+
+
+def test_the_design_lists_every_package():
     text = (ROOT / "docs" / "DESIGN.md").read_text(encoding="utf-8")
-    return [line.split()[0] for line in text.splitlines() if re.match(r"      \w", line)]
-
-
-def test_the_design_lists_every_room():
-    modules = {path.name for path in PACKAGE.glob("*.py") if not path.name.startswith("_")}
-    packages = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
-    assert sorted(rooms()) == sorted(modules | packages)
-
-
-def bodies(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Name and lines of every function's body, without its docstring."""
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            first = node.body[min(ast.get_docstring(node) is not None, len(node.body) - 1)]
-            yield node.name, (node.end_lineno or 0) - first.lineno + 1
-
-
-@pytest.mark.parametrize("folder", ["consa", "benchmarks", "recipes"])
-def test_modules_and_functions_are_short_enough_to_read(folder: str):
-    paths = sorted((ROOT / folder).rglob("*.py"))
-    assert paths
-    for path in paths:
-        text = path.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= MOST_LINES, path
-        long = {name: lines for name, lines in bodies(ast.parse(text)) if lines > MOST_LINES_OF_A_BODY}
-        assert not long, f"{path}: {long}"
-
-
-def test_nothing_is_imported_in_a_circle():
-    for name in MODULES:
-        for imported in (imports_of(name, lazy=False) & MODULES.keys()) - {"consa"}:
-            package = imported == name.rpartition(".")[0]
-            assert package or name not in reached_from(imported), f"{name} and {imported} import each other"
+    modules = {name for name in ORDER if f"consa.{name}" in MODULES and name != "__main__"}
+    missing = [name for name in modules if not re.search(rf"^ *{name}(/|\.py)\s", text, re.MULTILINE)]
+    assert not missing
 
 
 def run_python(code: str) -> None:

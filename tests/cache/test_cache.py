@@ -475,7 +475,7 @@ def test_rows_without_padding_go_on_alone(model, max_length: int | None):
 
 
 def test_a_hybrids_cache_in_another_model_is_named(model):
-    with pytest.raises(AttributeError, match="a HybridCache is for hybrids alone"):
+    with pytest.raises(AttributeError, match="only a hybrid can use a HybridCache"):
         model(tokens(1, 8), **{CACHE: HybridCache(allocate(model))})
 
 
