@@ -216,18 +216,16 @@ def test_a_gguf_of_more_layers_than_tensors_is_refused(tmp_path: Path):
     refuses(lambda: load_model(str(path)), "damaged", f"{2**31} layers")
 
 
-@pytest.mark.parametrize("big", [False, True])
-def test_gguf_headers_of_either_byte_order(big: bool, tmp_path: Path):
-    order = ">" if big else "<"
-    nested = struct.pack(f"{order}IQ", 9, 1) * 5 + struct.pack(f"{order}IQ", 4, 0)
-    good = struct.pack(f"{order}IQ", 4, 2) + bytes(8)
-    for value, message in ((good, ""), (nested, "type 9"), (good[:-1], "announced")):
+@pytest.mark.parametrize("order", "<>")
+def test_gguf_headers_of_either_byte_order(order: str, tmp_path: Path):
+    pytest.importorskip("gguf")
+    array = struct.pack(f"{order}IQ", 4, 2) + bytes(8)
+    longer = struct.pack(f"{order}IQ", 4, 2**40) + bytes(8)
+    # A whole header gets as far as the missing tensors.
+    for value, message in ((array, "no tensors"), (longer, "announced"), (array[:-1], "announced")):
         field = struct.pack(f"{order}Q", 1) + b"a" + struct.pack(f"{order}I", 9) + value
         (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack(f"{order}IQQ", 3, 0, 1) + field)
-        if message:
-            with pytest.raises(ValueError, match=message):
-                check_header(tmp_path / "a.gguf")
-        else:
+        with pytest.raises(ValueError, match=message):
             check_header(tmp_path / "a.gguf")
 
 
