@@ -1,6 +1,7 @@
 """Turn a pretrained LLM into a hybrid of full attention and sliding-window attention, with the split learned.
 
-Importing consa is instant and changes nothing: torch and transformers come with the first name that needs them.
+Importing consa is instant and changes nothing. Each public name imports torch and transformers on first use if it needs
+them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {  # public name -> the module it comes from, or is
+_HOMES = {  # public name -> the module that defines it, or that it is
     "AdaptConfig": "consa.config",
     "Allocation": "consa.allocation",
     "ConsaError": "consa.errors",
@@ -43,9 +44,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = import_module(_HOMES[name])
     value = module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
-    globals()[name] = value  # the next access does not come here
+    globals()[name] = value  # the next access bypasses this function
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted([*_HOMES, *(name for name in globals() if name.startswith("__"))])

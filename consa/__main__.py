@@ -1,4 +1,4 @@
-"""`python -m consa` is the command `consa`."""
+"""`python -m consa` runs the command line."""
 
 from consa.cli import main
 

@@ -1,7 +1,7 @@
-"""The noun: which KV heads of a model keep full attention. Knows numpy and JSON, nothing of torch or models."""
+"""The noun: which KV heads of a model keep full attention. Needs numpy only, neither torch nor a model."""
 
 # pyright: reportUnnecessaryIsInstance=false
-# What users and files hand in is checked whatever its annotation says.
+# Values from users and files are checked against their annotations.
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from consa.files import read_text, write_atomically
 SCHEMA = "consa.allocation/1"
 Granularity = Literal["layer", "kv_head"]
 MAX_FILE_BYTES = 64 * 2**20
-WINDOW, NUM_SINK_TOKENS = 128, 4  # tokens; what is taken where nothing else is said
+WINDOW, NUM_SINK_TOKENS = 128, 4  # defaults, in tokens
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,14 +38,14 @@ class Allocation:
         granularity: "layer" if all KV heads of a layer share one decision, else "kv_head".
         window: keys visible to a query of an SWA head, itself included, in tokens.
         num_sink_tokens: first tokens of a sequence that stay visible on top of the window.
-        native_windows: layer -> window in tokens, for layers that the model itself already slides. They are left as
-            they are: their rows are False, and they count neither as FA nor as SWA.
-        scores: optional float64, same shape as `full_attention`; what the decision was made by, higher keeps FA
-            (for a learned allocation the averaged log_alpha).
-        provenance: JSON-able record of where the allocation came from (model, method, target, seed, versions).
+        native_windows: layer -> window in tokens, for layers that use a sliding window in the original model. They
+            stay as they are: their rows are False, and they count neither as FA nor as SWA.
+        scores: optional float64, same shape as `full_attention`; the scores behind the decision, higher keeps FA
+            (the averaged log_alpha of a learned allocation).
+        provenance: JSON-able record of the allocation's origin (model, method, target, seed, versions).
 
     Raises:
-        InvalidAllocationError: a field does not add up; the message names it.
+        InvalidAllocationError: a field is invalid or contradicts another; the message names it.
     """
 
     full_attention: np.ndarray
@@ -58,7 +58,7 @@ class Allocation:
 
     def __post_init__(self) -> None:
         try:
-            mask = np.array(self.full_attention)  # a copy, so that nobody else can write to it
+            mask = np.array(self.full_attention)  # a copy that nobody else can write to
         except ValueError as error:
             raise InvalidAllocationError(f"full_attention is not an array: {error}") from error
         if mask.ndim != 2 or 0 in mask.shape or mask.dtype != np.bool_:
@@ -86,10 +86,10 @@ class Allocation:
                 )
             if mask[layer].any():
                 raise InvalidAllocationError(
-                    f"full_attention gives FA to layer {layer}, which native_windows says the model already slides"
+                    f"full_attention gives FA to layer {layer}, which native_windows lists as sliding"
                 )
         if len(self.native_windows) == len(mask):
-            raise InvalidAllocationError("native_windows covers every layer, so there is nothing to allocate")
+            raise InvalidAllocationError("native_windows covers every layer; there is nothing to allocate")
         if self.granularity == "layer" and (mask.any(1) != mask.all(1)).any():
             layer = int(np.flatnonzero(mask.any(1) != mask.all(1))[0])
             raise InvalidAllocationError(
@@ -105,19 +105,19 @@ class Allocation:
         object.__setattr__(self, "window", int(self.window))
         object.__setattr__(self, "num_sink_tokens", int(self.num_sink_tokens))
         object.__setattr__(self, "native_windows", native_windows)
-        try:  # through JSON and back: what is kept is what would be saved, and no caller's object is shared
+        try:  # a round trip through JSON keeps exactly what `save` would write, and shares no object with the caller
             text = json.dumps(dict(self.provenance), indent=1, allow_nan=False)
             object.__setattr__(self, "provenance", json.loads(text, object_pairs_hook=_sorted_dict))
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidAllocationError(f"provenance must be JSON-able: {error}") from error
 
     def __reduce__(self) -> Any:
-        """Copies and what is unpickled are made anew, so that nobody can write to them either."""
+        """Copies and unpickled allocations go through the constructor, so their arrays are read-only too."""
         return Allocation.from_json, (self.to_json(),)
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model, those it already slides included."""
+        """Layers of the model, including those in `native_windows`."""
         return self.full_attention.shape[0]
 
     @property
@@ -127,19 +127,19 @@ class Allocation:
 
     @property
     def layers(self) -> list[int]:
-        """The layers this allocation decides about: all but `native_windows`."""
+        """The layers that this allocation decides: all but `native_windows`."""
         return [layer for layer in range(self.num_layers) if layer not in self.native_windows]
 
     @property
     def sparsity(self) -> float:
-        """Achieved share of decided units on SWA, weighted by KV heads, in [0, 1]."""
+        """Achieved share of the decided KV heads that use SWA, in [0, 1]."""
         num_units = len(self.layers) * self.num_kv_heads
         return (num_units - int(self.full_attention.sum())) / num_units  # one rounding: 9 of 30 is 0.3
 
     def kv_cache_bytes(
         self, seq_len: int, *, head_dim: int, bytes_per_element: int = 2, batch_size: int = 1
     ) -> int:
-        """Bytes of keys and values a cache holds after `seq_len` tokens.
+        """Bytes of keys and values in the cache after `seq_len` tokens.
 
         An FA head keeps every token, an SWA head `min(seq_len, num_sink_tokens + window)`.
         """
@@ -165,20 +165,20 @@ class Allocation:
             "provenance": self.provenance,
         }
         text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        # Half of a surrogate pair, as in the name of a file that is not UTF-8, has no bytes: it stays escaped.
+        # Half of a surrogate pair, as in a file name that is not UTF-8, cannot be encoded: it stays escaped.
         return text.encode(errors="backslashreplace").decode()
 
     def decision(self) -> dict[str, Any]:
-        """JSON-able: all that decides what a model computes, without the scores and where they came from."""
+        """JSON-able: every field that affects what a model computes, so neither scores nor provenance."""
         record = json.loads(self.to_json())
         return {name: value for name, value in record.items() if name not in ("scores", "provenance")}
 
     @classmethod
     def from_json(cls, text: str) -> Allocation:
-        """Parse `to_json`'s text.
+        """Parse the text of `to_json`.
 
         Raises:
-            InvalidAllocationError: not this schema, a field missing or unknown, or fields that contradict each other.
+            InvalidAllocationError: another schema, a missing or unknown field, or fields that contradict each other.
         """
         try:
             parsed: Any = json.loads(text)
@@ -194,7 +194,7 @@ class Allocation:
             missing = ", ".join(map(repr, sorted(expected - record.keys()))) or "none"
             unknown = ", ".join(map(repr, sorted(record.keys() - expected))) or "none"
             raise InvalidAllocationError(f"fields missing: {missing}; unknown: {unknown}")
-        rows = cast(list[str], record["full_attention"])  # the next lines see to it
+        rows = cast(list[str], record["full_attention"])  # checked below
         shape = (record["num_layers"], record["num_kv_heads"])
         if (
             not isinstance(rows, list)
@@ -226,7 +226,7 @@ class Allocation:
         )
         if record["sparsity"] != allocation.sparsity:
             raise InvalidAllocationError(
-                f"sparsity says {record['sparsity']!r}, full_attention adds up to {allocation.sparsity!r}"
+                f"sparsity is {record['sparsity']!r}, but full_attention has sparsity {allocation.sparsity!r}"
             )
         return allocation
 
@@ -236,21 +236,28 @@ class Allocation:
 
     @classmethod
     def load(cls, path: str | Path) -> Allocation:
-        """Read an allocation from JSON: a file, a run's folder, or one that comes with consa (`consa.published`).
+        """Read an allocation from a JSON file, a run's folder, or the published ones (`consa.published`).
 
         Raises:
             InvalidAllocationError: the file does not hold a valid allocation; the message names file and field.
             ConsaError: the file cannot be read.
         """
-        found = published.resolve(path)
-        if not os.path.exists(found):  # unlike Path's, without complaint of a name that cannot be
+        file = published.resolve(path)
+        if not os.path.exists(file):  # unlike Path.exists, accepts names that are too long
             known = ", ".join(published.names())
-            raise ConsaError(f"allocation {str(path)!r} is no file, and none of those published: {known}")
-        text = read_text(found, max_bytes=MAX_FILE_BYTES)
+            raise ConsaError(
+                f"allocation {str(path)!r} is neither a file nor a published allocation: {known}"
+            )
+        text = read_text(file, max_bytes=MAX_FILE_BYTES)
         try:
             return cls.from_json(text)
         except InvalidAllocationError as error:
             raise InvalidAllocationError(f"{path}: {error}") from error
+
+    def __repr__(self) -> str:
+        shape = f"{self.num_layers} layers x {self.num_kv_heads} KV heads"
+        limits = f"window {self.window}, sinks {self.num_sink_tokens}"
+        return f"Allocation({shape}, sparsity {self.sparsity:.3f}, {limits})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Allocation) and self.to_json() == other.to_json()
@@ -260,13 +267,13 @@ class Allocation:
 
 
 def num_full_units(num_units: int, sparsity: float) -> int:
-    """The number of FA units whose share comes nearest to `1 - sparsity`; the sparser of two equally near.
+    """The number of FA units whose share is nearest to `1 - sparsity`; a tie goes to the sparser one.
 
     Raises:
         ConsaError: `sparsity` outside [0, 1].
     """
     check_sparsity(sparsity)
-    # Exact arithmetic on the decimal that was typed: 0.7 of 30 units is 21, whatever binary fractions make of it.
+    # Exact arithmetic on the decimal as typed: 0.7 of 30 units is 21, free of binary rounding.
     full = (1 - Fraction(repr(float(sparsity)))) * num_units
     return math.ceil(full - Fraction(1, 2))
 
@@ -279,12 +286,12 @@ def num_full_units_within(
     Args:
         budget_bytes: memory for keys and values, in bytes.
         seq_len: tokens in the cache.
-        example: any allocation of the model; its shape, granularity, window and sinks are what counts.
-        head_dim: elements of one head's key.
+        example: any allocation of the model, for its shape, granularity, window and sinks.
+        head_dim: elements per key of a head.
         bytes_per_element: 2 for bf16.
 
     Raises:
-        ConsaError: not even all-SWA fits; the message says what would.
+        ConsaError: the cache does not fit even with every unit on SWA; the message says how much it needs.
     """
     per_unit = example.num_kv_heads if example.granularity == "layer" else 1
     num_units = len(example.layers) * example.num_kv_heads // per_unit
@@ -324,9 +331,9 @@ def _sorted_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(sorted(pairs, key=lambda pair: pair[0]))
 
 
-def _checked_scores(given: Any, shape: tuple[int, ...]) -> np.ndarray:
+def _checked_scores(values: Any, shape: tuple[int, ...]) -> np.ndarray:
     try:
-        scores = np.array(given, dtype=np.float64)  # a copy too
+        scores = np.array(values, dtype=np.float64)  # a copy too
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidAllocationError(f"scores are not numbers: {error}") from error
     if scores.shape != shape or not np.isfinite(scores).all():
@@ -341,5 +348,5 @@ def _is_int(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-# For the schema's field names, stated once.
+# Source of the schema's field names.
 _EMPTY = Allocation(full_attention=np.zeros((1, 1), dtype=bool), window=1)

@@ -1,6 +1,6 @@
-"""Constraints that serving engines put on an allocation, and the best choice of heads under them. Knows no torch.
+"""Constraints of serving engines on an allocation, and the best choice of heads under them. Needs no torch.
 
-All of them come down to one thing: FA heads are added in *steps* of a fixed size, and every multiple of it is feasible.
+Every constraint means that FA heads are added in *steps* of a fixed size, and that every multiple of a step is feasible.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ FullHeadsPerLayer = Literal["any", "even", "uniform"]
 
 @dataclass(frozen=True, kw_only=True)
 class Constraint:
-    """What must hold of the FA heads of every layer that an allocation decides about.
+    """A condition on the FA heads of every layer that an allocation decides.
 
     Attributes:
-        full_heads_per_layer: "any" number; an "even" one, on each rank; or "uniform": the same in every layer.
-        tensor_parallel: ranks over which the KV heads of a layer are split, in contiguous groups of equal size. All
-            ranks hold the same number of FA heads of a layer.
+        full_heads_per_layer: "any" number, an "even" number on each rank, or "uniform": the same in every layer.
+        tensor_parallel: ranks that share the KV heads of a layer in contiguous groups of equal size, each with the
+            same number of FA heads.
 
     Raises:
         ConsaError: a value out of range; the message names it.
@@ -43,18 +43,18 @@ class Constraint:
 
     @property
     def heads_at_once(self) -> int:
-        """FA heads that a rank gains together in a layer: 2 where they come in pairs."""
+        """FA heads that a rank gains together in a layer: 2 if they come in pairs, else 1."""
         return 2 if self.full_heads_per_layer == "even" else 1
 
     def step(self, num_layers: int, num_kv_heads: int) -> int:
-        """FA heads that are added together; feasible totals are its multiples up to all heads, and no others.
+        """FA heads that are added together: exactly the multiples of it, up to all heads, are feasible totals.
 
         Args:
-            num_layers: layers that the allocation decides about.
+            num_layers: layers that the allocation decides.
             num_kv_heads: KV heads of each.
 
         Raises:
-            ConsaError: the KV heads of a layer do not split like this.
+            ConsaError: the KV heads of a layer cannot be split like this.
         """
         if reason := self.misfit(num_kv_heads):
             raise ConsaError(reason)
@@ -62,7 +62,7 @@ class Constraint:
         return self.heads_at_once * self.tensor_parallel * layers_at_once
 
     def misfit(self, num_kv_heads: int) -> str | None:
-        """Why no allocation with so many KV heads a layer meets this, in one line; None if some do."""
+        """Why no allocation with `num_kv_heads` per layer can meet the constraint, in one line; None if one can."""
         if num_kv_heads % self.tensor_parallel:
             return f"tensor_parallel must divide the {num_kv_heads} KV heads of a layer, got {self.tensor_parallel}"
         per_rank = num_kv_heads // self.tensor_parallel
@@ -78,21 +78,21 @@ ANY = Constraint()
 
 
 def choose(scores: np.ndarray, num_full: int, constraint: Constraint) -> np.ndarray:
-    """The FA heads whose scores add up to the most among all choices that the constraint allows.
+    """The FA heads with the largest sum of scores among all choices that the constraint allows.
 
-    The heads of a rank are taken best first, so further steps never add more, and taking the best steps is exact. Equal
-    scores go to the lower layer and head.
+    The heads of a rank are taken best first, so its later steps never gain more than its earlier ones, and greedily
+    taking the best steps is exact. Ties go to the lower layer and head.
 
     Args:
-        scores: `(layers, kv_heads)`, of the layers that the allocation decides about.
+        scores: `(layers, kv_heads)`, of the layers that the allocation decides.
         num_full: FA heads, a multiple of `constraint.step`.
-        constraint: what must hold.
+        constraint: the condition to meet.
 
     Returns:
         bool, the shape of `scores`, True for FA.
 
     Raises:
-        ConsaError: the KV heads of a layer do not split like this, or no choice has `num_full` FA heads.
+        ConsaError: the KV heads of a layer cannot be split like this, or no choice has `num_full` FA heads.
     """
     layers, heads = scores.shape
     step = constraint.step(layers, heads)
@@ -110,12 +110,12 @@ def choose(scores: np.ndarray, num_full: int, constraint: Constraint) -> np.ndar
     taken = np.zeros(gains.shape, dtype=bool)
     taken.flat[np.argsort(-gains, axis=None, kind="stable")[: num_full // step]] = True
     per_rank = taken.sum(1) * at_once  # (layers,), or (1,) if uniform
-    place = np.argsort(best_first, axis=-1)  # of a head among those of its rank
+    place = np.argsort(best_first, axis=-1)  # rank of each head's score among the heads of its rank
     return (place < per_rank[:, None, None]).reshape(layers, heads)
 
 
 def violation(allocation: Allocation, constraint: Constraint) -> str | None:
-    """Why an allocation does not meet a constraint, in one line; None if it does."""
+    """Why an allocation violates a constraint, in one line; None if it meets it."""
     if reason := constraint.misfit(allocation.num_kv_heads):
         return reason
     first = allocation.layers[0]
@@ -128,10 +128,10 @@ def violation(allocation: Allocation, constraint: Constraint) -> str | None:
                 f" layer {layer} has {', '.join(map(str, per_rank))}"
             )
         if per_rank[0] % constraint.heads_at_once:
-            where = "" if constraint.tensor_parallel == 1 else " on each rank"
+            suffix = "" if constraint.tensor_parallel == 1 else " on each rank"
             return (
                 "full_heads_per_layer 'even' needs an even number of FA heads in every layer;"
-                f" layer {layer} has {per_rank[0]}{where}"
+                f" layer {layer} has {per_rank[0]}{suffix}"
             )
         if constraint.full_heads_per_layer == "uniform" and counts[layer].sum() != counts[first].sum():
             return (

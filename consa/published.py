@@ -1,4 +1,4 @@
-"""Allocations that come with consa, learned on real models: `smollm2-135m/kv_head-0.733` is the name of one."""
+"""Allocations that ship with consa, learned on real models, by names like `smollm2-135m/kv_head-0.733`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ FOLDER = Path(__file__).parent / "allocations"
 
 
 def names() -> list[str]:
-    """All of them: the model, then granularity and sparsity."""
+    """All names, each `MODEL/GRANULARITY-SPARSITY`."""
     return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.glob("*/*.json"))
 
 
 def resolve(name: str | Path) -> Path:
-    """The path itself; of a run's folder its allocation; where there is nothing, what is published under that name."""
+    """The file that `name` means: a file, the allocation in a run's folder, or a published allocation."""
     path = Path(name)
     if os.path.isfile(path / "allocation.json"):
         return path / "allocation.json"

@@ -1,3 +1,3 @@
-"""Import this to let `AutoModelForCausalLM.from_pretrained` load hybrids; `consa.model.register` does the work."""
+"""Importing this module lets `AutoModelForCausalLM.from_pretrained` load hybrids."""
 
 import consa.model.register  # noqa: F401

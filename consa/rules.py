@@ -1,4 +1,4 @@
-"""Allocations by rule of thumb, exact for every feasible sparsity: what people guess when they do not learn."""
+"""Rule-based allocations, exact for every feasible sparsity: the usual guesses, without learning."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from consa.allocation import NUM_SINK_TOKENS, WINDOW, Allocation, Granularity, n
 from consa.errors import ConsaError
 
 Rule = Callable[..., Allocation]
-MAX_UNITS = 2**20  # a slip of the finger would fill the memory
+MAX_UNITS = 2**20  # a mistyped shape must not fill the memory
 
 
 def interleaved(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
-    """FA evenly spread over depth, each stretch of layers beginning with FA. Options as in `from_units`."""
+    """FA evenly spread over depth, each period starting with FA. Options as in `from_units`."""
     return from_units(lambda n, k, _: _spread(n, k), num_layers, num_kv_heads, rule="interleaved", **options)
 
 
 def interleaved_late(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
-    """FA evenly spread over depth, each stretch of layers ending with FA: the other phase of `interleaved`."""
+    """FA evenly spread over depth, each period ending with FA."""
     return from_units(
         lambda n, k, _: n - 1 - _spread(n, k), num_layers, num_kv_heads, rule="interleaved_late", **options
     )
@@ -37,14 +37,14 @@ def top(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
 
 
 def middle(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
-    """FA in one contiguous block half way up."""
+    """FA in one contiguous block in the middle."""
     return from_units(
         lambda n, k, _: np.arange(k) + (n - k) // 2, num_layers, num_kv_heads, rule="middle", **options
     )
 
 
 def sandwich(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
-    """FA at both ends, SWA between; the input side takes the odd one."""
+    """FA at both ends, SWA between; the input side gets the odd unit."""
     return from_units(
         lambda n, k, _: np.r_[np.arange((k + 1) // 2), np.arange(n - k // 2, n)],
         num_layers,
@@ -78,7 +78,7 @@ def uniform_heads(
     """The same number of FA heads in every layer (the first ones); a remainder is spread over depth.
 
     Raises:
-        ConsaError: asked for granularity "layer", where a layer cannot hold a share of heads.
+        ConsaError: granularity is "layer", which allows no share of a layer's heads.
     """
     if granularity != "kv_head":
         raise ConsaError(f"uniform_heads needs granularity 'kv_head', got {granularity!r}")
@@ -95,14 +95,14 @@ def uniform_heads(
 
 
 def dense(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
-    """FA everywhere: the model as it is. Options as in `from_units`, but for the sparsity."""
+    """FA everywhere: the original model. Options as in `from_units`, except the sparsity."""
     return from_units(
         lambda n, k, _: np.arange(k), num_layers, num_kv_heads, rule="dense", sparsity=0.0, **options
     )
 
 
 def all_swa(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
-    """SWA everywhere. Options as in `from_units`, but for the sparsity."""
+    """SWA everywhere. Options as in `from_units`, except the sparsity."""
     return from_units(
         lambda n, k, _: np.arange(k), num_layers, num_kv_heads, rule="all_swa", sparsity=1.0, **options
     )
@@ -114,23 +114,23 @@ RULES: dict[str, Rule] = {
 }
 
 
-DRAWN = {"random_units"}  # rules that differ by seed
+DRAWN = {"random_units"}  # rules that use a seed
 
 
 def names(granularity: Granularity) -> list[str]:
-    """Of the rules that there are for a granularity: a layer as a whole cannot hold a share of heads."""
+    """Names of the rules that exist for a granularity; `uniform_heads` needs "kv_head"."""
     return [name for name, rule in RULES.items() if rule is not uniform_heads or granularity == "kv_head"]
 
 
 def by_name(name: str, num_layers: int, num_kv_heads: int, *, seed: int = 0, **options: Any) -> Allocation:
-    """The allocation of a rule; `seed` is for those that draw. Other options as in `from_units`."""
+    """The allocation of a rule; only rules in `DRAWN` use `seed`. Other options as in `from_units`."""
     return RULES[name](num_layers, num_kv_heads, **options | ({"seed": seed} if name in DRAWN else {}))
 
 
 def every_rule(
     num_layers: int, num_kv_heads: int, *, granularity: Granularity, **options: Any
 ) -> dict[str, Allocation]:
-    """The allocation of every rule that there is for a granularity. Other options as in `by_name`."""
+    """The allocation of every rule that exists for a granularity. Other options as in `by_name`."""
     return {
         name: by_name(name, num_layers, num_kv_heads, granularity=granularity, **options)
         for name in names(granularity)
@@ -150,27 +150,27 @@ def from_units(
     native_windows: Mapping[int, int] | None = None,
     seed: int | None = None,
 ) -> Allocation:
-    """Turn a choice among numbered units, counted from the input layer by layer, into an `Allocation`.
+    """Turn a choice of units, numbered layer by layer from the input, into an `Allocation`.
 
     Args:
         choose: `(num_units, num_full, units_per_layer)` -> indices of the FA units.
         num_layers: layers of the model.
         num_kv_heads: KV heads of each layer.
         rule: name for the provenance.
-        sparsity: target share of units on SWA; the nearest feasible one results.
-        granularity: what a unit is.
+        sparsity: target share of units on SWA; rounded to the nearest feasible share.
+        granularity: whether a unit is a layer or a KV head.
         window: tokens an SWA query sees, itself included.
         num_sink_tokens: first tokens visible on top of the window.
-        native_windows: layers the model already slides; they hold no units.
-        seed: for the provenance of a random choice.
+        native_windows: layers that already use a sliding window; they hold no units.
+        seed: recorded in the provenance of a random choice.
 
     Raises:
-        ConsaError: sparsity outside [0, 1], or dimensions that make no model.
+        ConsaError: sparsity outside [0, 1], or a shape without units or with too many.
     """
     native_windows = dict(native_windows or {})
     if num_layers * num_kv_heads > MAX_UNITS:
         raise ConsaError(
-            f"num_layers={num_layers}, num_kv_heads={num_kv_heads} make more KV heads than the {MAX_UNITS} there may be"
+            f"num_layers={num_layers}, num_kv_heads={num_kv_heads} make more than the allowed {MAX_UNITS} KV heads"
         )
     layers = [layer for layer in range(num_layers) if layer not in native_windows]
     if not layers or num_kv_heads < 1:
@@ -180,7 +180,9 @@ def from_units(
     full = np.zeros(num_units, dtype=bool)
     full[choose(num_units, num_full_units(num_units, sparsity), per_layer)] = True
     mask = np.zeros((num_layers, num_kv_heads), dtype=bool)
-    mask[layers] = full.reshape(len(layers), per_layer)  # a layer's one decision broadcasts over its KV heads
+    mask[layers] = full.reshape(
+        len(layers), per_layer
+    )  # the decision of a layer broadcasts over its KV heads
     provenance = {"method": rule, "target_sparsity": float(sparsity)} | (
         {} if seed is None else {"seed": seed}
     )
@@ -195,5 +197,5 @@ def from_units(
 
 
 def _spread(num_places: int, count: int) -> np.ndarray:
-    """`count` of `num_places` indices, as evenly as whole numbers allow, beginning with 0."""
+    """`count` of `num_places` indices, spread as evenly as integers allow, starting with 0."""
     return np.arange(count) * num_places // max(count, 1)

@@ -45,5 +45,5 @@ def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
 )
 def test_an_unknown_name_lists_those_there_are(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConsaError, match=r"none of those published: smollm2-135m/"):
+    with pytest.raises(ConsaError, match=r"nor a published allocation: smollm2-135m/"):
         Allocation.load(name)

@@ -1,1 +1,1 @@
-"""Hybrid attention: one semantics (`masks`), one plain truth (`reference`), a portable and a fused path, a cache."""
+"""Hybrid attention: the semantics (`masks`), the ground truth (`reference`), and the fast paths (`ops`)."""

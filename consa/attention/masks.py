@@ -1,6 +1,6 @@
-"""The semantics, once: which key a query sees. Works on ints, numpy arrays and tensors alike.
+"""The semantics: which keys a query sees. Works on ints, numpy arrays and tensors.
 
-Positions count from the first real token of a sequence, so padding has none and every document has its own sinks.
+Positions count from the first real token of a sequence, so padding has no position and each sequence its own sinks.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ def causal(query: Any, key: Any) -> Any:
 
 
 def in_window(query: Any, key: Any, window: int) -> Any:
-    """The key is among the `window` last ones the query can see, its own included."""
+    """The key is among the last `window` keys up to and including the query's own."""
     return (key <= query) & (key > query - window)
 
 
 def beyond_window_sink(query: Any, key: Any, window: int, num_sink_tokens: int) -> Any:
-    """The key is a sink token that the window does not already reach."""
+    """The key is a sink token outside the window."""
     return (key < num_sink_tokens) & (key <= query - window)
 
 

@@ -1,4 +1,4 @@
-"""Full, sliding-window and gated attention: the one place that chooses between torch's operations and our kernels."""
+"""Full, sliding-window and gated attention: the only place that chooses between PyTorch and the Triton kernels."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from consa.attention import portable
 from consa.attention.rows import Rows
 
-# What the Triton kernels take.
+# Requirements of the Triton kernels.
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 256
-MIN_SHARED_MEMORY = 162 * 1024  # bytes per block; data-centre GPUs have it from A100 on
+MIN_SHARED_MEMORY = 162 * 1024  # bytes per block; data-centre GPUs since the A100 have them
 TMA_BYTES = 16  # TMA requires each head vector to be a multiple of 16 bytes
 
 
 def kernels_for(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> ModuleType | None:
-    """`consa.attention.triton.autograd` if its kernels run on this device and take these arguments, else None."""
+    """`consa.attention.triton.autograd` if its kernels support this device and these arguments, else None."""
     if not q.is_cuda or softcap is not None or q.shape[3] > MAX_HEAD_DIM:
         return None
     if q.shape[3] * q.itemsize % TMA_BYTES:
@@ -43,8 +43,8 @@ def full_attention(
 ) -> Tensor:
     """As `portable.full_attention`.
 
-    PyTorch's CUDA kernels do not promise gradients that repeat bit for bit. Where torch is told to be deterministic,
-    ours compute full attention too, as a window over all keys.
+    PyTorch's CUDA kernels do not guarantee deterministic gradients. If torch is set to be deterministic, the Triton
+    kernels compute full attention too, as a window over all keys.
     """
     if portable.must_repeat(q, k, v) and (kernels := kernels_for(q, k, v, softcap)):
         return kernels.sliding_attention(q, k, v, window=k.shape[2], num_sink_tokens=0, scaling=scaling)
@@ -63,7 +63,7 @@ def sliding_attention(
 ) -> Tensor:
     """As `portable.sliding_attention`."""
     limits = {"window": window, "num_sink_tokens": num_sink_tokens}
-    if window + num_sink_tokens >= k.shape[2]:  # nothing is out of reach
+    if window + num_sink_tokens >= k.shape[2]:  # every query sees every earlier key
         return full_attention(q, k, v, scaling=scaling, softcap=softcap)
     if kernels := kernels_for(q, k, v, softcap):
         return kernels.sliding_attention(q, k, v, **limits, scaling=scaling)

@@ -1,4 +1,4 @@
-"""Full, sliding-window and gated attention from torch's own operations, on any device.
+"""Full, sliding-window and gated attention in plain PyTorch, on any device.
 
 Sliding-window attention costs O(queries * window). `consa.attention.ops` chooses between this and the Triton kernels.
 
@@ -17,27 +17,27 @@ from torch.utils.checkpoint import checkpoint
 from consa.attention import masks
 from consa.attention.rows import Rows
 
-QUERY_BLOCK = 512  # queries that share one mask; bounds what a branch holds at once
-MIN_SLIDING_BLOCK = 64  # below this, matrix products are too small to be worth a block
+QUERY_BLOCK = 512  # queries that share one mask; bounds peak memory
+MIN_SLIDING_BLOCK = 64  # smaller blocks make the matrix products inefficient
 
 
 def must_repeat(*inputs: Tensor) -> bool:
-    """Whether gradients are wanted that repeat bit for bit, which PyTorch's kernels on CUDA do not promise."""
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return wanted and torch.are_deterministic_algorithms_enabled()
+    """Whether the gradients must be deterministic, which PyTorch's CUDA attention kernels do not guarantee."""
+    needs_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return needs_gradients and torch.are_deterministic_algorithms_enabled()
 
 
 def full_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scaling: float, softcap: float | None = None
 ) -> Tensor:
-    """Causal attention whose last query sits on the last key.
+    """Causal attention. The last query has the position of the last key.
 
     Args:
         q: `(batch, q_heads, queries, head_dim)`.
         k: `(batch, kv_heads, keys, head_dim)`, keys >= queries.
         v: as `k`.
         scaling: factor on the scores.
-        softcap: bound on the scores by tanh, or None.
+        softcap: tanh bound on the scores, or None.
 
     Returns:
         As `q`.
@@ -48,7 +48,7 @@ def full_attention(
             q, k, v, is_causal=queries > 1, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
     blocks = []
-    for start in range(0, queries, QUERY_BLOCK):  # a mask of a block x keys, never of queries x keys
+    for start in range(0, queries, QUERY_BLOCK):  # a mask covers one block of queries, never all of them
         block = q[:, :, start : start + QUERY_BLOCK]
         seen = keys - queries + start + block.shape[2]
         query = torch.arange(seen - block.shape[2], seen, device=q.device)[:, None]
@@ -69,11 +69,11 @@ def sliding_attention(
 ) -> Tensor:
     """Sliding-window attention with sink tokens; arguments and result as in `full_attention`.
 
-    Queries go in blocks; a block sees its own keys, the `window - 1` before them, and the sinks: the work per query
-    depends on the window, not on the number of keys.
+    Queries are processed in blocks. A block sees its own keys, the `window - 1` keys before them, and the sinks, so
+    the work per query depends on the window and not on the number of keys.
     """
     (B, HG, T, D), (_, H, S, _) = q.shape, k.shape
-    if window + num_sink_tokens >= S:  # nothing is out of reach
+    if window + num_sink_tokens >= S:  # every query sees every earlier key
         return full_attention(q, k, v, scaling=scaling, softcap=softcap)
     block = min(max(window, MIN_SLIDING_BLOCK), QUERY_BLOCK, T)
     N, reach, offset = -(-T // block), window - 1, S - T
@@ -85,7 +85,7 @@ def sliding_attention(
         sinks = x[:, :, :num_sink_tokens].flatten(0, 1).expand(N, -1, -1, -1)
         return torch.cat([near, sinks], dim=2)
 
-    # A KV head's query heads become rows of one product, so that its keys are read once for all of them.
+    # The query heads of a KV head become rows of one product, so its keys are read once for all of them.
     q_blocks = F.pad(q, (0, 0, 0, N * block - T)).reshape(B * H, HG // H, N, block, D)
     q_blocks = q_blocks.permute(2, 0, 1, 3, 4).reshape(N, B * H, -1, D)
     visible = _sliding_mask(N, block, HG // H, offset, window, num_sink_tokens, q.device)
@@ -108,14 +108,14 @@ def hybrid_attention(
     """`z * FA + (1 - z) * SWA` per row (ConSA, arXiv 2606.18056), computing only what each row needs.
 
     Args:
-        q: `(batch, q_heads, queries, head_dim)`; the last query sits on the last key.
+        q: `(batch, q_heads, queries, head_dim)`; the last query has the position of the last key.
         k: `(batch, kv_heads, keys, head_dim)`, no padding.
         v: as `k`.
-        rows: the sorted `batch * kv_heads` rows, of which some need FA and some SWA.
+        rows: the sorted `batch * kv_heads` rows; some need FA and some SWA.
         window: tokens an SWA query sees, itself included.
-        num_sink_tokens: first tokens that stay visible to SWA.
+        num_sink_tokens: first tokens that SWA heads always see.
         scaling: factor on the scores.
-        softcap: bound on the scores by tanh, or None.
+        softcap: tanh bound on the scores, or None.
 
     Returns:
         As `q`.
@@ -139,14 +139,14 @@ def hybrid_attention(
     sliding = sliding_attention(q[first_swa:], k[first_swa:], v[first_swa:], **sliding_options)
     parts = [full[:first_swa]]
     if rows.num_mixed:
-        near = sliding[: rows.num_mixed].float()  # float32: the gate's gradient is a sum over a whole row
+        near = sliding[: rows.num_mixed].float()  # float32: the gate's gradient sums over a whole row
         z = rows.gates[rows.order[first_swa:num_fa], None, None, None]
         parts.append((near + z * (full[first_swa:].float() - near)).to(sliding.dtype))
     parts.append(sliding[rows.num_mixed :])
     return _Permute.apply(torch.cat(parts), inverse, rows.order).reshape(shape)
 
 
-@lru_cache(maxsize=16)  # all layers of a model ask for the same one
+@lru_cache(maxsize=16)  # all layers of a model use the same mask
 def _sliding_mask(
     num_blocks: int,
     block: int,
@@ -156,7 +156,7 @@ def _sliding_mask(
     num_sink_tokens: int,
     device: torch.device,
 ) -> Tensor:
-    """bool `(blocks, 1, group * block, block + window - 1 + sinks)`: what each query sees of its block's columns."""
+    """bool `(blocks, 1, group * block, block + window - 1 + sinks)`: the columns that each query sees."""
     start = offset + block * torch.arange(num_blocks, device=device)[:, None, None, None]
     query = start + torch.arange(block, device=device).repeat(group)[:, None]
     near = start - (window - 1) + torch.arange(block + window - 1, device=device)
@@ -180,7 +180,7 @@ def _attend_grouped(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """Attention of as many query heads as KV heads, under a bool mask that broadcasts to `(..., queries, keys)`."""
+    """Attention with one query head per KV head, under a bool mask that broadcasts to `(..., queries, keys)`."""
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
 
@@ -188,12 +188,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scaling: float, sof
         scores = softcap * torch.tanh((q @ k.transpose(-1, -2)).float() * (scaling / softcap))
         return scores.masked_fill(~visible, float("-inf")).softmax(-1).to(v.dtype) @ v
 
-    # Recomputed in the backward pass: all blocks' scores together would be queries x keys.
+    # Recomputed in the backward pass: the scores of all blocks together take queries x keys.
     return checkpoint(capped, q, k, v, use_reentrant=False) if torch.is_grad_enabled() else capped(q, k, v)
 
 
 class _Permute(torch.autograd.Function):
-    """Reorder the first dimension; the gradient is the inverse gather, where autograd would scatter with atomics."""
+    """Reorder the first dimension. The gradient is the inverse gather; autograd's own scatter would use atomics."""
 
     @staticmethod
     def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

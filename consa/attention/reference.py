@@ -1,4 +1,4 @@
-"""The truth every other path is tested against: dense masks, float32 or better, nothing clever."""
+"""The ground truth that every other path is tested against: dense masks, float32 or better."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def reference_attention(
     softcap: float | None = None,
     first: Tensor | None = None,
 ) -> Tensor:
-    """`z * FA(q, k, v) + (1 - z) * SWA(q, k, v)`, in float32 at least, by masks of queries x keys.
+    """`z * FA(q, k, v) + (1 - z) * SWA(q, k, v)`, in float32 or better, with dense masks of queries x keys.
 
     Args:
         q: `(batch, q_heads, queries, head_dim)`; the last query sits on the last key.
@@ -30,11 +30,11 @@ def reference_attention(
         window: tokens an SWA query sees, itself included.
         num_sink_tokens: first tokens of each sequence that stay visible.
         scaling: factor on the scores before the softmax.
-        softcap: if given, scores become `softcap * tanh(score / softcap)`.
+        softcap: if not None, scores become `softcap * tanh(score / softcap)`.
         first: `(batch,)` index of each sequence's first real key; keys before it are padding.
 
     Returns:
-        `(batch, q_heads, queries, head_dim)`; zero for queries that are padding.
+        `(batch, q_heads, queries, head_dim)`; zero for padding queries.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]

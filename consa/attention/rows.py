@@ -1,8 +1,8 @@
-"""Rows of one layer, sorted by the attention that each needs.
+"""Rows of one layer, sorted by the kind of attention that each needs.
 
 A *row* is one KV head of one sequence, with its query heads. Full attention runs on the rows with z > 0 and
-sliding-window attention on those with z < 1, and on nothing else: under the clip of the hard-concrete gate, a z of
-exactly 0 or 1 has no gradient, so leaving the other branch out is exact.
+sliding-window attention on those with z < 1, and on no others. That is exact: the hard-concrete gate clips z, and a z of
+exactly 0 or 1 has no gradient.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one layer, sorted: first those on FA alone, then the mixed ones, then those on SWA alone."""
+    """The rows of one layer in sorted order: FA only, then mixed, then SWA only."""
 
-    order: Tensor  # (rows,) int64 on the model's device: sorted place -> row
+    order: Tensor  # (rows,) int64 on the model's device: sorted position -> row
     num_full: int
     num_mixed: int
-    gates: Tensor  # (rows,) float32 of all of them, unsorted, differentiable
+    gates: Tensor  # (rows,) float32, unsorted, differentiable
 
     @classmethod
     def sort(cls, values: Tensor, gates: Tensor) -> Rows:
@@ -29,9 +29,9 @@ class Rows:
 
     @classmethod
     def sort_layers(cls, values: Tensor, gates: Tensor) -> list[Rows]:
-        """Sort each layer's by `values`, `(layers, batch, kv_heads)` on the CPU: planning never waits for a device.
+        """Sort the rows of each layer by `values`, `(layers, batch, kv_heads)` on the CPU, without waiting for a device.
 
-        `gates` are the same numbers on the model's device, and what gradients flow to.
+        `gates` are the same numbers on the model's device; gradients flow to them.
         """
         values = values.flatten(1)
         kind = (values < 1).int() + (values <= 0).int()  # 0 full, 1 mixed, 2 sliding

@@ -19,28 +19,28 @@ from consa.cache.split import Heads, by_start, pick
 def cached_attention(
     q: Tensor, new: NewKeys, first: Tensor | None, *, scaling: float, softcap: float | None
 ) -> Tensor:
-    """Attention of the newest tokens over the cache and themselves; writes them to the cache.
+    """Attention of the newest tokens over the cache and themselves; also writes them to the cache.
 
     Args:
         q: `(batch, q_heads, tokens, head_dim)`.
-        new: the cache, and the same tokens' keys and values.
+        new: the cache, with keys and values of the new tokens.
         first: `(batch,)` on the CPU, column of each sequence's first real token, or None without left padding.
         scaling: factor on the scores.
-        softcap: bound on the scores by tanh, or None.
+        softcap: tanh bound on the scores, or None.
 
     Returns:
-        As `q`; zero for queries that are padding.
+        As `q`; zero for padding queries.
     """
     cache, k, v = new
     if cache.can_append(k, first):
         return _decode(q, cache, k, v, scaling, softcap)
-    # Without its padding, a sequence is an ordinary one: those of equal length go together.
+    # Padding is cut off, not masked: sequences of equal length are computed together.
     before, tokens = cache.length, q.shape[2]
-    groups = [  # the sequences, their first column, and how many of their queries are padding
+    groups = [  # (sequences, their first column, number of padding queries)
         (rows, start, max(0, start - before)) for rows, start in by_start(first) if start - before < tokens
     ]
     sliding = []
-    if cache.split.sliding:  # to be read before writing drops some of it
+    if cache.split.sliding:  # read before `write` drops some of it
         for rows, start, skipped in groups:
             new_kv = (pick(x, cache.sliding_heads)[rows, :, skipped:] for x in (k, v))
             old_kv = cache.read_sliding(rows, start)
@@ -72,7 +72,7 @@ def cached_attention(
 def _decode(
     q: Tensor, cache: HybridLayer, k: Tensor, v: Tensor, scaling: float, softcap: float | None
 ) -> Tensor:
-    """One token per sequence: whatever the cache then holds is visible to it, so order and window do not matter."""
+    """One token per sequence sees everything in the cache, so order and window do not matter."""
     if cache.has_kernels(softcap):
         return cache.decode(q, k.detach(), v.detach(), scaling)
     heads = q.unflatten(1, (k.shape[1], -1))  # (batch, kv_heads, group, 1, head_dim)
@@ -81,7 +81,7 @@ def _decode(
         part = pick(heads, selected).flatten(1, 2)
         if visible is None:
             part = full_attention(part, keys, values, scaling=scaling, softcap=softcap)
-        else:  # a group's query heads are rows of one product
+        else:  # the query heads of a group become rows of one product
             folded = part.reshape(len(part), keys.shape[1], -1, q.shape[3])
             part = attend(folded, keys, values, visible, scaling, softcap).reshape(part.shape)
         parts.append((selected, part))
@@ -89,7 +89,7 @@ def _decode(
 
 
 def _merge(heads: Tensor, parts: list[tuple[Heads, Tensor]]) -> Tensor:
-    """Outputs of some KV heads each, `(batch, q_heads of those, tokens, head_dim)`, as one of all heads in order."""
+    """Join the outputs of FA and SWA heads, each `(batch, their q_heads, tokens, head_dim)`, in the order of the heads."""
     if len(parts) == 1:
         return parts[0][1]
     out = torch.empty_like(heads)

@@ -1,7 +1,7 @@
-"""The KV cache of a hybrid: each layer keeps what its heads need.
+"""The KV cache of a whole hybrid.
 
-A model from `consa.load` makes its own in `generate()`; make one to keep it between calls, to preallocate it, or for a
-model under `consa.attached`.
+`generate()` of a model from `consa.load` makes one by itself. Make your own to keep it between calls, to preallocate it,
+or for a model under `consa.attached`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from consa.cache.static import StaticHybridLayer
 
 
 def dynamic_layer(allocation: Allocation, layer: int) -> CacheLayerMixin:
-    """A layer that grows."""
+    """A layer whose storage grows."""
     return HybridLayer(HeadSplit.of(allocation, layer))
 
 
@@ -29,11 +29,11 @@ def static_layer(allocation: Allocation, layer: int, max_cache_len: int) -> Cach
 
 
 class HybridCache(Cache):
-    """The cache of a whole model.
+    """The KV cache of a hybrid.
 
     Args:
-        allocation: the one attached to the model.
-        max_length: tokens to allocate room for at once, for torch.compile; grows as needed unless given.
+        allocation: the allocation of the model.
+        max_length: capacity in tokens, allocated at once, for torch.compile; None grows as needed.
     """
 
     def __init__(self, allocation: Allocation, *, max_length: int | None = None) -> None:
@@ -45,13 +45,12 @@ class HybridCache(Cache):
 
 
 def cache_argument(model: PreTrainedModel | type[PreTrainedModel]) -> str:
-    """The name under which `model` takes a cache: "cache", before transformers 5.24 "past_key_values"."""
-    known = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
+    """The name of the cache argument of `model`: "cache", before transformers 5.24 "past_key_values"."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def allocated_bytes(cache: Cache) -> int:
-    """Bytes of memory that a cache of any kind holds on to for keys and values: measured, not computed."""
+    """Bytes of memory allocated for keys and values by a cache of any kind: measured, not computed."""
     storages = {}
     for layer in cache.layers:
         for value in vars(layer).values():

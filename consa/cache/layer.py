@@ -1,8 +1,8 @@
-"""One layer of a hybrid's KV cache: some KV heads keep every token, the others their sinks and a ring of the last ones.
+"""One layer of a hybrid's KV cache: FA heads keep every token, SWA heads their sinks and a ring of the last tokens.
 
-In the storage of an SWA head, the token at position p of its sequence (counted without padding) sits in slot p while
-p < num_sink_tokens, else in slot num_sink_tokens + (p - num_sink_tokens) % window. So slot s is taken once position s
-has been seen, and what is stored is exactly what the next query sees, besides its own token.
+In the storage of an SWA head, the token at position p of its sequence (counted without padding) occupies slot p if
+p < num_sink_tokens, else slot num_sink_tokens + (p - num_sink_tokens) % window. So slot s is filled once position s has
+been seen, and the storage holds exactly what the next query sees, besides its own token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from consa.attention.ops import kernels_for
 from consa.cache.split import Heads, HeadSplit, by_start, pick, selector
 from consa.errors import ConsaError
 
-GROWTH = 64  # tokens by which storage grows: at most as many unused, and a copy costs a 64th of what attention reads
+GROWTH = 64  # tokens; storage grows by this much, so copies cost a 64th of the reads of attention
 STORAGE = ("full_keys", "full_values", "sliding_keys", "sliding_values")
 
 
@@ -53,19 +53,19 @@ class HybridLayer(CacheLayerMixin):
     """One layer's keys and values, in storage that grows with the sequence.
 
     Args:
-        split: which heads keep what.
+        split: which heads keep which tokens.
 
     Attributes:
         full_keys: `(batch, FA heads, capacity, head_dim)`, or None; `full_values` likewise.
         sliding_keys: `(batch, SWA heads, capacity, head_dim)`, or None; `sliding_values` likewise.
-        length: tokens seen, padding on the left included.
+        length: tokens seen, including left padding.
         first: `(batch,)` on the CPU, column of each sequence's first real token; None without left padding.
     """
 
-    is_sliding = False  # asked for the sizes of masks, it is a layer that sees every token
+    is_sliding = False  # transformers sizes masks as for a layer that sees every token
     is_croppable = True
     length = 0
-    full_keys: Any  # a tensor once something was written
+    full_keys: Any  # a tensor after the first write
     full_values: Any
     sliding_keys: Any
     sliding_values: Any
@@ -84,7 +84,7 @@ class HybridLayer(CacheLayerMixin):
         self._waiting = self._offload_after = False
 
     def _start(self, first: Tensor | None) -> None:
-        """Take note of where the sequences start."""
+        """Store the columns where the sequences start."""
         if first is not None and not first.any():
             first = None
         self.first = first
@@ -95,8 +95,8 @@ class HybridLayer(CacheLayerMixin):
         """Take dtype and device from the first keys, `(batch, kv_heads, any, head_dim)`."""
         if len(self.split.full) + len(self.split.sliding) != key_states.shape[1]:
             raise ConsaError(
-                f"the cache is for {len(self.split.full) + len(self.split.sliding)} KV heads a layer, the model has"
-                f" {key_states.shape[1]}; use the cache of this model's own allocation"
+                f"the cache is for {len(self.split.full) + len(self.split.sliding)} KV heads per layer, the model has"
+                f" {key_states.shape[1]}; make the cache with the allocation of this model"
             )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.full_heads: Heads = selector(self.split.full, self.device)
@@ -106,7 +106,7 @@ class HybridLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, None]:
-        """Hand the new tokens over to the attention function, which writes them: it alone knows about padding."""
+        """Pass the new tokens on to the attention function, which writes them; see `NewKeys`."""
         key_states, value_states = as_computed(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -118,7 +118,7 @@ class HybridLayer(CacheLayerMixin):
         return NewKeys(self, key_states, value_states), None
 
     def _leave_inference_mode(self) -> None:
-        """Copy what was stored in it and could not be written to out of it."""
+        """Replace storage made in inference mode by copies, which can be written to outside of it."""
         for name in STORAGE:
             storage = getattr(self, name)
             if storage is not None and storage.is_inference():
@@ -126,11 +126,11 @@ class HybridLayer(CacheLayerMixin):
 
     @property
     def is_empty(self) -> bool:
-        """Whether the next tokens are the first."""
+        """Whether no token has been written."""
         return self.length == 0
 
     def can_append(self, key: Tensor, first: Tensor | None) -> bool:
-        """Whether `append` will do: one new token per sequence, none of them padding."""
+        """Whether `append` suffices: one new token per sequence, no padding, no past to record."""
         self._check_start(first)
         return key.shape[2] == 1 and self._latest <= self.length and not self.record_past
 
@@ -138,8 +138,8 @@ class HybridLayer(CacheLayerMixin):
         """Write one token per sequence.
 
         Returns:
-            For FA and for SWA heads, if there are any: which they are, all their keys and values, and which of them
-            are there, bool `(batch, 1, 1, keys)`, or None for all.
+            For FA and for SWA heads, if there are any: the heads, their stored keys and values, and which keys are
+            visible, bool `(batch, 1, 1, keys)`, or None for all.
         """
         key, value = key.detach(), value.detach()
         self._reserve(key, self.length + 1)
@@ -176,11 +176,11 @@ class HybridLayer(CacheLayerMixin):
         return parts
 
     def has_kernels(self, softcap: float | None) -> bool:
-        """Whether `decode` will do where `append` does."""
+        """Whether `decode` can replace `append`."""
         return self._has_kernels and softcap is None and self.first is None
 
     def decode(self, q: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Write one token per sequence and attend to everything there then is, in kernels of their own.
+        """Write one token per sequence and attend to the whole cache, in the Triton kernels.
 
         Args:
             q: `(batch, q_heads, 1, head_dim)`.
@@ -204,7 +204,7 @@ class HybridLayer(CacheLayerMixin):
         )  # fmt: skip
 
     def read_sliding(self, rows: slice | Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Keys and values that SWA heads hold of sequences that start at column `start`, in order of position."""
+        """Keys and values of SWA heads for sequences that start at column `start`, in order of position."""
         seen, sinks = max(0, self.length - start), self.split.num_sink_tokens
         keys, values = self.sliding_keys[rows], self.sliding_values[rows]
         if seen <= self.split.kept:
@@ -220,7 +220,7 @@ class HybridLayer(CacheLayerMixin):
         """Write any number of tokens per sequence, `(batch, kv_heads, tokens, head_dim)`; some may be padding.
 
         Returns:
-            All keys and values of FA heads, `(batch, FA heads, tokens seen, head_dim)`, if there are such heads.
+            Keys and values of the FA heads, `(batch, FA heads, tokens seen, head_dim)`; [] without FA heads.
         """
         self._check_start(first)
         key, value = key.detach(), value.detach()
@@ -236,11 +236,11 @@ class HybridLayer(CacheLayerMixin):
             self._write_sliding(key, value)
         self.length = end
         full = [x[:, :, :end] for x in (self.full_keys, self.full_values) if x is not None]
-        self._done()  # what is offloaded now stays where it was for who holds it
+        self._done()  # after slicing: `full` stays valid if the storage is offloaded now
         return full
 
     def _write_sliding(self, key: Tensor, value: Tensor) -> None:
-        """Write SWA heads' keys and values at columns `length` and after."""
+        """Write keys and values of SWA heads at columns from `length` on."""
         for rows, start in by_start(self.first):
             slots, newest = self._slots(self.length - start, self.length - start + key.shape[2])
             for storage, new in ((self.sliding_keys, key), (self.sliding_values, value)):
@@ -250,10 +250,10 @@ class HybridLayer(CacheLayerMixin):
                     storage[rows] = storage[rows].index_copy(2, slots, new[rows][:, :, newest])
 
     def _slots(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Where positions `begin <= p < end` go, without those that would be overwritten at once or are padding.
+        """Slots of positions `begin <= p < end`, without padding and those that the same write would overwrite.
 
         Returns:
-            Slots and indices into the new tokens, both `(written,)`.
+            Slots, and indices of the tokens to write, both `(written,)`.
         """
         sinks = self.split.num_sink_tokens
         position = torch.arange(max(begin, 0), end, device=self.device)
@@ -272,7 +272,7 @@ class HybridLayer(CacheLayerMixin):
         return -(-tokens // GROWTH) * GROWTH
 
     def _reserve(self, like: Tensor, tokens: int) -> None:
-        """Have room for `tokens` columns."""
+        """Make room for `tokens` columns."""
         self._grow("full", len(self.split.full), like, self._capacity(tokens))
         most = min(self._capacity(max(0, tokens - self._earliest)), self.split.kept)
         self._grow("sliding", len(self.split.sliding), like, most)
@@ -281,7 +281,7 @@ class HybridLayer(CacheLayerMixin):
         old = getattr(self, f"{kind}_keys")
         if num_heads == 0 or (old is not None and old.shape[2] >= capacity):
             return
-        # Zeros where a mask hides what is not there yet: it still has weight 0 times its value, which may be anything.
+        # Zeros where a mask hides unwritten slots: their weight is 0, but 0 times an arbitrary value may be NaN.
         masked = kind == "sliding" or self.is_compileable
         make = like.new_zeros if masked else like.new_empty
         for name in (f"{kind}_keys", f"{kind}_values"):
@@ -298,11 +298,11 @@ class HybridLayer(CacheLayerMixin):
             before, now = (
                 torch.zeros(1) if x is None else x.clamp(max=self.length) for x in (self.first, first)
             )
-            # Where nothing was real, it may begin.
+            # A sequence that was all padding may start now.
             if before.shape != now.shape or not torch.equal(before, now):
                 raise ConsaError(
-                    "the attention mask puts the sequences' first tokens elsewhere than when the cache was started;"
-                    " pass the mask of the whole text, padding included"
+                    "the attention mask has the first tokens of the sequences in other columns than before; pass the mask"
+                    " of the whole text, including padding"
                 )
         if first is not self.first:
             self._start(first)
@@ -313,10 +313,10 @@ class HybridLayer(CacheLayerMixin):
             self._offload_after = False
             self.offload()
 
-    # What transformers asks of a layer.
+    # The interface that transformers requires of a layer.
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of columns that masks cover, and the first of them."""
+        """Number of columns that a mask covers, and the first of them."""
         return self.length + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -324,7 +324,7 @@ class HybridLayer(CacheLayerMixin):
         return self.length
 
     def get_max_length(self) -> int:
-        """Tokens there can be; -1 for any number."""
+        """Maximum number of tokens; -1 means no limit."""
         return -1
 
     def reset(self) -> None:
@@ -332,7 +332,7 @@ class HybridLayer(CacheLayerMixin):
         self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let sequence i become what sequence `beam_idx[i]` is."""
+        """Replace sequence i by sequence `beam_idx[i]`."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -340,7 +340,7 @@ class HybridLayer(CacheLayerMixin):
         self._each_sequence(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some sequences, in this order."""
+        """Keep the sequences `indices`, in this order."""
         self._each_sequence(lambda x: x[indices.to(x.device)])
 
     def _each_sequence(self, change: Any) -> None:
@@ -350,17 +350,17 @@ class HybridLayer(CacheLayerMixin):
                 setattr(self, name, change(storage))
         if self.first is not None:
             self._start(change(self.first))
-        self._undo.clear()  # those are of the sequences that were
+        self._undo.clear()  # they belong to the former sequences
 
     def offload(self) -> None:
-        """Move the storage to the CPU; after the attention that is about to run, if there is one."""
+        """Move the storage to the CPU, after the pending attention if there is one."""
         if self._waiting:
             self._offload_after = True
         else:
             self._move(torch.device("cpu"))
 
     def prefetch(self) -> None:
-        """Move the storage back."""
+        """Move the storage back to its device."""
         if self.is_initialized:
             self._move(self.device)
 
@@ -369,27 +369,25 @@ class HybridLayer(CacheLayerMixin):
             storage = getattr(self, name)
             if storage is None:
                 continue
-            # What is on its way to the CPU must have arrived before another stream fetches it back.
+            # Copies to the CPU are blocking: another stream may fetch them back.
             moved = storage.to(device, non_blocking=device.type != "cpu")
             if moved.is_cuda:
-                # That stream must not give the memory away while attention reads it on this one.
+                # The other stream must not reuse the memory while attention reads it on the default stream.
                 moved.record_stream(torch.cuda.default_stream(device))
             setattr(self, name, moved)
 
     def activate_past_recording(self) -> None:
-        """From now on remember what is overwritten, so that `crop` can take it back; each `crop` forgets it."""
+        """From now on record overwritten tokens so that `crop` can restore them; each `crop` clears the record."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens.
+        """Remove the last `-tokens_to_remove` tokens.
 
         Raises:
-            ConsaError: SWA heads have dropped what they would need to go back that far.
+            ConsaError: SWA heads have dropped tokens that they would need.
         """
         if tokens_to_remove > 0:
-            raise ConsaError(
-                f"crop takes the number of tokens to remove as a negative, got {tokens_to_remove}"
-            )
+            raise ConsaError(f"crop needs a negative number of tokens to remove, got {tokens_to_remove}")
         length = self.length + tokens_to_remove
         if length < 0:
             raise ConsaError(f"cannot remove {-tokens_to_remove} tokens from a cache of {self.length}")
@@ -397,7 +395,7 @@ class HybridLayer(CacheLayerMixin):
         if dropped and length < self.length:
             if not self._undo or self._undo[0].length > length:
                 raise ConsaError(
-                    f"cannot remove {-tokens_to_remove} tokens: SWA heads have dropped what came before; call"
+                    f"cannot remove {-tokens_to_remove} tokens: SWA heads have dropped earlier tokens; call"
                     " activate_past_recording() before generating them"
                 )
             while self.length > length:
@@ -412,7 +410,7 @@ class HybridLayer(CacheLayerMixin):
         self._undo.clear()
 
     def _remember(self, key: Tensor, value: Tensor) -> None:
-        """Keep what SWA heads are about to overwrite, and what they are given."""
+        """Record the tokens that SWA heads are about to overwrite, and the new ones."""
         if self.first is None:
             slots, _ = self._slots(self.length, self.length + key.shape[2])
         else:  # each sequence has its own
@@ -423,7 +421,7 @@ class HybridLayer(CacheLayerMixin):
 
 @dataclass(frozen=True)
 class _Undo:
-    """One write to the SWA heads' storage: when, where, what was there before and what came."""
+    """One write to the storage of SWA heads: length before it, slots, old and new tokens."""
 
     length: int
     slots: Tensor

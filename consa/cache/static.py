@@ -1,4 +1,4 @@
-"""A layer of a hybrid's KV cache in storage of a fixed size, for torch.compile and CUDA graphs."""
+"""A layer of a hybrid's KV cache with storage of a fixed size, for torch.compile and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from consa.errors import ConsaError
 
 
 class StaticHybridLayer(HybridLayer):
-    """A `HybridLayer` with room for a fixed number of tokens.
+    """A `HybridLayer` with a fixed capacity.
 
-    Decoding one token in a recorded graph runs without a look at any number on the device: masks hide what is not
-    there yet. Outside a graph every layer waits for the device to read its length; a `DynamicCache` does not.
+    In a recorded graph, decoding one token reads no number from the device: masks hide unwritten slots. Outside a
+    graph, every layer waits for the device to read its length; a `HybridLayer` does not.
 
     Args:
-        split: which heads keep what.
-        max_length: tokens there is room for, padding included.
+        split: which heads keep which tokens.
+        max_length: capacity in tokens, including padding.
     """
 
     is_compileable = True
@@ -28,7 +28,7 @@ class StaticHybridLayer(HybridLayer):
 
     def __init__(self, split: HeadSplit, max_length: int) -> None:
         self.max_length = max_length
-        self.cumulative_length = torch.tensor(0)  # a tensor: a number would be compiled into the graph
+        self.cumulative_length = torch.tensor(0)  # a tensor: a Python number would be compiled into the graph
         super().__init__(split)
 
     @property
@@ -44,7 +44,7 @@ class StaticHybridLayer(HybridLayer):
         if not self.is_initialized:
             super()._forget()
         self.length = 0
-        self._begun = False  # whether every sequence is known to have a real token
+        self._begun = False  # whether every sequence is known to have started
         self._start(None)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -60,11 +60,11 @@ class StaticHybridLayer(HybridLayer):
 
     @property
     def is_empty(self) -> bool:
-        """As `HybridLayer.is_empty`; what is recorded decodes, after a prefill that was not."""
+        """As `HybridLayer.is_empty`; recorded graphs only decode, after a prefill outside the graph."""
         return not _recording() and super().is_empty
 
     def can_append(self, key: Tensor, first: Tensor | None) -> bool:
-        """Whether `append` will do."""
+        """As `HybridLayer.can_append`."""
         if _recording():
             return key.shape[2] == 1 and (first is None or self._begun)
         return super().can_append(key, first)
@@ -90,7 +90,7 @@ class StaticHybridLayer(HybridLayer):
             parts.append((self.full_heads, self.full_keys, self.full_values, visible))
         if self.split.sliding:
             start = 0 if self._first_there is None else self._first_there
-            position = (column - start).view(-1)  # (batch,), or (1,) where all are the same
+            position = (column - start).view(-1)  # (batch,), or (1,) if all are equal
             slot = self._slots_of(position)
             for storage, new in ((self.sliding_keys, key), (self.sliding_values, value)):
                 new = pick(new, self.sliding_heads)
@@ -117,24 +117,24 @@ class StaticHybridLayer(HybridLayer):
     def _reserve(self, like: Tensor, tokens: int) -> None:
         if tokens > self.max_length:
             raise ConsaError(
-                f"the cache was made for {self.max_length} tokens, and {tokens} are needed; give it a larger max_length"
+                f"the cache has room for {self.max_length} tokens, but {tokens} are needed; raise its max_length"
             )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Nothing: this layer knows by itself what is visible, and a length would be a number on the device."""
+        """Zeros: this layer needs no mask, and its length is a number on the device."""
         return 0, 0
 
     def get_seq_length(self) -> Any:
-        """Tokens seen, as a tensor of no dimensions."""
+        """Tokens seen, as a scalar tensor."""
         return self.cumulative_length.clone() if self.is_initialized else 0
 
     def get_max_length(self) -> int:
-        """Tokens there is room for."""
+        """Capacity in tokens."""
         return self.max_length
 
 
 def _recording() -> bool:
-    """Whether a graph is being made, by torch.compile or as a CUDA graph: no number on the device can be looked at."""
+    """Whether torch.compile or a CUDA graph records the current code, which then cannot read numbers from the device."""
     if torch.compiler.is_compiling():
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

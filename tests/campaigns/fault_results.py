@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import safetensors
 
-import consa.model.convert
 from consa import Allocation
+from consa.model.convert import verify
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -64,7 +64,7 @@ def broken(folder: Path) -> str:
 def _read(path: Path) -> None:
     content = path.read_bytes()
     if path.name == "consa.json":
-        consa.checkpoint.verify(path.parent)
+        verify(path.parent)
     elif path.name == "allocation.json" or path.parent.name == "allocations":
         Allocation.load(path)
     elif path.suffix == ".json":

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from consa.errors import ConsaError
-from consa.model import model as model_module
+from consa.model import load as model_module
 from consa.model.layout import attention_layout
 from consa.model.load import load_model, quiet, read_layout
 from tests.models import byte_tokenizer, tiny

@@ -1,1 +1,1 @@
-"""The Triton kernels, for CUDA."""
+"""Triton kernels for CUDA."""

@@ -1,6 +1,6 @@
-"""Attention through the Triton kernels: hybrid and sliding-window, with their gradients, and decoding.
+"""Hybrid and sliding-window attention in Triton with gradients, and decoding.
 
-Imported only where the kernels run; `ops.kernels_for` says where that is.
+`ops.kernels_for` imports this module on devices that run the kernels.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from consa.attention.triton.launch import Problem
 
 __all__ = ["decode", "hybrid_attention", "sliding_attention"]
 
-# The library's FA takes a fifth less time than ours, but its rows have to be taken out first, which costs as much as so
-# many keys would. Up to this share of open rows x keys, one pass of ours is faster (benchmarks/attention.py).
+# PyTorch's FA is a fifth faster than ours, but its rows must be copied out first, at the cost of about this many keys.
+# One pass of ours is faster if keys * (share of rows that need FA) is at most this (benchmarks/attention.py).
 ONE_PASS_KEYS = 8192
 
 
@@ -35,15 +35,15 @@ def sliding_attention(
 def hybrid_attention(
     q: Tensor, k: Tensor, v: Tensor, rows: Rows, *, window: int, num_sink_tokens: int, scaling: float
 ) -> Tensor:
-    """As `portable.hybrid_attention`, if some row needs SWA.
+    """As `portable.hybrid_attention`, for rows of which at least one needs SWA.
 
-    In one pass, rows on FA alone are mixed ones whose gate is 1.
+    In one pass, FA-only rows are mixed rows with gate 1.
     """
     problem = _problem(q, k, window, num_sink_tokens, scaling)
     num_open = rows.num_full + rows.num_mixed
     if must_repeat(q, k, v) or num_open * problem.keys <= ONE_PASS_KEYS * len(rows.order):
         return _Hybrid.apply(q, k, v, rows.gates, None, rows.order, 0, num_open, problem)
-    if rows.num_mixed == len(rows.order):  # all rows, which are in order already
+    if rows.num_mixed == len(rows.order):  # all rows, already in order
         given = full_attention(q, k, v, scaling=scaling)
     else:
         *taken, q, k, v = _Take.apply(q, k, v, rows.order[:num_open], rows.num_full)
@@ -59,11 +59,11 @@ def _problem(q: Tensor, k: Tensor, window: int, num_sink_tokens: int, scaling: f
 
 
 class _Hybrid(torch.autograd.Function):
-    """The rows that need SWA, beside those whose FA is given.
+    """Hybrid attention of sorted rows; FA may be given.
 
-    Of the sorted rows, FA of the first `num_full` goes into the result as it is; those up to `num_open` are mixed. If
-    FA was not computed elsewhere, as `given`, `(num_open, heads * group, queries, head_dim)`, they are so in one pass.
-    Gates are of all rows. The gradients of q, k and v at rows on FA alone are left to `_Take`.
+    The first `num_full` of the sorted rows take the given FA as their result; rows up to `num_open` are mixed. `given`
+    is FA of the first `num_open` rows, `(num_open, heads per row, queries, head_dim)`; without it, one pass computes
+    both kinds. `gates` holds all rows, unsorted. `_Take` handles the gradients of q, k and v at FA-only rows.
     """
 
     @staticmethod
@@ -116,10 +116,10 @@ class _Hybrid(torch.autograd.Function):
 
 
 class _Take(torch.autograd.Function):
-    """Copies of some rows of q, k and v, and q, k and v themselves for the others.
+    """Copies of some rows of q, k and v, followed by q, k and v themselves.
 
-    The copies' gradients become the rows' own in place, those of the first `num_alone` rows, or are added to them.
-    Taken by an index, they would come as another three tensors of full size, zero elsewhere.
+    Backward, the gradients of the copies replace those of the first `num_alone` rows and are added to those of the
+    others, in place. Plain indexing would allocate three more tensors of full size, mostly zero.
     """
 
     @staticmethod
@@ -138,7 +138,7 @@ class _Take(torch.autograd.Function):
 
 
 class _Places(NamedTuple):
-    """Where some rows are in tensors `(batch, heads, tokens, head_dim)`."""
+    """Indices of some rows in tensors `(batch, heads, tokens, head_dim)`."""
 
     sequences: Tensor
     heads: Tensor
@@ -149,7 +149,7 @@ class _Places(NamedTuple):
         return cls(rows // kv_heads, rows % kv_heads, kv_heads)
 
     def split(self, count: int) -> tuple[_Places, _Places]:
-        """The first `count` and the others."""
+        """The first `count` rows and the others."""
         first, rest = slice(count), slice(count, None)
         return self._some(first), self._some(rest)
 
@@ -166,6 +166,6 @@ class _Places(NamedTuple):
 
 
 def _dense(x: Tensor) -> Tensor:
-    """What the copy engine takes: each vector's numbers side by side, and vectors at multiples of 16 bytes."""
+    """`x`, copied if TMA cannot read it: it requires contiguous head vectors at multiples of 16 bytes."""
     aligned = x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:3])
     return x if x.stride(3) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)

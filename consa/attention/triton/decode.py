@@ -1,12 +1,12 @@
-"""Decoding on CUDA, in Triton: attention of one new token per sequence over a hybrid's cache, which takes it up.
+"""Decoding in Triton: attention of one new token per sequence over a hybrid's cache, and writing it to the cache.
 
-Two launches do all heads of a layer. The first spreads what the cache holds over the GPU: a program attends to a chunk
-of one KV head's tokens, be it on full (FA) or sliding-window attention (SWA), for all query heads of its group at once,
-so that keys and values are read once. The second joins the chunks of a query head, in order, with the new token itself,
-and writes that token to the cache. So nothing is read after it was written, and results repeat bit for bit.
+Two launches process all heads of a layer. In the first, a program attends to a chunk of the cached tokens of one KV
+head, with full (FA) or sliding-window attention (SWA), for all query heads of its group at once: keys and values are
+read once. The second joins the chunks of a query head, in order, with the new token, and writes that token to the cache.
+So nothing is read after it is written, and results are deterministic.
 
-The number of tokens is read on the device, and the grid is that of the storage: both fit CUDA graphs. Programs beyond
-the last token end at once.
+The device reads the number of tokens, and the grid covers the whole storage: both suit CUDA graphs. Programs beyond the
+last token end at once.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportMissingImports=false
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from consa.attention.triton.launch import cdiv, padded_dim
 
-STEP_BYTES = 16384  # of keys that a program loads at a time
-CHUNKS = (128, 2048)  # the fewest and the most keys per program
-PROGRAMS = 2048  # wanted: several waves over any GPU
-MIN_ROWS = 16  # the smallest that tl.dot takes
+STEP_BYTES = 16384  # bytes of keys that a program loads at a time
+CHUNKS = (128, 2048)  # minimum and maximum keys per program
+PROGRAMS = 2048  # target number: several waves on any GPU
+MIN_ROWS = 16  # minimum of tl.dot
 WARPS, STAGES = 4, 3
 COUNTS = ["batch", "kv_heads", "num_full", "full_room", "sliding_room", "full_chunks", "sliding_chunks"]
 COUNTS += ["sinks", "window"]
@@ -33,7 +33,7 @@ COUNTS += ["sinks", "window"]
 
 @triton.jit
 def _slot(position, sinks, window):
-    """Where SWA heads keep the token at a position; see `consa.cache.layer`."""
+    """The slot of a position in the storage of SWA heads; see `consa.cache.layer`."""
     return tl.where(position < sinks, position, sinks + (position - sinks) % window)
 
 
@@ -44,7 +44,7 @@ def _attend_chunks(
     sinks, window, scale, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Weighted means of a chunk's values and log-sum-exps of its scores, of base 2, for a group's query heads."""
+    """Weighted means of a chunk's values and base-2 log-sum-exps of its scores, for the query heads of a group."""
     program = tl.program_id(0)
     seen = tl.load(length).to(tl.int32)
     num_full_programs = batch * num_full * full_chunks
@@ -87,7 +87,7 @@ def _attend_chunks(
             v_tile = tl.load(v + here, mask=mask, other=0.0)
             acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
             top = new_top
-        # A chunk may hold nothing but the token that is replaced: it counts for nothing, whatever its mean.
+        # If a chunk holds only the replaced token, its weight is 0 and its mean does not matter.
         mean = acc / tl.maximum(total, 2**-126)[:, None]
         lse = tl.where(total > 0, top + tl.log2(total), float("-inf"))
         result = program.to(tl.int64) * GROUP + member
@@ -102,7 +102,7 @@ def _join(
     batch, kv_heads, num_full, full_room, sliding_room, full_chunks, sliding_chunks, sinks, window, scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, CHUNK_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The result of a query head of a sequence, from its chunks and the new token, which goes into the cache."""
+    """Combine the chunks of a query head with the new token, and write that token to the cache."""
     sequence, place, member = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_head = tl.load(heads + place)
     seen = tl.load(length).to(tl.int32)
@@ -170,18 +170,18 @@ def decode(
     window: int,
     scaling: float,
 ) -> Tensor:
-    """Attention of one new token per sequence over the cache and itself; writes it to the cache.
+    """Attention of one new token per sequence over the cache and itself; also writes the token to the cache.
 
     Args:
         q: `(batch, q_heads, 1, head_dim)`.
-        k: the same tokens' keys, `(batch, kv_heads, 1, head_dim)`.
+        k: keys of the new tokens, `(batch, kv_heads, 1, head_dim)`.
         v: as `k`.
-        full_keys: contiguous `(batch, FA heads, room, head_dim)`, with room for the token; None without such heads.
+        full_keys: contiguous `(batch, FA heads, room, head_dim)`, with room for the new token; None without such heads.
         full_values: as `full_keys`.
         sliding_keys: contiguous `(batch, SWA heads, room, head_dim)`, slots as in `consa.cache.layer`, or None.
         sliding_values: as `sliding_keys`.
         heads: `(kv_heads,)`, the FA heads, then the SWA heads.
-        length: tokens in the cache, one integer on the device.
+        length: tokens in the cache, a scalar tensor on the device.
         num_sink_tokens: tokens.
         window: tokens.
         scaling: factor on the scores.
@@ -231,6 +231,6 @@ def _(q: Tensor, *_: object) -> Tensor:
 
 
 def chunk_size(keys: int) -> int:
-    """Keys per program, a power of 2, for so many keys in all."""
+    """Keys per program, a power of 2, for a total of `keys`."""
     fewest, most = CHUNKS
     return min(most, max(fewest, 1 << (keys // PROGRAMS).bit_length()))

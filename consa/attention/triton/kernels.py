@@ -1,67 +1,69 @@
-"""Attention on CUDA, in Triton: full and sliding-window attention mixed by a gate, and sliding-window attention alone.
+"""Triton kernels of full and sliding-window attention mixed by a gate, and of sliding-window attention alone.
 
-Both softmaxes of a gated row share their scores. Forward, the keys that sliding-window attention (SWA) sees come first;
-that result and its log-sum-exp are kept, and the same accumulator goes on through the distant keys to full attention
-(FA).
+Both softmaxes of a gated row share their scores. The forward pass first visits the keys that sliding-window attention
+(SWA) sees, stores that result and its log-sum-exp, and continues with the same accumulator over the distant keys to full
+attention (FA).
 
-Backward, write a query's output as z * FA + (1 - z) * SWA with weights FA_j = exp(s_j - lse_full), and
+For the backward pass, write a query's output as z * FA + (1 - z) * SWA with weights FA_j = exp(s_j - lse_full), and
 SWA_j = exp(s_j - lse_near) on near keys. With w = exp(lse_near - lse_full), delta_x = dO . O_x and dP_j = dO . v_j,
 
     near:     weight_j = SWA_j * a,    dS_j = weight_j * (dP_j - b / a),    a = z w + 1 - z,
                                                                             b = z w delta_full + (1 - z) delta_near
     distant:  weight_j = FA_j * z,     dS_j = weight_j * (dP_j - delta_full)
 
-so both are the backward pass of ordinary flash attention (Dao, arXiv 2307.08691), for a log-sum-exp less the logarithm
-of the factor, and a delta, of each kind: the *terms* of a query. SWA alone has the near ones only, with a = 1.
+so each part is the backward pass of ordinary flash attention (Dao, arXiv 2307.08691) with its own log-sum-exp, minus
+the logarithm of the factor, and its own delta: the *terms* of a query. SWA alone has only near terms, with a = 1.
 
-A row is one KV head of one sequence. For its output and dq, its query heads are packed, query by query: packed query p
-is query p // group of head p % group. A block of them spans few positions, so little of what it computes is masked. For
-dk and dv one head comes after the other, since what a loop loads should lie side by side. Nothing is summed by atomics:
-results repeat bit for bit. Exponents are of base 2.
+A row is one KV head of one sequence. For its output and dq, its query heads are packed query by query: packed query p
+is query p // group of head p % group. A block of packed queries spans few positions, so little of its work is masked. For
+dk and dv the heads are processed one after the other, because a loop should load contiguous memory. There are no atomics:
+results are deterministic. Exponentials have base 2.
 
-Elementwise work costs as much as products here. So blocks that no mask touches skip it, and a window is one comparison,
-of unsigned numbers: 0 <= distance < window.
+Elementwise operations cost as much as matrix products here. So blocks without masked elements skip the mask, and a window
+takes one comparison of unsigned integers: 0 <= distance < window.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportMissingImports=false, reportGeneralTypeIssues=false
-# (What a kernel takes is not what its Python function says.)
+# (The arguments of a launch differ from those of the Python function.)
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-TERM_BLOCK = tl.constexpr(128)  # a head's terms take a multiple of it: whole blocks can be read
+TERM_BLOCK = tl.constexpr(
+    128
+)  # the terms of a head are padded to a multiple of it, so that whole blocks can be read
 
-# What a kernel computes for its rows.
+# Modes: what a kernel computes for its rows.
 SLIDING = tl.constexpr(0)
 ONE_PASS = tl.constexpr(1)  # FA and SWA, mixed
-GIVEN_FULL = tl.constexpr(2)  # SWA, mixed with an FA computed elsewhere
+GIVEN_FULL = tl.constexpr(2)  # SWA, mixed with a given FA
 
-# Which keys a loop goes through, and so which mask and terms hold. The block where near and distant meet is visited
-# once as each: to choose between terms number by number costs more, and so does one loop that goes through both.
+# The keys of a loop, which determine its mask and terms. The block where near and distant keys meet is visited once by
+# each loop: selecting terms per element is slower, and so is one loop over both.
 SINKS = tl.constexpr(0)
 NEAR = tl.constexpr(1)  # the window, without sinks
 DISTANT = tl.constexpr(2)
 
 
-# Not compiled anew for another length, nor for another place in the sorted rows.
+# Arguments that cause no recompilation: lengths, and pointers into the sorted rows.
 COUNTS = ["kv_heads", "full_heads", "num_queries", "num_keys", "window", "sinks"]
 SLICES = ["order", "gates"]
 
 
 @triton.jit
 def _tile(x, start, num_tokens, d, stride, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Vectors `(BLOCK, BLOCK_D)` of tokens `start` and after; zero where there are none."""
+    """Vectors `(BLOCK, BLOCK_D)` of the tokens from `start` on; zero beyond the last token."""
     token = tl.arange(0, BLOCK)
-    # 64 bits: a long sequence's offsets do not fit in 32. Those within a block do.
+    # The offset of a block in a long sequence needs 64 bits; offsets within a block fit in 32.
     place = x + tl.cast(start, tl.int64) * stride + token[:, None] * stride + d[None, :]
     return tl.load(place, mask=(start + token < num_tokens)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
 def _block(x, sequence, head, start):
-    """The same of a head, by the copy engine; the descriptor x has the size of the block."""
+    """A block of tokens of one head, loaded by TMA; the descriptor `x` determines its size."""
     place = [tl.cast(sequence, tl.int32), tl.cast(head, tl.int32), tl.cast(start, tl.int32), 0]
     return x.load(place).reshape(x.block_shape[2], x.block_shape[3])
 
@@ -87,7 +89,7 @@ def _in_window(distance, window):
 
 @triton.jit
 def _packed(start, num_queries, num_keys, GROUP: tl.constexpr, QUERIES: tl.constexpr):
-    """Packed queries from `start` on: their token, member of the group and key, and the first and last key of these."""
+    """Packed queries from `start` on: their indices, tokens, members of the group, and positions; first and last position."""
     packed = start + tl.arange(0, QUERIES)
     token, member = packed // GROUP, packed % GROUP
     offset = num_keys - num_queries
@@ -101,9 +103,9 @@ def _attend(
     state, q, query, first, last, keys, lo, hi,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of a block of queries over keys lo to hi; state: weighted sum, weights' sum, maximum.
+    """Online softmax of a block of queries over keys lo to hi; state: weighted sum, sum of weights, maximum.
 
-    The queries lie from `first` to `last`.
+    The positions of the queries go from `first` to `last`.
     """
     acc, total, top = state
     k, v, sequence, kv_head, window, sinks, scale = keys
@@ -138,7 +140,7 @@ def forward(
     BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, SINK_KEYS: tl.constexpr, MODE: tl.constexpr,
     TRAINING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A block of packed queries of a row. The last blocks start first: they have the most keys."""
+    """The output of a block of packed queries of a row. The last blocks start first: they have the most keys."""
     rows, place = tl.num_programs(1), tl.program_id(1)
     row = tl.load(order + place)
     sequence, kv_head = row // kv_heads, row % kv_heads
@@ -153,7 +155,7 @@ def forward(
     keys = (k, v, sequence, kv_head, window, sinks, scale)
     sink_keys = (sink_k, sink_v, sequence, kv_head, window, sinks, scale)
 
-    # The maximum starts finite: where nothing is visible yet, exp2(-inf - top) is 0, not NaN.
+    # The maximum starts finite: while no key is visible, exp2(-inf - top) is 0 and not NaN.
     top = tl.full([QUERIES], -1e30, tl.float32)
     state = (tl.zeros([QUERIES, BLOCK_D], tl.float32), tl.zeros([QUERIES], tl.float32), top)
     state = _attend(
@@ -169,7 +171,7 @@ def forward(
     lse += place.to(tl.int64) * num_packed + member * num_queries + token
     tl.store(lse, top + tl.log2(total), mask=valid)
     if MODE != SLIDING:
-        near = result.to(q_tile.dtype)  # kept through the loop below: half the registers
+        near = result.to(q_tile.dtype)  # 16 bits take half the registers during the loop below
         if z > 0:
             if MODE == ONE_PASS:
                 end = last - window + 1
@@ -197,9 +199,9 @@ def _write_terms(
     term, apart, lse, difference, dgates, out, dout, z, row, place, block, packed, token, member, valid, num_queries, d,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Terms of a block of packed queries, at `term`, and their part of the gate's gradient.
+    """Write the terms of a block of packed queries, and its share of the gate's gradient.
 
-    Returns the near log-sum-exps and deltas, then the full ones, which there are with ONE_PASS only.
+    Returns the near log-sum-exps and deltas, then the full ones, which only ONE_PASS uses.
     """
     num_packed = num_queries * GROUP
     lse += place.to(tl.int64) * num_packed + member * num_queries + token
@@ -211,7 +213,7 @@ def _write_terms(
         difference += place.to(tl.int64) * num_packed * HEAD_DIM
         change = _gather(difference, packed, tl.zeros_like(packed), d, HEAD_DIM, 0, is_open, HEAD_DIM)
         dz = tl.sum(change.to(tl.float32) * dout.to(tl.float32), 1)
-        if (z > 0) & (z < 1):  # clipped, a gate has no gradient
+        if (z > 0) & (z < 1):  # a clipped gate has no gradient
             tl.store(dgates + row * tl.num_programs(0) + block, tl.sum(dz, 0))
         near_delta -= z * dz
         if MODE == ONE_PASS:
@@ -233,7 +235,7 @@ def _write_terms(
 
 @triton.jit
 def _end_terms(terms, apart, num_queries, padded, GROUP: tl.constexpr, KINDS: tl.constexpr):
-    """Fill up a row's terms. Of queries that do not exist, an infinite log-sum-exp makes the weights 0."""
+    """Pad the terms of a row: an infinite log-sum-exp gives queries beyond the last one weights of 0."""
     tail = num_queries + tl.arange(0, TERM_BLOCK)
     for member in range(GROUP):
         for kind in range(0, KINDS, 2):
@@ -247,7 +249,7 @@ def _gradient_sinks(
     dq, q, dout, query, valid, terms, keys, part, rows,
     SINK_KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the sinks contribute to dq of a block of queries; write its part of their dk at `part`, and of dv."""
+    """Add the contribution of the sinks to dq of a block of queries; write its share of their dk and dv to `part`."""
     lse, delta = terms
     sink_k, sink_v, sequence, kv_head, sinks, scale = keys
     d = tl.arange(0, q.shape[1])
@@ -301,9 +303,9 @@ def backward_q(
     scaling, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, SINK_KEYS: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of a block of packed queries, and what they leave to others.
+    """dq of a block of packed queries, and intermediate results.
 
-    That is their terms for `backward_kv`, their part of their gate's gradient, and their part of dk and dv at the
+    These are the terms for `backward_kv`, the block's share of the gate's gradient, and its share of dk and dv at the
     sinks, which all queries see.
     """
     rows, place = tl.num_programs(1), tl.program_id(1)
@@ -326,7 +328,7 @@ def backward_q(
         z = tl.load(gates + row)
     padded = tl.cdiv(num_queries, TERM_BLOCK) * TERM_BLOCK
     terms += place.to(tl.int64) * GROUP * padded
-    apart = rows.to(tl.int64) * GROUP * padded  # from one kind of term to the next
+    apart = rows.to(tl.int64) * GROUP * padded  # distance between the kinds of terms
     near_lse, near_delta, full_lse, full_delta = _write_terms(
         terms + member * padded + token, apart, lse, difference, dgates, out_tile, dout_tile, z, row, place, block,
         packed, token, member, valid, num_queries, d, GROUP, HEAD_DIM, MODE,
@@ -368,10 +370,10 @@ def _gradient_kv(
     dk, dv, k, v, key, first, queries, terms, lo, hi,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what queries lo to hi of all heads of a group contribute to dk and dv of the keys from `first` on.
+    """Add the contribution of queries lo to hi of all heads of a group to dk and dv of the keys from `first` on.
 
-    `lo` is a number of whole blocks. One loop goes through all heads, so that its pipeline fills once. Products are
-    keys x queries: so weights go from registers into the products that sum over queries.
+    `lo` is a multiple of BLOCK. One loop covers all heads, so its pipeline fills once. Products are keys x queries, so
+    the weights stay in registers for the products that sum over queries.
     """
     q, dout, sequence, first_head, padded, apart, offset, window, sinks, scale = queries
     blocks = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK)
@@ -404,7 +406,7 @@ def backward_kv(
     window, sinks, scaling, scale, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of keys of a row, from the terms of its queries."""
+    """dk and dv of a block of keys of a row, using the terms of its queries."""
     rows, place = tl.num_programs(1), tl.program_id(1)
     row = tl.load(order + place)
     sequence, kv_head = row // kv_heads, row % kv_heads
@@ -419,7 +421,9 @@ def backward_kv(
     begin = tl.maximum(first - offset, 0) // QUERIES * QUERIES
     near_end = tl.minimum(tl.maximum(first + KEYS - 1 + window - offset, 0), num_queries)
     here, no_head = key, tl.zeros_like(key)
-    key = tl.where(key < sinks, key + 2**30, key)  # after all queries: what the sinks get is known
+    key = tl.where(
+        key < sinks, key + 2**30, key
+    )  # invisible to all queries: the sinks' gradients are in sink_sums
     sums = sink_sums + place * sinks * HEAD_DIM
     dk_tile = _tile(sums, first, sinks, d, HEAD_DIM, HEAD_DIM, KEYS)
     dv_tile = _tile(sums + rows * sinks * HEAD_DIM, first, sinks, d, HEAD_DIM, HEAD_DIM, KEYS)

@@ -1,7 +1,7 @@
-"""Attention on CUDA: launches the Triton kernels of `kernels_jit`, and says how they cut their work."""
+"""Launches the Triton kernels and chooses their block sizes."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportMissingImports=false
-# (What a kernel takes is not what its Python function says.)
+# (The arguments of a launch differ from those of the Python function.)
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from consa.attention.triton import kernels
 from consa.attention.triton.kernels import ONE_PASS, SLIDING, TERM_BLOCK
 
-SINK_BLOCK = 16  # the smallest that tl.dot takes
+SINK_BLOCK = 16  # minimum of tl.dot
 
 
 class Blocks(NamedTuple):
-    """How a kernel cuts its work: packed queries and keys per block, warps, and stages of the pipeline."""
+    """Block sizes of a kernel: packed queries and keys per block, warps, and pipeline stages."""
 
     queries: int
     keys: int
@@ -27,7 +27,7 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By kernel and padded head_dim, for 16-bit numbers.
+# By kernel and padded head_dim, for 16-bit dtypes.
 BLOCKS = {
     ("forward", 64): Blocks(64, 64, 4, 3),
     ("forward", 128): Blocks(64, 64, 4, 3),
@@ -50,7 +50,7 @@ def blocks_for(kernel: str, q: Tensor) -> Blocks:
 
 
 def padded_dim(head_dim: int) -> int:
-    """The power of 2 that blocks have room for; not Triton's function of it, which takes as long as a launch."""
+    """`head_dim` rounded up to a power of 2, at least 16; Triton's own function takes as long as a launch."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
@@ -60,7 +60,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 class Problem(NamedTuple):
-    """What all kernels of a call need to know."""
+    """Sizes that all kernels of a call share."""
 
     kv_heads: int
     group: int
@@ -77,7 +77,7 @@ class Problem(NamedTuple):
         return self.queries * self.group
 
     def settings(self, q: Tensor, blocks: Blocks, mode: int) -> dict[str, Any]:
-        """The keyword arguments that all launches share."""
+        """Keyword arguments that all launches share."""
         return {
             "GROUP": self.group,
             "HEAD_DIM": self.head_dim,
@@ -105,11 +105,11 @@ def forward(
     *,
     training: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Write the rows `order` of `out`; `gates` are of all rows, and above 0 for the first `num_open` of `order`.
+    """Write the rows `order` of `out`. `gates` holds all rows; the first `num_open` of `order` have a gate above 0.
 
     Returns:
-        Their log-sum-exps, `(near and perhaps full, rows, group, queries)`, and FA less SWA of the open rows,
-        `(num_open, packed queries, head_dim)`, if `training` with gates.
+        The log-sum-exps, `(near and with ONE_PASS full, rows, group, queries)`, and FA minus SWA of the open rows,
+        `(num_open, packed queries, head_dim)`, if `training` with gates, else None.
     """
     rows, p = len(order), problem
     lse = q.new_empty((2 if mode == ONE_PASS.value else 1, rows, p.group, p.queries), dtype=torch.float32)
@@ -143,10 +143,10 @@ def backward(
     problem: Problem,
     mode: int,
 ) -> Tensor | None:
-    """Write the rows `order` of dq, dk and dv, and dfull if FA was given.
+    """Write the rows `order` of dq, dk and dv, and dfull if FA was given to `forward`.
 
     Returns:
-        The gradient of all rows' gates, zero but for `order`, if these have any.
+        The gradient of the gates of all rows, zero outside `order`; None without gates.
     """
     rows, p = len(order), problem
     scale = p.scaling / math.log(2)
@@ -176,7 +176,7 @@ def backward(
 
 
 def _blocks(tokens: int, *tensors: Tensor) -> list[TensorDescriptor]:
-    """Tensors `(batch, heads, tokens, head_dim)` as the copy engine reads them: so many tokens of a head at a time."""
+    """TMA descriptors of tensors `(batch, heads, tokens, head_dim)`, with blocks of `tokens` tokens of one head."""
     return [
         TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tokens, padded_dim(x.shape[3])])
         for x in tensors
@@ -184,10 +184,10 @@ def _blocks(tokens: int, *tensors: Tensor) -> list[TensorDescriptor]:
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int]:
-    """Of batch, heads and tokens."""
+    """Strides of batch, heads and tokens."""
     return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
 
 
 def _heads(full: Tensor | None, problem: Problem) -> int:
-    """Rows per sequence of a given FA, which holds them in sorted order."""
+    """KV heads per sequence in a given FA, whose rows are sorted."""
     return 1 if full is None else full.shape[1] // problem.group
