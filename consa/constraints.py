@@ -1,6 +1,7 @@
 """Constraints of serving engines on an allocation, and the best choice of heads under them. Needs no torch.
 
-Every constraint means that FA heads are added in *steps* of a fixed size, and that every multiple of a step is feasible.
+Every constraint means that FA heads are added in *steps* of a fixed size, and that every multiple of a step is
+feasible.
 """
 
 from __future__ import annotations

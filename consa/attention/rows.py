@@ -1,8 +1,8 @@
 """Rows of one layer, sorted by the kind of attention that each needs.
 
 A *row* is one KV head of one sequence, with its query heads. Full attention runs on the rows with z > 0 and
-sliding-window attention on those with z < 1, and on no others. That is exact: the hard-concrete gate clips z, and a z of
-exactly 0 or 1 has no gradient.
+sliding-window attention on those with z < 1, and on no others. That is exact: the hard-concrete gate clips z, and a z
+of exactly 0 or 1 has no gradient.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ class Rows:
 
     @classmethod
     def sort_layers(cls, values: Tensor, gates: Tensor) -> list[Rows]:
-        """Sort the rows of each layer by `values`, `(layers, batch, kv_heads)` on the CPU, without waiting for a device.
+        """Sort the rows of each layer by `values`, `(layers, batch, kv_heads)`.
 
-        `gates` are the same numbers on the model's device; gradients flow to them.
+        `values` is on the CPU, so that planning never waits for a device.        `gates` are the same numbers on the
+        model's device; gradients flow to them.
         """
         values = values.flatten(1)
         kind = (values < 1).int() + (values <= 0).int()  # 0 full, 1 mixed, 2 sliding

@@ -1,4 +1,4 @@
-"""What a hybrid saves: prefill, decoding, cache and memory, beside the dense model on the same weights, in one run."""
+"""Measure prefill, decoding, KV cache and memory of a hybrid and of the dense model with the same weights."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Measurement:
         model: "dense" or "hybrid".
         context: tokens in the cache when decoding starts.
         batch_size: sequences.
-        prefill_seconds: median time of the whole context at once.
-        decode_tokens_per_second: of all sequences together, from the median time of a step.
-        cache_bytes: memory that the cache holds on to after prefill and decoding, measured.
-        peak_bytes: highest memory during prefill and decoding: resident memory of the process on a CPU, allocated
-            memory on a GPU, weights included.
+        prefill_seconds: median time to process the whole context at once.
+        decode_tokens_per_second: throughput of all sequences together, from the median time of a step.
+        cache_bytes: measured memory of the cache after prefill and decoding.
+        peak_bytes: peak memory during prefill and decoding, including weights: resident memory of the process on a
+            CPU, allocated memory on a GPU.
     """
 
     model: str
@@ -56,9 +56,9 @@ class Benchmark:
     """Measurements in pairs, dense and hybrid, by context and batch size.
 
     Attributes:
-        sparsity: of the hybrid's allocation.
+        sparsity: sparsity of the hybrid.
         measurements: dense before hybrid, for each context and batch size in turn.
-        where: hardware, versions and settings.
+        where: hardware, versions and settings of the run.
     """
 
     sparsity: float
@@ -74,7 +74,7 @@ class Benchmark:
         return json.dumps(asdict(self), indent=1) + "\n"
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Heading and rows of text; ratios are hybrid to dense."""
+        """Heading and rows of text; ratios are hybrid / dense."""
         rows = []
         for dense, hybrid in self.pairs():
             for m in (dense, hybrid):
@@ -100,23 +100,23 @@ def benchmark(
     repeats: int = 3,
     on_run: Callable[[int, str], None] | None = None,
 ) -> Benchmark:
-    """Measure a hybrid beside its dense model.
+    """Measure a hybrid and its dense model in turn.
 
     Args:
         model: from `consa.load`, a hybrid.
-        contexts: tokens.
-        batch_sizes: sequences.
-        decode_tokens: steps after each prefill.
-        repeats: of prefill and decoding, dense and hybrid in turn, so that both meet the same machine.
-        on_run: called after each run with the number of runs so far and what it was.
+        contexts: context lengths, in tokens.
+        batch_sizes: numbers of sequences.
+        decode_tokens: decoding steps after each prefill.
+        repeats: runs of each model; dense and hybrid alternate, so that both see the same load of the machine.
+        on_run: called after each run with the number of runs so far and a description.
 
     Raises:
-        ConsaError: not a hybrid, or contexts that the model does not take.
+        ConsaError: the model is not a hybrid, or has too few positions.
     """
     allocation = interface.allocation_of(model.config)
     if allocation is None:
         raise ConsaError(
-            "there is nothing to compare: the model is no hybrid; make one with consa convert --kind hybrid"
+            "there is nothing to compare: the model is not a hybrid; make one with consa convert --kind hybrid"
         )
     check_settings(
         contexts, batch_sizes, decode_tokens, repeats, getattr(model.config, "max_position_embeddings", None)
@@ -157,18 +157,18 @@ def benchmark(
 def check_settings(
     contexts: list[int], batch_sizes: list[int], decode_tokens: int, repeats: int, longest: int | None
 ) -> None:
-    """Raise a ConsaError unless they can be measured on a model of `longest` positions, None for any number."""
+    """Raise a ConsaError unless a model of `longest` positions, or None for any number, can run the benchmark."""
     if decode_tokens < 1 or repeats < 1 or not contexts or not batch_sizes or min(contexts + batch_sizes) < 1:
         raise ConsaError("contexts, batch sizes, decoded tokens and repeats must all be at least 1")
     if longest is not None and max(contexts) + decode_tokens > longest:
         raise ConsaError(
-            f"context {max(contexts)} and {decode_tokens} decoded tokens are more than the {longest} positions of the"
-            " model; choose shorter ones"
+            f"context {max(contexts)} and {decode_tokens} decoded tokens exceed the {longest} positions of the model;"
+            " choose shorter contexts"
         )
 
 
 def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights, in the same memory, under transformers' own attention and cache."""
+    """The dense model with the same weights in the same memory, under transformers' attention and cache."""
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     twin = copy.deepcopy(model, shared)
     make_dense(twin)
@@ -176,7 +176,7 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def write(result: Benchmark, folder: Path) -> tuple[Path, Path]:
-    """Write bench.json and bench.png; returns their paths."""
+    """Write bench.json and bench.png, and return their paths."""
     paths = folder / "bench.json", folder / "bench.png"
     write_atomically(paths[0], result.to_json().encode())
     write_atomically(paths[1], figure(result))
@@ -208,7 +208,7 @@ def figure(result: Benchmark) -> bytes:
         axes.set(xlabel="context, tokens", ylabel=label, ylim=(0, None))
         axes.set_xscale("log", base=2)
     drawing.axes[0].legend(frameon=False, fontsize="small")
-    drawing.suptitle(f"Hybrid at sparsity {result.sparsity:.3f} beside dense, {result.where['hardware']}")
+    drawing.suptitle(f"Hybrid at sparsity {result.sparsity:.3f} and dense model, {result.where['hardware']}")
     return png(drawing)
 
 
@@ -254,19 +254,19 @@ def _reset_peak(device: torch.device) -> None:
     elif Path("/proc/self/clear_refs").exists():
         gc.collect()
         libc = ctypes.CDLL(None)
-        # glibc keeps what an earlier run freed, which would count in this one.
+        # glibc keeps memory freed by an earlier run, which would count in this one.
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the high-water mark
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Bytes; where the mark cannot be reset, the highest since the process started."""
+    """Peak memory in bytes, since `_reset_peak` or, where that is not possible, since the process started."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    if found:
-        return int(found[1]) * 1024
+    match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if match:
+        return int(match[1]) * 1024
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return highest if platform.system() == "Darwin" else highest * 1024

@@ -89,7 +89,7 @@ def _decode(
 
 
 def _merge(heads: Tensor, parts: list[tuple[Heads, Tensor]]) -> Tensor:
-    """Join the outputs of FA and SWA heads, each `(batch, their q_heads, tokens, head_dim)`, in the order of the heads."""
+    """Join outputs of FA and SWA heads, each `(batch, q_heads, tokens, head_dim)`, in the order of the heads."""
     if len(parts) == 1:
         return parts[0][1]
     out = torch.empty_like(heads)

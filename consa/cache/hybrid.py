@@ -1,7 +1,7 @@
 """The KV cache of a whole hybrid.
 
-`generate()` of a model from `consa.load` makes one by itself. Make your own to keep it between calls, to preallocate it,
-or for a model under `consa.attached`.
+`generate()` of a model from `consa.load` makes one by itself. Make your own to keep it between calls, to preallocate
+it, or for a model under `consa.attached`.
 """
 
 from __future__ import annotations

@@ -301,8 +301,8 @@ class HybridLayer(CacheLayerMixin):
             # A sequence that was all padding may start now.
             if before.shape != now.shape or not torch.equal(before, now):
                 raise ConsaError(
-                    "the attention mask has the first tokens of the sequences in other columns than before; pass the mask"
-                    " of the whole text, including padding"
+                    "the attention mask has the first tokens of the sequences in other columns than before; pass the"
+                    " mask of the whole text, including padding"
                 )
         if first is not self.first:
             self._start(first)

@@ -134,7 +134,7 @@ class StaticHybridLayer(HybridLayer):
 
 
 def _recording() -> bool:
-    """Whether torch.compile or a CUDA graph records the current code, which then cannot read numbers from the device."""
+    """Whether torch.compile or a CUDA graph records the current code, which must not read from the device then."""
     if torch.compiler.is_compiling():
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,1 +1,1 @@
-"""Text: documents, token sequences, questions about text, and the files of other projects."""
+"""Data: documents, token sequences, retrieval questions, and files of other projects."""

@@ -1,4 +1,4 @@
-"""What the user names as data -> documents: files, folders, globs, the standard library, datasets of the hub."""
+"""Read documents from files, folders, globs, the standard library or datasets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from typing import Any, BinaryIO, NamedTuple
 from consa.errors import ConsaError, first_line, missing_extra
 
 MAX_DOCUMENT_BYTES = 256 * 2**20
-"""Largest document, or JSONL line, in decompressed bytes: a small compressed file cannot fill the memory."""
+"""Largest document or JSONL line, in decompressed bytes, so that a small compressed file cannot fill the memory."""
 
 
 class Document(NamedTuple):
-    """A text, and what its record says of it."""
+    """A text with its domain and hash."""
 
     text: str
     domain: str
-    digest: bytes  # SHA-256 of the text: decides the split, so copies of a document stay together
+    digest: bytes  # SHA-256 of the text; it determines the split, so copies of a document stay together
 
 
 class Source(NamedTuple):
     """A file or dataset with documents."""
 
-    identity: list[Any]  # whatever decides which documents come out
-    size: int  # in bytes of a file, or rows of a dataset: its share of the progress bar
-    read: Callable[[Callable[[int], None]], Iterator[Document]]  # tells its argument how far it has come
+    identity: list[Any]  # everything that determines the documents
+    size: int  # bytes of a file or rows of a dataset, for the progress bar
+    read: Callable[[Callable[[int], None]], Iterator[Document]]  # calls its argument with its progress
 
 
 def find_sources(data: str, text_field: str) -> list[Source]:
-    """Return what `data` names: in the order named, folders and globs sorted, stdlib shuffled, no file twice."""
+    """The sources that `data` names, in that order, without duplicates; folders and globs sorted, stdlib shuffled."""
     sources: dict[Path | str, Source] = {}
     for part in _parts(data):
         if part.startswith("hf:"):
@@ -50,10 +50,10 @@ def find_sources(data: str, text_field: str) -> list[Source]:
 
 
 def check_data(data: str) -> None:
-    """Make sure, without reading any, that there are files of all names in `data`.
+    """Check, without reading them, that every name in `data` has files.
 
     Raises:
-        ConsaError: there are none of some name.
+        ConsaError: a name has no files.
     """
     try:
         for part in _parts(data):
@@ -68,12 +68,12 @@ def _parts(data: str) -> list[str]:
 
 
 def _find_paths(part: str) -> list[Path]:
-    """The files that one part of `data` names; at least one."""
+    """The files of one part of `data`; at least one."""
     name = os.path.expanduser(part)
     if part == "stdlib":
         library = Path(sysconfig.get_path("stdlib"))
         files = _walk(library, left_out=("site-packages", "dist-packages"))
-        # In an order without meaning, so that the first documents are of every kind; the same on all machines.
+        # Ordered by hash: the first documents are of every kind, and the order is the same on all machines.
         paths = sorted(
             (file for file in files if file.suffix == ".py"),
             key=lambda file: hashlib.sha256(file.relative_to(library).as_posix().encode()).digest(),
@@ -87,7 +87,7 @@ def _find_paths(part: str) -> list[Path]:
 
 
 def _walk(path: Path, left_out: tuple[str, ...] = ()) -> list[Path]:
-    """Return the files in a folder and below it, sorted, or the path itself if it is no folder."""
+    """The sorted files in a folder and its subfolders, or the path itself if it is not a folder."""
     if not path.is_dir():
         return [path]
 
@@ -118,19 +118,19 @@ def _read_jsonl(path: Path, text_field: str, advance: Callable[[int], None]) -> 
         number = position = 0
         while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
             number += 1
-            where = f"{path}:{number}"
+            place = f"{path}:{number}"
             if len(line) > MAX_DOCUMENT_BYTES:
                 raise ConsaError(
-                    f"{where}: a line of more than {MAX_DOCUMENT_BYTES} bytes; split the document"
+                    f"{place}: a line of more than {MAX_DOCUMENT_BYTES} bytes; split the document"
                 )
             if line.strip():
                 try:
                     record = json.loads(line.decode("utf-8-sig"))
                 except (ValueError, RecursionError) as error:
                     raise ConsaError(
-                        f"{where}: not a JSON object in UTF-8 ({error}); mend or remove it"
+                        f"{place}: not a JSON object in UTF-8 ({error}); fix or remove it"
                     ) from error
-                yield _from_record(record, text_field, where)
+                yield _from_record(record, text_field, place)
             advance(file.tell() - position)
             position = file.tell()
 
@@ -153,7 +153,7 @@ def _read_whole(path: Path, kind: str, is_named: bool, advance: Callable[[int], 
     except ValueError as error:
         if is_named:
             raise ConsaError(f"{path} is not UTF-8 text: {error}; convert it or leave it out") from error
-        text = ""  # a document without tokens, which counts as skipped
+        text = ""  # a document without tokens counts as skipped
     yield _from_record({"text": text, "domain": kind}, "text", str(path))
 
 
@@ -167,7 +167,7 @@ def _hub_source(name: str, text_field: str) -> Source:
         raise missing_extra(f"data {name!r}", "datasets") from error
     try:
         rows = datasets.load_dataset(path, config or None, split=split or "train")
-    except Exception as error:  # the network, the hub and the dataset's builder raise what they like
+    except Exception as error:  # the network, the hub and dataset builders may raise anything
         raise ConsaError(
             f"cannot load data {name!r}: {first_line(error)}; check its name, config and split"
         ) from error
@@ -180,24 +180,24 @@ def _hub_source(name: str, text_field: str) -> Source:
     return Source(["hf", rows._fingerprint], len(rows), read)
 
 
-def _from_record(record: Any, text_field: str, where: str) -> Document:
+def _from_record(record: Any, text_field: str, place: str) -> Document:
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
         raise ConsaError(
-            f"{where}: no field {text_field!r} that is a string; set text_field, or mend the data"
+            f"{place}: no field {text_field!r} that is a string; set text_field, or fix the data"
         )
     text, domain = record[text_field], record.get("domain")
     try:
         digest = hashlib.sha256(text.encode()).digest()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
-        raise ConsaError(f"{where}: field {text_field!r} is not valid Unicode ({error}); mend it") from error
+    except UnicodeEncodeError as error:  # JSON can contain half a surrogate pair
+        raise ConsaError(f"{place}: field {text_field!r} is not valid Unicode ({error}); fix it") from error
     return Document(text, domain if isinstance(domain, str) else "", digest)
 
 
 class _ZstdStream(io.RawIOBase):
-    """The content of a zstd file of any number of frames; zstandard's own reader takes a cut-off one for whole."""
+    """The content of a zstd file with any number of frames; zstandard's own reader accepts truncated files."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
-        import zstandard  # which few texts need
+        import zstandard  # few texts need it
 
         self._zstandard, self._file, self._path = zstandard, file, path
         self._frame: Any = None
@@ -214,11 +214,11 @@ class _ZstdStream(io.RawIOBase):
             self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
             try:
                 if not block:
-                    raise self._zstandard.ZstdError("the file is cut off")
+                    raise self._zstandard.ZstdError("the file is truncated")
                 self._ready = memoryview(self._frame.decompress(block))
             except self._zstandard.ZstdError as error:
                 raise ConsaError(
-                    f"cannot decompress {self._path}: {error}; fetch or make it again"
+                    f"cannot decompress {self._path}: {error}; download or create it again"
                 ) from error
             self._compressed = self._frame.unused_data
             if self._frame.eof:

@@ -1,6 +1,6 @@
-"""Questions about something hidden in a long text: the task families of RULER (arXiv 2404.06654), on text made here.
+"""Questions about facts hidden in long text: the task families of RULER (arXiv 2404.06654), on generated text.
 
-Every prompt ends where the answer is the natural next text, so models without instruction tuning can be asked too.
+The answer is the natural continuation of every prompt, so base models can answer too.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NUM_NEEDLES = 4
-"""Keys, values or hops of one prompt, as in RULER."""
+"""Keys, values or hops in one prompt, as in RULER."""
 
 SPARE_TOKENS = 4
-"""Each answer may take so many more than its shortest form: words between, or a list's line breaks."""
+"""Additional tokens allowed per answer, for words or line breaks between answers."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and what its continuation should hold.
+    """A prompt and the answers that its continuation should contain.
 
     Attributes:
-        prompt: a long text and, at its end, the beginning of the answer.
-        answers: every one of them must appear in the continuation.
+        prompt: a long text that ends with the beginning of the answer.
+        answers: texts that must all appear in the continuation.
     """
 
     prompt: str
@@ -39,14 +39,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Puzzle:
-    """An example before it has a length.
+    """An example whose length is not fixed yet.
 
     Attributes:
-        opening: what the text begins with.
+        opening: beginning of the text.
         hidden: sentences to place in the text, in this order.
-        question: what the text ends with.
+        question: end of the text.
         answers: as in `Example`.
-        filler: pieces of text to put around what is hidden, without end.
+        filler: endless pieces of text to put around the hidden sentences.
     """
 
     opening: str
@@ -57,7 +57,7 @@ class Puzzle:
 
 
 def single(rng: random.Random) -> Puzzle:
-    """One number."""
+    """Recall one number."""
     number = _number(rng)
     return Puzzle(
         "A special magic number is hidden in the following text. Remember it.",
@@ -69,7 +69,7 @@ def single(rng: random.Random) -> Puzzle:
 
 
 def multi_key(rng: random.Random) -> Puzzle:
-    """Numbers of several things, one of which is asked for."""
+    """Recall the number of one of several things."""
     numbers = _numbers_of_things(rng)
     thing = rng.choice(list(numbers))
     return Puzzle(
@@ -82,7 +82,7 @@ def multi_key(rng: random.Random) -> Puzzle:
 
 
 def multi_query(rng: random.Random) -> Puzzle:
-    """Numbers of several things, all of which are asked for."""
+    """Recall the numbers of several things."""
     numbers = _numbers_of_things(rng)
     *others, last = rng.sample(list(numbers), len(numbers))
     things = f"{', '.join(others)} and {last}"
@@ -96,7 +96,7 @@ def multi_query(rng: random.Random) -> Puzzle:
 
 
 def multi_value(rng: random.Random) -> Puzzle:
-    """Several numbers of one thing, all of which are asked for."""
+    """Recall several numbers of one thing."""
     thing = rng.choice(THINGS)
     numbers = tuple(_number(rng) for _ in range(NUM_NEEDLES))
     return Puzzle(
@@ -109,7 +109,7 @@ def multi_value(rng: random.Random) -> Puzzle:
 
 
 def variable_tracking(rng: random.Random) -> Puzzle:
-    """Variables, each of which takes the value of the one before."""
+    """Name the variables in a chain of assignments that all have one value."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     names = tuple("".join(rng.sample(letters, 5)) for _ in range(NUM_NEEDLES + 1))
     value = str(rng.randrange(10_000, 100_000))
@@ -124,7 +124,7 @@ def variable_tracking(rng: random.Random) -> Puzzle:
 
 
 def common_words(rng: random.Random) -> Puzzle:
-    """The words that a long list holds most often; a window sees a fair sample of it."""
+    """Name the most frequent words of a long list; a window sees a fair sample of it."""
     words = rng.sample(THINGS, len(THINGS))
     common, others = words[:3], words[3:]
 
@@ -145,7 +145,7 @@ TASKS: dict[str, Callable[[random.Random], Puzzle]] = {
     task.__name__: task
     for task in (single, multi_key, multi_query, multi_value, variable_tracking, common_words)
 }
-"""Task name -> what makes a puzzle of it."""
+"""Task name -> function that draws a puzzle."""
 
 
 def examples(
@@ -155,13 +155,13 @@ def examples(
 
     Args:
         task: one of `TASKS`.
-        tokenizer: what the length is counted in.
-        length: tokens of prompt and answer together, at most; prompts are nearly as long as that allows.
-        count: of examples. What is hidden lies at depths that are spread evenly over them.
-        seed: of the numbers and of the text around them.
+        tokenizer: determines the length in tokens.
+        length: maximum tokens of prompt and answer together; prompts come close to it.
+        count: number of examples; the depths of the hidden sentences are spread evenly over them.
+        seed: random seed of the hidden facts and the text around them.
 
     Raises:
-        ConsaError: there is no such task, or its prompt does not fit.
+        ConsaError: there is no such task, or its prompt does not fit into `length`.
     """
     if task not in TASKS:
         raise ConsaError(f"retrieval task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -176,21 +176,21 @@ def examples(
 
 
 def num_answer_tokens(example: Example, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many new tokens an answer may take: the answers with commas between, and a few to spare."""
+    """Maximum new tokens for an answer: the answers with commas between, and `SPARE_TOKENS` for each."""
     text = " " + ", ".join(example.answers)
     return len(tokenizer(text, add_special_tokens=False)["input_ids"]) + SPARE_TOKENS * len(example.answers)
 
 
 def answered(example: Example, continuation: str) -> float:
     """The share of the answers that appear in the continuation."""
-    found = continuation.casefold()
-    return sum(answer.casefold() in found for answer in example.answers) / len(example.answers)
+    text = continuation.casefold()
+    return sum(answer.casefold() in text for answer in example.answers) / len(example.answers)
 
 
 def _example(
     task: str, tokenizer: PreTrainedTokenizerBase, length: int, depth: float, rng: random.Random
 ) -> Example:
-    """An example of nearly `length` tokens; each hidden sentence lies at `depth` of its share of the text."""
+    """An example of nearly `length` tokens, with each hidden sentence at `depth` of its part of the text."""
     puzzle = TASKS[task](rng)
     room = length - num_answer_tokens(Example("", puzzle.answers), tokenizer)
     filler: list[str] = []
@@ -208,7 +208,7 @@ def _example(
         return len(tokenizer(prompt(pieces), verbose=False)["input_ids"])
 
     if num_tokens(0) > room:
-        raise ConsaError(f"retrieval task {task!r} does not fit into {length} tokens; take more")
+        raise ConsaError(f"retrieval task {task!r} does not fit into {length} tokens; raise the length")
     too_many = 1
     while num_tokens(too_many) <= room:
         too_many *= 2

@@ -1,4 +1,4 @@
-"""Text -> long token sequences, each from one document, tokenised on every core and cached by content."""
+"""Tokenise text into long sequences, each from one document, on all cores, and cache them by content."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 Split = Literal["all", "train", "heldout"]
 
 FORMAT_VERSION = 1
-"""Part of every cache key: raise it when the same input should give other sequences or other files."""
+"""Part of every cache key: increase it when the same input should give other sequences or files."""
 
 PIECE_CHARS = 2**20
-"""Documents of more than twice as many characters are tokenised in pieces: less memory, and on all cores."""
+"""Documents of more than twice as many characters are tokenised in pieces, to save memory and use all cores."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,11 +43,11 @@ class SequenceSet:
     Attributes:
         tokens: (num_sequences, seq_len), read-only, uint16 where the vocabulary fits and int32 otherwise;
             memory-mapped when it comes from the cache. Convert a batch to int64 before embedding it.
-        domains: (num_sequences,) the document's `domain` field, "" where it has none; a whole file's extension.
-        documents: (num_sequences,) int64, position of the source document among all documents read, whatever
-            their split: train and held-out sequences of the same data never share a number.
-        num_documents: documents of the asked split that were read.
-        num_skipped: those of them that gave no sequence: shorter than `seq_len` tokens, or not text.
+        domains: (num_sequences,) the `domain` field of the document, or "", or the extension of a whole file.
+        documents: (num_sequences,) int64, index of the source document among all documents of both splits: train and
+            held-out sequences of the same data never share an index.
+        num_documents: documents of the split that were read.
+        num_skipped: those that gave no sequence, because they are shorter than `seq_len` tokens or not text.
     """
 
     tokens: np.ndarray
@@ -57,9 +57,9 @@ class SequenceSet:
     num_skipped: int
 
     def spread(self, count: int) -> SequenceSet:
-        """At most `count` of the sequences: the first of every document, then the second of every, and so on."""
+        """At most `count` sequences: the first of every document, then the second of every document, and so on."""
         _, first, place = np.unique(self.documents, return_index=True, return_inverse=True)
-        rank = np.arange(len(self.documents)) - first[place]  # sequences of a document stand together
+        rank = np.arange(len(self.documents)) - first[place]  # sequences of a document are contiguous
         rows = np.argsort(rank, kind="stable")[:count]
         return replace(
             self,
@@ -84,27 +84,27 @@ def load_sequences(
 ) -> SequenceSet:
     """Read text, tokenise it and cut it into sequences of exactly `seq_len` tokens.
 
-    A document of n tokens gives floor(n / seq_len) consecutive sequences; its last n mod seq_len tokens are left
-    out. If the tokenizer puts a beginning-of-sequence token before text, every sequence starts with it and has
+    A document of n tokens gives floor(n / seq_len) consecutive sequences; its last n mod seq_len tokens are
+    dropped. If the tokenizer puts a beginning-of-sequence token before text, every sequence starts with it and has
     `seq_len - 1` tokens of text. No end-of-sequence token is added.
 
     Args:
-        data: A file, a folder (read recursively, hidden names left out), a glob, `stdlib` (the sources of the
+        data: A file, a folder (read recursively, without hidden files), a glob, `stdlib` (the sources of the
             running Python's standard library), `hf:owner/name[:config][:split]` (a Hugging Face dataset), or
             several of these separated by commas. A `.jsonl` file holds one document per line, any other file is
             one document; both may be compressed (`.zst`).
         tokenizer: A transformers tokenizer.
         seq_len: Tokens per sequence.
-        split: `train` or `heldout` take one side of a division by document, by a hash of its text.
+        split: `train` or `heldout` selects documents by a hash of their text; `all` selects every document.
         heldout_fraction: Expected share of the documents that are held out.
-        max_tokens: Stop, in reading order, after this many tokens of sequences.
+        max_tokens: Maximum tokens of all sequences together, in reading order; None means no limit.
         text_field: Field of a JSONL record or dataset row that holds the text.
-        cache_dir: Where results are kept; by default `files.cache_dir()`.
-        workers: Documents tokenised at the same time; by default one per CPU.
-        progress: Show a progress bar on stderr, if that is a terminal.
+        cache_dir: Folder of the cache; by default `files.cache_dir()`.
+        workers: Number of tokenising threads; by default one per CPU.
+        progress: Show a progress bar on stderr if that is a terminal.
 
     Raises:
-        ConsaError: the data cannot be read, or holds no sequence of this length and split.
+        ConsaError: the data cannot be read, or has no sequence of this length in this split.
     """
     for is_good, message in (
         (seq_len >= 2, f"seq_len is {seq_len}; it must be at least 2 tokens"),
@@ -154,7 +154,7 @@ def _cut(
     buffer = bytearray()  # grows in place; a list of arrays would need twice the memory to join
     domains: list[str] = []
     indices: list[int] = []
-    num_found = num_documents = num_skipped = longest = 0
+    num_read = num_documents = num_skipped = longest = 0
     console = Console(stderr=True)
     console.quiet = not (progress and console.is_terminal)  # rich < 14.3 ends a disabled bar with a newline
     with Progress(console=console, transient=True, disable=console.quiet) as bar:
@@ -162,7 +162,7 @@ def _cut(
         documents = (document for source in sources for document in source.read(partial(bar.advance, task)))
         with closing(_tokenize(documents, in_split, encoder)) as tokenised:
             for index, (document, pieces) in enumerate(tokenised):
-                num_found += 1
+                num_read += 1
                 if pieces is None:
                     continue
                 ids = np.concatenate([piece.result() for piece in pieces])
@@ -178,9 +178,9 @@ def _cut(
                 indices += [index] * count
                 if len(indices) == max_sequences:
                     break
-    if num_found and not num_documents:
+    if num_read and not num_documents:
         raise ConsaError(
-            f"split {split!r} with heldout_fraction {heldout_fraction} has none of the {num_found} documents of "
+            f"split {split!r} with heldout_fraction {heldout_fraction} has none of the {num_read} documents of "
             f"{data!r}; add documents, or name others to measure on (heldout_data)"
         )
     if not longest:
@@ -188,7 +188,7 @@ def _cut(
     if not indices:
         raise ConsaError(
             f"seq_len {seq_len} is longer than each of the {num_documents} documents in split {split!r} of {data!r} "
-            f"({num_found} in all); the longest has {longest + len(encoder.prefix)} tokens: lower seq_len to that"
+            f"({num_read} in all); the longest has {longest + len(encoder.prefix)} tokens: lower seq_len to that"
         )
     tokens = np.frombuffer(buffer, encoder.dtype).reshape(-1, seq_len)
     tokens.flags.writeable = False
@@ -205,7 +205,7 @@ def _cut(
 
 
 class _Encoder:
-    """A tokenizer as a function from text to ids, how many threads may call it, and what identifies it."""
+    """A tokenizer as a thread-safe function from text to ids, with its number of threads and its identity."""
 
     def __init__(self, tokenizer: Any, workers: int) -> None:
         vocabulary = tokenizer.get_vocab()
@@ -213,13 +213,13 @@ class _Encoder:
         if getattr(tokenizer, "is_fast", False):
             from tokenizers import Tokenizer
 
-            # A copy, so that truncation and padding can be off without changing the caller's tokenizer.
+            # A copy, so that switching off truncation and padding does not change the caller's tokenizer.
             backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
             backend.no_truncation()
             backend.no_padding()
             described, self.workers = backend.to_str(), workers
             first = backend.encode("a").ids[:1]
-            # A batch of one: unlike a plain `encode`, it lets other Python threads run.
+            # A batch of one, because unlike `encode` it releases the GIL.
             self._encode = lambda text: backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         else:
             described, self.workers = (
@@ -243,10 +243,9 @@ _Pieces = list[Future[np.ndarray]]
 def _tokenize(
     documents: Iterable[Document], selected: Callable[[Document], bool], encoder: _Encoder
 ) -> Generator[tuple[Document, _Pieces | None]]:
-    """Yield each document with its ids, in pieces, or with None if not selected; read only a little ahead.
+    """Yield each document with its ids in pieces, or None if not selected; read only a few documents ahead.
 
-    Threads, not processes: the tokenizer's Rust code runs outside Python's lock, so that threads use all cores,
-    and neither text and ids are copied between processes nor is a Python started in each.
+    Threads suffice, because the Rust code of the tokenizer releases the GIL. They need no copies of text and ids.
     """
     with ThreadPoolExecutor(encoder.workers) as pool:
         ahead: deque[tuple[Document, _Pieces | None]] = deque()
@@ -262,7 +261,7 @@ def _tokenize(
 
 
 def _split_long(text: str) -> Iterator[str]:
-    """Cut a long text between words or lines, at places that the tokens of usual tokenizers do not reach across."""
+    """Split a long text between words or lines, where tokens of common tokenizers have a boundary."""
     start = 0
     while len(text) - start > 2 * PIECE_CHARS:
         boundary = _BOUNDARY.search(text, start + PIECE_CHARS, start + 2 * PIECE_CHARS)
@@ -275,7 +274,7 @@ def _split_long(text: str) -> Iterator[str]:
 _BOUNDARY = re.compile(r"(?<=\S)(?:(?= \S)|\n(?=\S))")  # before a lone space, after a lone line break
 
 
-# The cache: an array and a JSON file per key; the JSON file comes last and vouches for both.
+# The cache has an array and a JSON file per key. The JSON file is written last and holds a checksum of both.
 
 
 def _entry_path(folder: Path | None, identity: list[Any]) -> Path:
@@ -284,7 +283,7 @@ def _entry_path(folder: Path | None, identity: list[Any]) -> Path:
 
 
 def _load_entry(entry: Path) -> SequenceSet | None:
-    """Return what is stored, None if it is absent, incomplete or damaged."""
+    """The stored sequences, or None if they are absent, incomplete or damaged."""
     array = entry.with_suffix(".npy")
     try:
         record = json.loads(entry.with_suffix(".json").read_bytes())
@@ -301,7 +300,7 @@ def _load_entry(entry: Path) -> SequenceSet | None:
 
 
 def _store_entry(entry: Path, built: SequenceSet) -> SequenceSet:
-    """Write `built` and return it memory-mapped; warn and return it as it is if the folder does not take it."""
+    """Write `built` and return it memory-mapped; warn and return `built` if it cannot be written."""
     content = io.BytesIO()
     np.save(content, built.tokens, allow_pickle=False)
     record = vars(built) | {"documents": built.documents.tolist()}
@@ -311,9 +310,7 @@ def _store_entry(entry: Path, built: SequenceSet) -> SequenceSet:
         record["checksum"] = _checksum(entry.with_suffix(".npy"), record)
         write_atomically(entry.with_suffix(".json"), json.dumps(record).encode())
     except (ConsaError, OSError) as error:
-        warnings.warn(
-            f"tokens are not cached, set CONSA_CACHE to a folder that takes them: {error}", stacklevel=3
-        )
+        warnings.warn(f"tokens are not cached; set CONSA_CACHE to a writable folder: {error}", stacklevel=3)
     return _load_entry(entry) or built
 
 

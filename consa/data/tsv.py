@@ -1,4 +1,4 @@
-"""Patterns that DuoAttention and PruLong publish: a line per layer, a number per KV head, tabs between."""
+"""Head patterns as DuoAttention and PruLong publish them: one line per layer, one tab-separated number per KV head."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from consa.errors import ConsaError
 from consa.files import read_text
 
 THRESHOLD = 0.5
-"""Both keep a head from 0.5 on where no sparsity is asked for: `--threshold` in mit-han-lab/duo-attention,
-`threshold` in princeton-pli/PruLong's save_prulong_masks.py."""
+"""Without a sparsity, both keep heads from 0.5 on: `--threshold` in mit-han-lab/duo-attention, `threshold` in
+princeton-pli/PruLong's save_prulong_masks.py."""
 
 
 def read_tsv(
@@ -28,29 +28,30 @@ def read_tsv(
 
     Args:
         path: the file.
-        num_layers: layers of the model it was made for.
+        num_layers: layers of the model.
         num_kv_heads: KV heads of each layer.
-        sparsity: share of KV heads to put on SWA, those of lowest value; ties keep the lower layer and head. Unless
-            given, the heads below `THRESHOLD` are.
-        window: tokens an SWA query sees, itself included; the file does not say.
-        num_sink_tokens: first tokens that stay visible on top of the window; the file does not say.
+        sparsity: share of KV heads to put on SWA, those of lowest value; ties keep the lower layer and head. None
+            puts the heads below `THRESHOLD` on SWA.
+        window: tokens an SWA query sees, itself included; not in the file.
+        num_sink_tokens: first tokens that stay visible on top of the window; not in the file.
 
     Raises:
-        ConsaError: unreadable, not numbers, or not of that shape; the message names the file and the line.
+        ConsaError: the file is unreadable, holds other text than numbers, or has another shape; the message names the
+        line.
     """
     rows: list[list[float]] = []
     for number, line in enumerate(read_text(Path(path), max_bytes=MAX_FILE_BYTES).splitlines(), 1):
         try:
             rows.append([float(value) for value in line.split("\t")])
         except ValueError as error:
-            raise ConsaError(f"{path}, line {number}: not numbers with tabs between ({error})") from error
+            raise ConsaError(f"{path}, line {number}: not tab-separated numbers ({error})") from error
         if len(rows[-1]) != num_kv_heads or not np.isfinite(rows[-1]).all():
             raise ConsaError(
                 f"{path}, line {number}: must hold {num_kv_heads} finite numbers, one per KV head, got {line[:80]!r}"
             )
     if len(rows) != num_layers:
         raise ConsaError(
-            f"{path} has {len(rows)} lines, but the model has {num_layers} layers; use its own file"
+            f"{path} has {len(rows)} lines, but the model has {num_layers} layers; use the file of this model"
         )
     scores = np.array(rows)
     full = scores >= THRESHOLD

@@ -1,4 +1,4 @@
-"""Attach an allocation to a loaded model, and take it off again."""
+"""Attach an allocation to a loaded model, and detach it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from consa.model.plan import Observer, Plan
 def attached(
     model: PreTrainedModel, allocation: Allocation, *, observer: Observer | None = None
 ) -> Iterator[Plan]:
-    """Within the block, `model` computes the exact hybrid attention of `allocation`; on exit it is as before.
+    """Within the block, `model` computes the exact hybrid attention of `allocation`; on exit it is restored.
 
     Args:
         model: a causal language model of transformers, loaded with any attention implementation.
@@ -30,7 +30,7 @@ def attached(
         The `Plan` that the model's attention layers follow.
 
     Raises:
-        UnsupportedModelError: consa cannot take this model's attention over exactly.
+        UnsupportedModelError: consa cannot take over this model's attention exactly.
         InvalidAllocationError: the allocation was made for a model of another shape.
     """
     layout = attention_layout(model)
@@ -38,10 +38,12 @@ def attached(
     modules: list[Any] = [model.get_submodule(name) for name in layout.names]
     if interface.allocation_of(model.config) is not None:
         raise ConsaError(
-            f"{type(model).__name__} was converted with an allocation of its own; load the original"
+            f"{type(model).__name__} is a converted hybrid with its own allocation; load the original model"
         )
     if any(hasattr(module, "consa_plan") for module in modules):
-        raise ConsaError(f"{type(model).__name__} already has an allocation attached; leave that block first")
+        raise ConsaError(
+            f"{type(model).__name__} already has an allocation attached; leave that `with` block first"
+        )
     before: Any = model.config._attn_implementation
     plan = Plan(allocation, observer)
     try:
@@ -56,7 +58,7 @@ def attached(
 
 
 def make_dense(model: PreTrainedModel) -> None:
-    """Have a converted hybrid compute as the dense model of its weights, in place; other models stay as they are."""
+    """Turn a converted hybrid into the dense model of its weights, in place; other models stay as they are."""
     for module in model.modules():
         vars(module).pop("consa_plan", None)
     if vars(model.config).pop("consa", None):
@@ -64,5 +66,5 @@ def make_dense(model: PreTrainedModel) -> None:
 
 
 def has_softcap(model: PreTrainedModel) -> bool:
-    """Whether scores are bounded. sdpa bounds none: transformers from 5.21 on refuses it then, before it chooses it."""
+    """Whether the model bounds its scores, which sdpa cannot; transformers before 5.21 selects sdpa regardless."""
     return getattr(model.config, "attn_logit_softcapping", None) is not None

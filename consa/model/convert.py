@@ -1,9 +1,8 @@
 """Converted models on disk: weights, config, tokenizer and allocation in one folder, whole or absent.
 
-A folder is of one of two kinds. A *hybrid* needs consa: model type, layer types and architecture in its config.json are
-of consa's own, so that transformers, by whichever class, and other engines refuse it where consa is not there. A
-*plain* one needs nothing: a layer-wise allocation without sinks, said in the words that the family's own config has
-for it.
+There are two kinds. A *hybrid* checkpoint needs consa: its config.json has a model type, layer types and architecture
+of consa, so transformers and other engines refuse it without consa. A *plain* checkpoint needs nothing: it expresses a
+layer-wise allocation without sinks in the config fields of the model's own family.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ SCHEMA = "consa.checkpoint/1"
 MANIFEST = "consa.json"
 ALLOCATION = "allocation.json"
 MAX_JSON_BYTES = 64 * 2**20
-# Families whose config has words for layers of both kinds: model_type -> what to write into it, besides window and
-# layer_types. Llama has none, and layer_types in its config would give a sliding cache under a full mask; Ministral is
-# the same network with those words. vLLM knows both by the name of Llama's class.
+# Families whose config can mix FA and SWA layers: model_type -> fields to write besides window and layer_types. Llama's
+# cannot: with layer_types it would use a sliding cache under a full mask. Ministral is the same network with these
+# fields. vLLM runs both under the name of Llama's class.
 PLAIN_FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "ministral", "architectures": ["LlamaForCausalLM"]},
     "mistral": {"model_type": "ministral", "architectures": ["LlamaForCausalLM"]},
@@ -50,12 +49,12 @@ PLAIN_FAMILIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Converted:
-    """What `convert` wrote.
+    """The result of `convert`.
 
     Attributes:
-        folder: where.
+        folder: the folder with the checkpoint.
         kind: "hybrid", which needs consa, or "plain", which stock transformers reads.
-        reason: why that one, in a sentence.
+        reason: why `convert` chose this kind.
     """
 
     folder: Path
@@ -71,19 +70,19 @@ def convert(
     tokenizer: PreTrainedTokenizerBase | None = None,
     kind: Literal["auto", "hybrid", "plain"] = "auto",
 ) -> Converted:
-    """Write a model with its allocation to a folder that `load` reads.
+    """Write a model with its allocation to a folder for `load`.
 
     Args:
-        model: the model as pretrained, or as trained on under the allocation.
+        model: the pretrained model, or one trained further under the allocation.
         allocation: which KV heads keep full attention.
         out_dir: a folder that does not exist yet, or is empty.
-        tokenizer: written along if given.
-        kind: "plain" or "hybrid"; "auto" is plain where that says the same, else hybrid.
+        tokenizer: also written, unless None.
+        kind: "plain", "hybrid", or "auto", which writes a plain checkpoint whenever it is equivalent.
 
     Raises:
         InvalidAllocationError: the allocation was made for another model.
-        ConsaError: plain was asked for and is not possible, transformers does not save the model, or the folder cannot
-            be written.
+        ConsaError: a plain checkpoint is not possible, transformers cannot save the model, or the folder cannot be
+            written.
     """
     folder = Path(out_dir)
     check_wish(folder, kind)
@@ -94,15 +93,15 @@ def convert(
             f"no plain checkpoint is possible: {obstacle}; write a hybrid, which consa.load reads"
         )
     if kind == "hybrid" or obstacle:
-        kind, reason = "hybrid", f"needs consa: {obstacle or 'as asked for'}"
+        kind, reason = "hybrid", f"needs consa: {obstacle or 'as requested'}"
     else:
         ministral = PLAIN_FAMILIES[model.config.model_type].get("model_type") == "ministral"
         vllm = "vLLM" if ministral else "vLLM (with --model-impl transformers)"
         kind, reason = (
             "plain",
             (
-                f"whole layers without sinks are in the words of stock configs; transformers and {vllm} read it without"
-                " consa, other engines may run it as full attention in silence: compare before use"
+                f"stock configs can express whole layers without sinks; transformers and {vllm} read it without consa."
+                " Other engines may silently run it as full attention: compare before use"
             ),
         )
     try:
@@ -124,22 +123,22 @@ def convert(
                 "files": {path.as_posix(): sha256_of(temporary / path) for path in files},
             }
             _write_json(temporary / MANIFEST, manifest)
-    except (OSError, SafetensorError) as error:  # the latter is how Rust says that a disk is full
+    except (OSError, SafetensorError) as error:  # safetensors raises the latter if the disk is full
         raise ConsaError(
             f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; choose a folder with room"
         ) from error
     except ConsaError:
         raise
-    except ValueError as error:  # transformers' own checks, as of a generation config
+    except ValueError as error:  # checks of transformers, for example of the generation config
         raise ConsaError(f"{type(model).__name__} cannot be saved: {first_line(error)}") from error
     return Converted(folder, kind, reason)
 
 
 def check_wish(folder: Path, kind: str) -> None:
-    """Make sure of what `convert` can know before there is a model.
+    """Check the arguments of `convert` that need no model.
 
     Raises:
-        ConsaError: no such kind, or a folder that holds something or cannot be made.
+        ConsaError: no such kind, or a folder that is not empty or cannot be created.
     """
     if kind not in ("auto", "hybrid", "plain"):
         raise ConsaError(f"kind must be auto, hybrid or plain, got {kind!r}")
@@ -151,12 +150,12 @@ def check_wish(folder: Path, kind: str) -> None:
 def load(
     folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """Load what `convert` wrote; `model.generate()` then uses the small cache by itself.
+    """Load a converted model; its `generate()` uses the small cache automatically.
 
     Args:
-        folder: of either kind.
-        device: "cuda" if there is one, else "cpu", unless given.
-        dtype: as saved, unless given.
+        folder: a folder written by `convert`, of either kind.
+        device: None selects "cuda" if available, else "cpu".
+        dtype: None keeps the saved dtype.
 
     Returns:
         The model in evaluation mode.
@@ -175,7 +174,7 @@ def load(
             ).eval()
     except ConsaError:
         raise
-    # transformers raises many kinds; the files are as written, so it is the versions.
+    # transformers raises many types. The files are intact, so its version is the cause.
     except Exception as error:
         raise ConsaError(f"cannot load {folder}: {first_line(error)}") from error
     if kind == "hybrid":
@@ -188,7 +187,7 @@ def load(
 
 
 def verify(folder: str | Path) -> tuple[Literal["hybrid", "plain"], Allocation]:
-    """Make sure that a folder holds what `convert` wrote, to the bit.
+    """Check that a folder holds exactly what `convert` wrote.
 
     Returns:
         The folder's kind, and its allocation.
@@ -197,8 +196,10 @@ def verify(folder: str | Path) -> tuple[Literal["hybrid", "plain"], Allocation]:
         ConsaError: a file is missing, truncated, edited or of another model; the message names it.
     """
     folder = Path(folder)
-    if not os.path.isfile(folder / MANIFEST):  # unlike Path's, without complaint of a name that cannot be
-        raise ConsaError(f"{folder} holds no {MANIFEST}: not a converted model; make one with consa convert")
+    if not os.path.isfile(folder / MANIFEST):  # unlike Path.is_file, accepts names that are too long
+        raise ConsaError(
+            f"{folder} holds no {MANIFEST}, so it is not a converted model; make one with consa convert"
+        )
     manifest = _read_json(folder / MANIFEST)
     files = manifest.get("files")
     if manifest.get("schema") != SCHEMA or not isinstance(files, dict):
@@ -217,8 +218,7 @@ def verify(folder: str | Path) -> tuple[Literal["hybrid", "plain"], Allocation]:
             raise ConsaError(f"{folder / name} is missing; convert the model again")
         if sha256_of(folder / name) != digest:
             raise ConsaError(
-                f"{folder / name} is not what {MANIFEST} says was written (truncated or edited); convert the model"
-                " again"
+                f"{folder / name} is truncated or edited: its hash differs from {MANIFEST}; convert the model again"
             )
     allocation = Allocation.load(folder / ALLOCATION)
     config = _read_json(folder / "config.json")
@@ -237,16 +237,16 @@ def verify(folder: str | Path) -> tuple[Literal["hybrid", "plain"], Allocation]:
 
 
 def plain_obstacle(config: Any, allocation: Allocation) -> str | None:
-    """Why the model's own family cannot say this allocation in a stock config, or None if it can."""
+    """Why a stock config of the model's family cannot express this allocation; None if it can."""
     if (allocation.full_attention.any(1) != allocation.full_attention.all(1)).any():
-        return "heads of one layer differ, and stock configs know whole layers only"
+        return "heads of one layer differ, and stock configs express whole layers only"
     if allocation.num_sink_tokens and allocation.sparsity:
-        return f"stock configs know no sink tokens, and the allocation has {allocation.num_sink_tokens}"
+        return f"stock configs have no sink tokens, and the allocation has {allocation.num_sink_tokens}"
     if allocation.native_windows:
-        return "the model has sliding layers of its own, and stock configs know one window only"
+        return "the model already has sliding layers, and stock configs have only one window"
     if config.model_type not in PLAIN_FAMILIES:
         known = ", ".join(PLAIN_FAMILIES)
-        return f"{config.model_type}'s config has no words for it (those of {known} have)"
+        return f"{config.model_type}'s config cannot express it (those of {known} can)"
     for name in ("attention_bias", "mlp_bias"):
         if config.model_type == "llama" and getattr(config, name, False):
             return f"a Llama is written as a Ministral, which has no {name}"
@@ -254,22 +254,22 @@ def plain_obstacle(config: Any, allocation: Allocation) -> str | None:
 
 
 def _hybrid_config(model: PreTrainedModel, written: dict[str, Any], allocation: Allocation) -> dict[str, Any]:
-    """What to change in a config as `written` by the family, so that only `register.HybridConfig` understands it."""
+    """The changes to a config `written` by the family so that only `register.HybridConfig` can read it."""
     return {PREFIX + name: written[name] for name in TAKEN if name in written} | {
-        "model_type": interface.NAME,  # AutoModel looks at it
-        "layer_types": [interface.NAME] * allocation.num_layers,  # the classes of any family do
-        "architectures": [ARCHITECTURE_PREFIX + type(model).__name__],  # vLLM and others do
+        "model_type": interface.NAME,  # read by AutoModel
+        "layer_types": [interface.NAME] * allocation.num_layers,  # read by the classes of all families
+        "architectures": [ARCHITECTURE_PREFIX + type(model).__name__],  # read by vLLM and others
         "consa": _record(allocation),
     }
 
 
 def _record(allocation: Allocation) -> dict[str, Any]:
-    """What a config needs of an allocation."""
+    """The allocation as a config holds it."""
     return json.loads(allocation.to_json()) | {"scores": None, "provenance": {}}
 
 
 def _plain_config(model: PreTrainedModel, written: dict[str, Any], allocation: Allocation) -> dict[str, Any]:
-    """The same in the family's own words."""
+    """The changes that express the allocation in the config of the family."""
     config: Any = model.config
     kinds = ("sliding_attention", "full_attention")
     changes = PLAIN_FAMILIES[config.model_type] | {
@@ -284,7 +284,7 @@ def _plain_config(model: PreTrainedModel, written: dict[str, Any], allocation: A
 
 @contextmanager
 def _without_allocation(config: Any) -> Iterator[None]:
-    """Within the block a hybrid's config is its family's again, which may be saved."""
+    """Within the block, a hybrid's config is one of its family, which may be saved."""
     record = vars(config).pop("consa", None)
     try:
         yield
@@ -294,7 +294,7 @@ def _without_allocation(config: Any) -> Iterator[None]:
 
 
 def _check_plain(folder: Path, allocation: Allocation) -> None:
-    """Make sure that this version of transformers reads the config as it is meant."""
+    """Check that this version of transformers reads the config as intended."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     wanted = {
         layer: allocation.window for layer, full in enumerate(allocation.full_attention[:, 0]) if not full
@@ -305,7 +305,7 @@ def _check_plain(folder: Path, allocation: Allocation) -> None:
     except UnsupportedModelError:
         if len(wanted) < allocation.num_layers:
             raise
-        return  # every layer slides, which is nothing that consa could take over, but as wanted
+        return  # every layer slides as intended; `inspect_attention` refuses such models
     if found != wanted:
         raise ConsaError(
             f"this version of transformers would slide layers {found}, not {wanted}; write a hybrid instead"
@@ -314,7 +314,7 @@ def _check_plain(folder: Path, allocation: Allocation) -> None:
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """Yields a folder that becomes `folder` if the block succeeds, and vanishes if not."""
+    """Yield a temporary folder, which is renamed to `folder` if the block succeeds and deleted if not."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
     temporary.mkdir()

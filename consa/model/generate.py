@@ -1,4 +1,4 @@
-"""Text from a model as it comes."""
+"""Generate text with a model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from consa.model.convert import load
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen.
+    """How to choose the next token.
 
     Attributes:
-        temperature: 0 takes the most likely token each time.
-        top_p: with a temperature, the share of probability that may be chosen from.
-        seed: of the choices.
+        temperature: 0 always takes the most likely token.
+        top_p: share of the probability to sample from, if temperature > 0.
+        seed: random seed.
 
     Raises:
         ConsaError: a value out of range.
@@ -36,27 +36,26 @@ class Sampling:
             raise ConsaError(f"temperature must be at least 0, got {self.temperature!r}")
         if not 0 < self.top_p <= 1:
             raise ConsaError(f"top_p must be a share in (0, 1], got {self.top_p!r}")
-
         if not 0 <= self.seed < 2**63:
             raise ConsaError(f"seed must be an integer >= 0 and below 2**63, got {self.seed!r}")
 
     def options(self) -> dict[str, Any]:
-        """As `generate` takes them."""
-        if self.temperature == 0:  # None: a model's own settings for sampling would only cause warnings
+        """The keyword arguments for `model.generate`."""
+        if self.temperature == 0:  # None: sampling settings of the model would cause warnings
             return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
 def load_with_tokenizer(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A converted model and the tokenizer beside it.
+    """Load a converted model and its tokenizer.
 
     Raises:
-        ConsaError: as `consa.load`, or there is no tokenizer.
+        ConsaError: as `consa.load`, or the tokenizer is missing.
     """
     model = load(folder)
     try:
         return model, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a missing file, and whatever tokenizers raise
+    except Exception as error:  # tokenizers may raise anything
         raise ConsaError(
             f"{folder} holds no tokenizer that can be read; convert the model again with its tokenizer"
         ) from error
@@ -74,21 +73,21 @@ def generate_text(
     """Continue a prompt.
 
     Args:
-        model: of any kind.
-        tokenizer: the model's.
-        prompt: text, not empty.
+        model: any causal language model.
+        tokenizer: the tokenizer of the model.
+        prompt: nonempty text.
         chat: put the prompt into the tokenizer's chat template, as a user's message.
-        on_text: called with each piece of text as soon as it cannot change any more.
-        options: as `generate_texts` takes them.
+        on_text: called with each piece of text as soon as it is final.
+        options: keyword arguments of `generate_texts`.
 
     Returns:
         The new text.
 
     Raises:
-        ConsaError: a tokenizer without chat template, or as `generate_texts`.
+        ConsaError: the tokenizer has no chat template, or as `generate_texts`.
     """
     if chat and not tokenizer.chat_template:
-        raise ConsaError("the tokenizer has no chat template; give the prompt as plain text")
+        raise ConsaError("the tokenizer has no chat template; pass the prompt as plain text")
     if chat:
         prompt = str(
             tokenizer.apply_chat_template(
@@ -115,40 +114,40 @@ def generate_texts(
     """Continue several prompts at once, shorter ones padded on the left.
 
     Args:
-        model: of any kind.
-        tokenizer: the model's.
-        prompts: texts, none empty.
-        max_new_tokens: of each, at most.
-        sampling: greedy unless given.
-        add_special_tokens: those that the tokenizer puts before a text; a chat template has them already.
-        options: for `model.generate`, for instance a cache or `prefill_chunk_size`.
+        model: any causal language model.
+        tokenizer: the tokenizer of the model.
+        prompts: nonempty texts.
+        max_new_tokens: maximum number of new tokens per prompt.
+        sampling: None is greedy.
+        add_special_tokens: whether the tokenizer adds its special tokens; a chat template includes them.
+        options: keyword arguments of `model.generate`, for example a cache or `prefill_chunk_size`.
 
     Returns:
         The new texts.
 
     Raises:
-        ConsaError: an empty prompt, or more than the model has positions for.
+        ConsaError: an empty prompt, or more tokens than the model has positions.
     """
     if max_new_tokens < 1:
         raise ConsaError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if any(prompt.encode(errors="replace").decode() != prompt for prompt in prompts):
-        raise ConsaError("a prompt must be text in UTF-8; it holds bytes that are not")
+        raise ConsaError("a prompt must be text in UTF-8; it contains other bytes")
     texts = [tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in prompts]
     if not all(texts):
-        raise ConsaError("the prompt is empty; give it some text")
+        raise ConsaError("the prompt is empty; pass some text")
     length = max(map(len, texts))
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and length + max_new_tokens > longest:
         raise ConsaError(
-            f"the prompt's {length} tokens and {max_new_tokens} new ones are more than the {longest} positions of the"
-            " model; shorten the prompt or lower max_new_tokens"
+            f"the prompt's {length} tokens and {max_new_tokens} new tokens exceed the {longest} positions of the model;"
+            " shorten the prompt or lower max_new_tokens"
         )
     sampling = sampling or Sampling()
     torch.manual_seed(sampling.seed)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     missing = torch.tensor([[length - len(text)] for text in texts])
     ids = torch.tensor([[padding or 0] * (length - len(text)) + text for text in texts])
-    generate: Any = model.generate  # typed as what a Module's attribute may be
+    generate: Any = model.generate  # a Module's attributes have a broad type
     output = generate(
         ids.to(model.device),
         attention_mask=(torch.arange(length) >= missing).long().to(model.device),
@@ -161,13 +160,13 @@ def generate_texts(
 
 
 class _Pieces(TextStreamer):
-    """transformers' streamer, with a function in place of the terminal."""
+    """transformers' streamer, calling a function instead of printing."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.on_text = on_text
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Hand on what is certain."""
+        """Pass on text that is final."""
         if text:
             self.on_text(text)

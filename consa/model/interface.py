@@ -15,7 +15,7 @@ from consa.errors import ConsaError
 from consa.model.plan import Plan
 
 NAME = "consa"
-INSPECT_NAME = "consa_inspect"  # only ever set on skeletons without weights
+INSPECT_NAME = "consa_inspect"  # used only on skeletons without weights
 
 
 def consa_attention(
@@ -23,11 +23,11 @@ def consa_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: `(batch, heads, tokens, head_dim)` in, `(batch, tokens, heads, head_dim)` out.
 
-    torch.compile sees into it over a cache only. Elsewhere the values of the gates decide, anew at every draw, which
-    kernels run on which rows.
+    torch.compile compiles it only for attention over a cache. Elsewhere, the values of the gates decide at every draw
+    which kernels run on which rows.
 
     Raises:
-        ConsaError: the module belongs to no attached model, or asks for something that would not be exact.
+        ConsaError: the module has no plan, or asks for something that consa cannot compute exactly.
     """
     attend = _attend if isinstance(key, NewKeys) else _attend_uncompiled
     return attend(module, query, key, value, attention_mask, **options)
@@ -57,7 +57,7 @@ def _attend(
     if attention_mask is not None:
         if attention_mask.shape != (len(query), 1, 1, 1) or attention_mask.dtype != torch.long:
             raise ConsaError(
-                f"an attention mask of shape {tuple(attention_mask.shape)} cannot be honoured; pass (batch, tokens)"
+                f"an attention mask of shape {tuple(attention_mask.shape)} is not supported; pass (batch, tokens)"
             )
         first = attention_mask.flatten()
     if scaling is None:
@@ -87,9 +87,7 @@ def _plan_of(module: Any, query: Tensor, key: Tensor | NewKeys) -> Plan:
     """The plan of a converted model that was not loaded by `consa.load`."""
     allocation = allocation_of(module.config)
     if allocation is None:
-        raise ConsaError(
-            "this model says attn_implementation='consa' but has no allocation; use consa.attached"
-        )
+        raise ConsaError("this model has attn_implementation='consa' but no allocation; use consa.attached")
     heads = (key.key if isinstance(key, NewKeys) else key).shape[1]
     if (allocation.num_layers, allocation.num_kv_heads) != (module.config.num_hidden_layers, heads):
         raise ConsaError(
@@ -109,15 +107,15 @@ def consa_mask(
     allow_is_causal_skip: bool = True,
     **ignored: Any,
 ) -> Tensor | None:
-    """transformers' mask function: where each sequence's first real key lies, `(batch, 1, 1, 1)` on the CPU, or None.
+    """transformers' mask function: the first real column of each sequence, `(batch, 1, 1, 1)` on the CPU, or None.
 
-    Padding on the right needs no mask, since no real query comes after it. A mask of four dimensions is one that
-    transformers passes on as it is.
+    Right padding needs no mask, because no real query follows it. The result has four dimensions because transformers
+    passes on such masks unchanged.
 
     Raises:
-        ConsaError: packed sequences, a static cache of transformers' own, or a mask with holes: none would be exact.
+        ConsaError: packed sequences, a StaticCache, or a mask with holes, which consa cannot compute exactly.
     """
-    # consa's own static layers ask for no length; transformers lets them skip no mask.
+    # StaticHybridLayer reports length 0, for which transformers never skips the mask.
     static = kv_length == 0
     if not allow_is_causal_skip and not static:
         raise ConsaError(
@@ -126,20 +124,23 @@ def consa_mask(
         )
     if not static and int(q_offset) + q_length != kv_offset + kv_length:
         raise ConsaError(
-            f"keys end at {kv_offset + kv_length} but queries at {int(q_offset) + q_length}: a static cache of"
-            " transformers' own is not supported, use HybridCache or the default; and an attention mask must cover all"
-            " keys"
+            f"keys end at {kv_offset + kv_length} but queries at {int(q_offset) + q_length}: a StaticCache of"
+            " transformers is not supported, use HybridCache or the default; an attention mask must cover all keys"
         )
     if attention_mask is None:
         return None
     end = attention_mask.shape[-1] if static else kv_offset + kv_length
     if attention_mask.shape[-1] < end:
-        raise ConsaError(f"the attention mask covers {attention_mask.shape[-1]} of {end} keys; cover all")
-    real = attention_mask[:, kv_offset:end].bool().cpu()  # it may say already what comes after the keys
+        raise ConsaError(
+            f"the attention mask covers {attention_mask.shape[-1]} of {end} keys; it must cover all"
+        )
+    real = attention_mask[:, kv_offset:end].bool().cpu()  # the mask may extend beyond the keys
     starts = torch.cat([real[:, :1], real[:, 1:] & ~real[:, :-1]], dim=1)
     if int(starts.sum(1).max()) > 1:
         raise ConsaError("the attention mask has holes; only padding before or after a sequence is supported")
-    first = torch.where(real.any(1), real.int().argmax(1), real.shape[1])  # all padding: it starts later
+    first = torch.where(
+        real.any(1), real.int().argmax(1), real.shape[1]
+    )  # all padding: the sequence starts later
     return first[:, None, None, None] if bool(first.any()) else None
 
 
@@ -151,6 +152,6 @@ def record_call(
     attention_mask: Tensor | None,
     **keywords: Any,
 ) -> tuple[Tensor, None]:
-    """Stands in for attention in a skeleton: leaves what was asked for on the module, and returns the right shape."""
+    """The attention function of a skeleton: stores its arguments on the module and returns an empty tensor."""
     module.consa_call = (query, key, value, keywords)
     return query.new_empty((*query.shape[:3], value.shape[3])).transpose(1, 2), None

@@ -1,4 +1,4 @@
-"""Where a model's attention is, found by running a skeleton of it without weights."""
+"""Find the attention layers of a model by running a skeleton of it without weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from consa.errors import InvalidAllocationError, UnsupportedModelError
 from consa.model import interface
 from consa.model import register as _register  # noqa: F401 (the attention that records a skeleton's calls)
 
-MAX_LAYERS = 4096  # a damaged config may say any number, and a skeleton of it takes time and memory
-# What a model may pass to its attention function; anything else could change what attention means.
+MAX_LAYERS = 4096  # a damaged config may hold any number, and a skeleton takes time and memory
+# Keywords that a model may pass to its attention function; others could change its meaning.
 KNOWN_KEYWORDS = {"scaling", "dropout", "softcap", "sliding_window", "is_causal"} | {
     "position_ids",
     "use_cache",
@@ -31,14 +31,14 @@ KNOWN_KEYWORDS = {"scaling", "dropout", "softcap", "sliding_window", "is_causal"
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Where a model's attention is, and its shape.
+    """The attention layers of a model and their shape.
 
     Attributes:
-        names: of the attention modules, one per layer.
+        names: names of the attention modules, one per layer.
         num_q_heads: query heads of each layer.
         num_kv_heads: KV heads of each layer.
-        head_dim: elements of one head's key.
-        native_windows: layer -> window in tokens, for layers the model slides itself.
+        head_dim: elements per key of a head.
+        native_windows: layer -> window in tokens, for layers that already use a sliding window.
     """
 
     names: tuple[str, ...]
@@ -54,17 +54,17 @@ class AttentionLayout:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Layers, and KV heads of each, as rules take them."""
+        """(layers, KV heads per layer), the first two arguments of rules."""
         return self.num_layers, self.num_kv_heads
 
 
 def decoder_layers(model: PreTrainedModel) -> list[Any]:
-    """The modules that hold an attention layer each, from the bottom to the top."""
+    """The decoder layers, each with one attention module, from the input to the output."""
     return [model.get_submodule(name.rpartition(".")[0]) for name in attention_layout(model).names]
 
 
 def check_fits(allocation: Allocation, layout: AttentionLayout, model_name: str) -> None:
-    """Raise InvalidAllocationError unless `allocation` has the model's shape and leaves its sliding layers alone."""
+    """Raise InvalidAllocationError unless `allocation` has the model's shape and native windows."""
     have = (allocation.num_layers, allocation.num_kv_heads)
     want = layout.shape
     if have != want:
@@ -74,7 +74,7 @@ def check_fits(allocation: Allocation, layout: AttentionLayout, model_name: str)
         )
     if allocation.native_windows != layout.native_windows:
         raise InvalidAllocationError(
-            f"native_windows of the allocation are {allocation.native_windows}, but {model_name} itself slides"
+            f"native_windows of the allocation are {allocation.native_windows}, but those of {model_name} are"
             f" {layout.native_windows}; use an allocation made for this model"
         )
 
@@ -83,18 +83,18 @@ def attention_layout(model: PreTrainedModel) -> AttentionLayout:
     """The layout of a loaded model; see `inspect_attention`.
 
     Raises:
-        UnsupportedModelError: as there, or it is something around a model of transformers.
+        UnsupportedModelError: as there, or `model` is a wrapper around a model of transformers.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not a model of transformers; give the one inside: get_base_model() or"
-            " merge_and_unload() of a peft model, _orig_mod of a compiled one"
+            f"{type(model).__name__} is not a model of transformers; pass the model inside: get_base_model() or"
+            " merge_and_unload() of a peft model, _orig_mod of a compiled model"
         )
     return _inspect_cached(type(model), type(model.config), model.config.to_json_string(use_diff=False))
 
 
 def inspect_attention(model_class: type[PreTrainedModel], config: Any) -> AttentionLayout:
-    """Run a skeleton of the model, without weights, and record what its attention layers ask for.
+    """Run a skeleton of the model, without weights, and record the calls of its attention function.
 
     Args:
         model_class: the causal language model's class.
@@ -118,7 +118,7 @@ def inspect_attention(model_class: type[PreTrainedModel], config: Any) -> Attent
     num_layers = config.get_text_config().num_hidden_layers
     if not isinstance(num_layers, int) or not 1 <= num_layers <= MAX_LAYERS:
         raise refuse(f"its config says num_hidden_layers {num_layers!r}, which is not 1 to {MAX_LAYERS}")
-    config = type(config).from_dict(config.to_dict())  # a copy: the skeleton must not touch the caller's
+    config = type(config).from_dict(config.to_dict())  # a copy: the skeleton must not change the caller's
     config._attn_implementation = interface.INSPECT_NAME
     try:
         with torch.device("meta"):
@@ -126,27 +126,25 @@ def inspect_attention(model_class: type[PreTrainedModel], config: Any) -> Attent
             for parent in list(skeleton.modules()):
                 children = list(parent.children())
                 if any(_is_attention(child) for child in children):
-                    # Feed-forward and norms keep the shape, and may not run without data.
+                    # Feed-forward layers and norms keep the shape, and some cannot run on the meta device.
                     for child in children:
                         if not _is_attention(child):
                             child.forward = _first_argument
             tokens = torch.zeros(1, 2, dtype=torch.long)
-            # With a mask, since looking for packed rows would need data.
+            # Without a mask, transformers would look for packed sequences in the data.
             skeleton(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-    except Exception as error:  # whatever a foreign model's code raises
+    except Exception as error:  # model code may raise anything
         raise refuse(f"a forward pass of its skeleton failed: {type(error).__name__}: {error}") from error
     modules: dict[str, Any] = {n: m for n, m in skeleton.named_modules() if hasattr(m, "consa_call")}
     if [module.layer_idx for module in modules.values()] != list(range(num_layers)):
-        raise refuse(f"{len(modules)} of its {num_layers} layers have attention that can be taken over")
+        raise refuse(f"{len(modules)} of its {num_layers} layers have attention that consa can take over")
     shapes, native_windows = set(), {}
     for layer, module in enumerate(modules.values()):
         q, k, v, keywords = module.consa_call
         shapes.add((q.shape[1], k.shape[1], q.shape[3], k.shape[3], v.shape[3]))
         asked = {key for key, value in keywords.items() if value is not None}
         if asked - KNOWN_KEYWORDS or keywords.get("is_causal") is False:
-            raise refuse(
-                f"its attention asks for {', '.join(sorted(asked - KNOWN_KEYWORDS)) or 'no causality'}"
-            )
+            raise refuse(f"its attention uses {', '.join(sorted(asked - KNOWN_KEYWORDS)) or 'no causality'}")
         if "sliding_window" in asked:
             native_windows[layer] = keywords["sliding_window"]
     if len(shapes) > 1:
@@ -154,11 +152,11 @@ def inspect_attention(model_class: type[PreTrainedModel], config: Any) -> Attent
     ((q_heads, kv_heads, head_dim, k_dim, v_dim),) = shapes
     if not head_dim == k_dim == v_dim or q_heads % kv_heads:
         raise refuse(
-            f"its heads do not fit: {q_heads} query on {kv_heads} KV, dimensions {head_dim}, {k_dim}, {v_dim}"
+            f"its heads do not match: {q_heads} query, {kv_heads} KV, dimensions {head_dim}, {k_dim}, {v_dim}"
         )
     sliding = {layer for layer, kind in enumerate(layer_types) if kind == "sliding_attention"}
     if layer_types and sliding != native_windows.keys():
-        raise refuse("its config's layer_types and its attention layers disagree on which of them slide")
+        raise refuse("layer_types in its config and its attention layers disagree about which layers slide")
     if len(native_windows) == num_layers:
         raise refuse("every layer already uses a sliding window, so there is nothing to allocate")
     return AttentionLayout(tuple(modules), q_heads, kv_heads, head_dim, native_windows)
@@ -172,6 +170,6 @@ def _first_argument(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> t
     return hidden_states
 
 
-@functools.lru_cache(maxsize=32)  # attaching is frequent, and a skeleton takes a fraction of a second
+@functools.lru_cache(maxsize=32)  # attaching is frequent, and a skeleton takes 0.15 s
 def _inspect_cached(model_class: type, config_class: type, config_json: str) -> AttentionLayout:
     return inspect_attention(model_class, config_class.from_dict(json.loads(config_json)))

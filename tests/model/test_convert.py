@@ -143,7 +143,7 @@ def test_another_attention_than_the_hybrid_is_refused(folder):
 def test_a_loaded_hybrid_neither_attaches_nor_saves_itself(model, folder, tmp_path, load):
     hybrid = load(folder)
     with (
-        pytest.raises(ConsaError, match="converted with an allocation of its own"),
+        pytest.raises(ConsaError, match="converted hybrid with its own allocation"),
         attached(hybrid, allocate(model)),
     ):
         pass
@@ -327,8 +327,8 @@ def test_a_plain_llama_is_written_as_what_has_layer_types(model, tmp_path):
         ("llama", {}, layerwise(num_sink_tokens=4), "no sink tokens, and the allocation has 4"),
         ("llama", {"attention_bias": True}, layerwise(), "Ministral, which has no attention_bias"),
         ("llama", {"mlp_bias": True}, layerwise(), "Ministral, which has no mlp_bias"),
-        ("olmo2", {}, layerwise(), "olmo2's config has no words for it"),
-        ("granite", {}, layerwise(), "granite's config has no words for it"),
+        ("olmo2", {}, layerwise(), "olmo2's config cannot express it"),
+        ("granite", {}, layerwise(), "granite's config cannot express it"),
         ("llama", {}, None, "heads of one layer differ"),
         ("gemma2", {}, None, "heads of one layer differ"),
     ],

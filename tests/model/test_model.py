@@ -368,7 +368,7 @@ def unsupported() -> dict[str, tuple[Any, str]]:
                 v_head_dim=8,
                 pad_token_id=0,
             ),
-            "its heads do not fit: 2 query on 2 KV, dimensions 16, 16, 8",
+            "its heads do not match: 2 query, 2 KV, dimensions 16, 16, 8",
         ),
     }
 
@@ -446,7 +446,7 @@ def test_a_static_cache_is_refused():
     model = tiny()
     with (
         attached(model, allocate(model)),
-        pytest.raises(ConsaError, match=r"static cache of .* own is not supported"),
+        pytest.raises(ConsaError, match=r"StaticCache of .* is not supported"),
     ):
         model.generate(tokens(1, 6), max_new_tokens=3, do_sample=False, cache_implementation="static")
 
@@ -477,7 +477,7 @@ def test_what_is_around_a_model_is_refused_by_name():
 
 def test_a_mask_that_leaves_out_keys_is_refused():
     model = tiny()
-    said = "the attention mask covers 10 of 20 keys; cover all"
+    said = "the attention mask covers 10 of 20 keys; it must cover all"
     with (
         torch.no_grad(),
         attached(model, allocation := allocate(model)),

@@ -2,8 +2,8 @@
 
 Two launches process all heads of a layer. In the first, a program attends to a chunk of the cached tokens of one KV
 head, with full (FA) or sliding-window attention (SWA), for all query heads of its group at once: keys and values are
-read once. The second joins the chunks of a query head, in order, with the new token, and writes that token to the cache.
-So nothing is read after it is written, and results are deterministic.
+read once. The second joins the chunks of a query head, in order, with the new token, and writes that token to the
+cache. So nothing is read after it is written, and results are deterministic.
 
 The device reads the number of tokens, and the grid covers the whole storage: both suit CUDA graphs. Programs beyond the
 last token end at once.

@@ -1,8 +1,8 @@
 """Triton kernels of full and sliding-window attention mixed by a gate, and of sliding-window attention alone.
 
 Both softmaxes of a gated row share their scores. The forward pass first visits the keys that sliding-window attention
-(SWA) sees, stores that result and its log-sum-exp, and continues with the same accumulator over the distant keys to full
-attention (FA).
+(SWA) sees, stores that result and its log-sum-exp, and continues with the same accumulator over the distant keys to
+full attention (FA).
 
 For the backward pass, write a query's output as z * FA + (1 - z) * SWA with weights FA_j = exp(s_j - lse_full), and
 SWA_j = exp(s_j - lse_near) on near keys. With w = exp(lse_near - lse_full), delta_x = dO . O_x and dP_j = dO . v_j,
@@ -15,12 +15,12 @@ so each part is the backward pass of ordinary flash attention (Dao, arXiv 2307.0
 the logarithm of the factor, and its own delta: the *terms* of a query. SWA alone has only near terms, with a = 1.
 
 A row is one KV head of one sequence. For its output and dq, its query heads are packed query by query: packed query p
-is query p // group of head p % group. A block of packed queries spans few positions, so little of its work is masked. For
-dk and dv the heads are processed one after the other, because a loop should load contiguous memory. There are no atomics:
-results are deterministic. Exponentials have base 2.
+is query p // group of head p % group. A block of packed queries spans few positions, so little of its work is masked.
+For dk and dv the heads are processed one after the other, because a loop should load contiguous memory. There are no
+atomics: results are deterministic. Exponentials have base 2.
 
-Elementwise operations cost as much as matrix products here. So blocks without masked elements skip the mask, and a window
-takes one comparison of unsigned integers: 0 <= distance < window.
+Elementwise operations cost as much as matrix products here. So blocks without masked elements skip the mask, and a
+window takes one comparison of unsigned integers: 0 <= distance < window.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportMissingImports=false, reportGeneralTypeIssues=false
@@ -89,7 +89,7 @@ def _in_window(distance, window):
 
 @triton.jit
 def _packed(start, num_queries, num_keys, GROUP: tl.constexpr, QUERIES: tl.constexpr):
-    """Packed queries from `start` on: their indices, tokens, members of the group, and positions; first and last position."""
+    """Packed queries from `start` on: index, token, member of the group, position; first and last position."""
     packed = start + tl.arange(0, QUERIES)
     token, member = packed // GROUP, packed % GROUP
     offset = num_keys - num_queries
