@@ -491,3 +491,10 @@ def test_the_decision_is_what_a_model_computes_by():
     assert told.decision() == plain.decision() and json.dumps(plain.decision())
     for changes in ({"window": 5}, {"num_sink_tokens": 0}, {"full_attention": ~mask}):
         assert replace(plain, **changes).decision() != plain.decision()
+
+
+def test_repr_is_one_line():
+    full = np.array([[True, False], [False, False]])
+    allocation = Allocation(full_attention=full, window=7, num_sink_tokens=2, scores=full + 0.5)
+    assert repr(allocation) == "Allocation(2 layers x 2 KV heads, sparsity 0.750, window 7, sinks 2)"
+    assert str(allocation) == repr(allocation)

@@ -209,6 +209,13 @@ def test_public_names_come_when_asked_for():
         from consa import Alocation  # noqa: F401  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_dir_shows_the_public_names_only():
+    importlib.import_module("consa.allocation")  # an attribute of the package from now on
+    public = {name for name in dir(consa) if not name.startswith("__")}
+    assert public == set(consa._HOMES)
+    assert "__version__" in dir(consa)
+
+
 def test_type_checkers_see_the_same_public_names():
     for_type_checkers = {
         alias.asname: (node.module if node.module != "consa" else f"consa.{alias.name}")

@@ -1,4 +1,4 @@
-"""What the campaigns of fuzzing and faults found, each with its smallest input: refused in one line, or made again."""
+"""The smallest inputs of failures that the campaigns found: now refused in one line, or made again."""
 
 from __future__ import annotations
 

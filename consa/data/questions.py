@@ -230,22 +230,11 @@ def _sentences(rng: random.Random) -> Iterator[str]:
 
 
 THINGS = (
-    *("apple", "river", "candle", "garden", "mirror", "tractor", "violin", "pepper", "blanket", "harbour"),
-    *(
-        "lantern",
-        "mountain",
-        "pencil",
-        "rabbit",
-        "saddle",
-        "teapot",
-        "umbrella",
-        "village",
-        "window",
-        "zebra",
-    ),
-    *("anchor", "basket", "camera", "dragon", "engine", "feather", "guitar", "hammer", "island", "jacket"),
-    *("kitchen", "ladder", "monkey", "needle", "orange", "pillow", "quarry", "ribbon", "spider", "tunnel"),
-)
+    "apple", "river", "candle", "garden", "mirror", "tractor", "violin", "pepper", "blanket", "harbour",
+    "lantern", "mountain", "pencil", "rabbit", "saddle", "teapot", "umbrella", "village", "window", "zebra",
+    "anchor", "basket", "camera", "dragon", "engine", "feather", "guitar", "hammer", "island", "jacket",
+    "kitchen", "ladder", "monkey", "needle", "orange", "pillow", "quarry", "ribbon", "spider", "tunnel",
+)  # fmt: skip
 WHEN = (
     "Early in the morning,",
     "After the long winter,",

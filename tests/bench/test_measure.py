@@ -118,7 +118,7 @@ def test_the_dense_twin_is_the_original_in_the_same_memory(dense, hybrid):
         ({"batch_sizes": [-1]}, "at least 1"),
         ({"decode_tokens": 0}, "at least 1"),
         ({"repeats": 0}, "at least 1"),
-        ({"contexts": [5, 4090]}, "context 4090 and 32 decoded tokens are more than the 4096 positions"),
+        ({"contexts": [5, 4090]}, "context 4090 and 32 decoded tokens exceed the 4096 positions"),
     ],
 )
 def test_bad_settings_are_refused_before_any_run(hybrid, changes, message):

@@ -1,4 +1,4 @@
-"""What a command left under final names: whether it reads whole, and whether two runs left the same."""
+"""Check the files of a command: are they whole, and do two runs produce the same ones?"""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _timeless(value: Any) -> Any:
 
 
 def broken(folder: Path) -> str:
-    """The first file under a final name, below a trial's folder, that cannot be read whole; or ""."""
+    """The first file under a final name in a trial's folder that is not whole, or ""."""
     for path in sorted(folder.rglob("*")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts) or path.is_dir():
             continue

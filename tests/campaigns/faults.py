@@ -1,9 +1,9 @@
-"""Bad days for consa's long commands: `python -m tests.campaigns.faults --kills 50 --seed 0`.
+"""Inject faults into consa's long commands: `python -m tests.campaigns.faults --kills 50 --seed 0`.
 
-Each command runs on a tiny model in a fork of this process, which has everything imported. Something happens to it:
-SIGKILL, Ctrl-C, a full disk, a folder that cannot be written, another run in the folder, a clock that jumps, too little
-memory. Afterwards whatever lies under a final name must be whole, and the same command again must end with the bytes of
-an undisturbed run, save for measured seconds. Linux; a full disk is a small tmpfs, which needs the right to mount.
+Each command runs on a tiny model in a fork of this process, which has imported everything. The faults are SIGKILL,
+Ctrl-C, a full disk, a read-only folder, another run in the folder, a clock that jumps, and too little memory.
+Afterwards every file under a final name must be whole, and repeating the command must produce the bytes of an
+undisturbed run, except for measured seconds. Needs Linux; a full disk is a small tmpfs, which needs the right to mount.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ SWEEP += ["--evaluations", "2", "--evaluation-sequences", "1", "--cache-tokens",
 
 @dataclass(frozen=True)
 class World:
-    """What the commands need, and what they give when nothing happens.
+    """Inputs of the commands, and their results without faults.
 
     Attributes:
         folder: for all of it.
@@ -132,7 +132,7 @@ class Trial:
         return self.folder / "disk" / "out"
 
     def start(self, world: World, verb: str, fault: Callable[[], Any] = lambda: None) -> int:
-        """Fork a process that suffers `fault` and runs the command; returns its id."""
+        """Fork a process that runs the command under `fault`; returns its id."""
         (self.folder / "disk").mkdir(exist_ok=True)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # Python's own start is not on trial
         child = os.fork()
@@ -165,11 +165,11 @@ class Trial:
         return wait(self.start(world, verb, fault))
 
     def said(self) -> str:
-        """What the last command wrote to stderr."""
+        """The stderr of the last command."""
         return (self.folder / "2").read_text(errors="replace")
 
     def refused(self, status: int, expected: int, *parts: str) -> str:
-        """Why this was not one clean line and the expected exit status, or ""."""
+        """Why the command did not end with one clean line and the expected exit status, or ""."""
         *_, last = self.said().splitlines() or [""]
         if status != expected:
             return f"exit {status}, not {expected}: {self.said()[-300:]!r}"
@@ -179,14 +179,14 @@ class Trial:
         return f"{missing[0]!r} is not in {last!r}" if missing else ""
 
     def ends_well(self, world: World, verb: str) -> str:
-        """Why the same command again does not end with the undisturbed run's bytes, or ""."""
+        """Why repeating the command does not produce the bytes of the undisturbed run, or ""."""
         done = verb == "convert" and self.out.exists()  # asked again, it would say so
         if status := 0 if done else self.run(world, verb):
             return f"the same command again: exit {status}: {self.said()[-300:]!r}"
         return self.differs(world, verb)
 
     def differs(self, world: World, verb: str) -> str:
-        """What is not as after an undisturbed run, or ""."""
+        """The first difference from an undisturbed run, or ""."""
         found, wanted = results(self.out), world.wanted[verb]
         differing = [
             name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)
@@ -206,7 +206,7 @@ def _interruptible(app: Any) -> Any:
 
 
 def wait(child: int, limit: float = LIMIT) -> int:
-    """Exit status of a process, negative for a signal; one that stands still is killed."""
+    """Exit status of a process, negative for a signal; kills it after `LIMIT` seconds."""
     until = time.monotonic() + limit
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -259,7 +259,7 @@ def interrupts(world: World, verb: str, random: Random, count: int) -> Iterator[
 
 
 def full_disks(world: World, verb: str, random: Random, count: int) -> Iterator[str]:
-    """A tmpfs that is too small, and then is not."""
+    """A tmpfs that is too small at first and enlarged later."""
     needed = sum(map(len, world.wanted[verb].values()))
     for _ in range(count):
         with world.trial() as trial:
@@ -285,7 +285,7 @@ def _mounted(folder: Path, size: int) -> Iterator[None]:
 
 
 def full_caches(world: World, verb: str, random: Random, count: int) -> Iterator[str]:
-    """A tmpfs that does not take the tokens' cache: it does without."""
+    """A tmpfs too small for the cache of tokens; the command works without the cache."""
     for _ in range(count):
         with world.trial() as trial:
             (trial.folder / "cache").mkdir()
@@ -294,7 +294,7 @@ def full_caches(world: World, verb: str, random: Random, count: int) -> Iterator
 
 
 def read_only(world: World, verb: str, random: Random, count: int) -> Iterator[str]:
-    """A folder without the permission to write, before the run and in its middle."""
+    """A folder that becomes read-only, before the run or during it."""
     for number in range(count):
         with world.trial() as trial:
             (trial.folder / "disk").mkdir()
@@ -318,7 +318,7 @@ def read_only(world: World, verb: str, random: Random, count: int) -> Iterator[s
 
 
 def bound_by_permissions() -> None:
-    """Give up root's right to write where permissions forbid it."""
+    """Drop root's capability to ignore file permissions."""
 
     class Header(ctypes.Structure):
         _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
@@ -329,7 +329,7 @@ def bound_by_permissions() -> None:
 
 
 def held(world: World, verb: str, random: Random, count: int) -> Iterator[str]:
-    """A second run in the folder of one that is stopped in its middle: refused; where there is no lock, both end."""
+    """A second run in the folder of a stopped run: refused; on file systems without locks, both end."""
     while count > 0:
         with world.trial() as trial, world.trial() as other:
             child = trial.start(world, verb)
@@ -380,7 +380,7 @@ def clock_jumps(world: World, verb: str, random: Random, count: int) -> Iterator
 
 
 def out_of_memory(world: World, verb: str, random: Random, count: int) -> Iterator[str]:
-    """torch.OutOfMemoryError from a forward or backward pass; convert gets it from moving weights."""
+    """torch.OutOfMemoryError in a forward or backward pass, or for convert while moving weights."""
     options = _options(verb)
     for _ in range(count):
         left = random.randrange(6)
@@ -430,14 +430,17 @@ FAULTS: dict[str, tuple[Callable[..., Iterator[str]], float, tuple[str, ...]]] =
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """All faults; prints a table and every kind of problem."""
+    """Inject all faults, and print a table and every kind of problem."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--kills", type=int, default=50, help="of each command; the other faults are a share of it"
+        "--kills",
+        type=int,
+        default=50,
+        help="kills per command; the numbers of the other faults are shares of it",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fault", default="", help="part of a fault's name")
-    parser.add_argument("--command", default="", help="this one alone")
+    parser.add_argument("--command", default="", help="only this command")
     options = parser.parse_args(arguments)
     failed = 0
     matplotlib.figure.Figure().subplots().figure.savefig(io.BytesIO())  # finds fonts

@@ -1,8 +1,9 @@
-"""Damaged input for every reader of consa: `python -m tests.campaigns.fuzz --inputs 100000 --seed 0`.
+"""Feed damaged input to every reader of consa: `python -m tests.campaigns.fuzz --inputs 100000 --seed 0`.
 
-An input may be accepted, or refused by a ConsaError of one line. Anything else is a failure: another exception, more
-than `SECONDS` for one input, `MEMORY` more than the process had, or its end. Each target runs in a process of its own;
-input number n of a target depends on the seed, the target and n alone, so `--target NAME --only n` repeats it.
+A reader may accept an input or refuse it with a ConsaError of one line. Everything else is a failure: another
+exception, more than `SECONDS` for one input, growth of the process by more than `MEMORY`, or a crash. Each target runs
+in its own process. Input n of a target depends only on the seed, the target and n, so `--target NAME --only n` repeats
+it.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from consa.provenance import hardware, versions
 from tests.campaigns.fuzz_targets import TARGETS, Attempt, Target
 
 SECONDS = 10  # for one input; the machine may be busy
-MEMORY = 2**30  # bytes that an input of some kilobytes may make the process grow by
-LINE = 12_000  # characters of a refusal: it quotes values, of which the longest here has 5,000
+MEMORY = 2**30  # bytes by which an input of some kilobytes may grow the process
+LINE = 12_000  # characters of a refusal; it may quote a value of 5,000 characters
 
 
 class TooSlow(BaseException):
@@ -43,7 +44,7 @@ class TooSlow(BaseException):
 
 
 def judge(attempt: Attempt, random: Random) -> str:
-    """Read one input: "accepted", "refused", or what was wrong and where."""
+    """Read one input; returns "accepted", "refused", or a description of the failure."""
     try:
         attempt(random)
         return "accepted"
@@ -61,7 +62,7 @@ def judge(attempt: Attempt, random: Random) -> str:
 
 
 def run_target(target: Target, seed: int, numbers: range, place: mmap.mmap) -> dict[str, Any]:
-    """All inputs of a target, in a process made for it; `place` says how far it is."""
+    """Run all inputs of a target; `place` holds the number of the current input."""
     began = time.monotonic()
     with _working_folder() as folder:
         attempt = target.prepare(folder)
@@ -82,7 +83,7 @@ def run_target(target: Target, seed: int, numbers: range, place: mmap.mmap) -> d
 
 @contextlib.contextmanager
 def _working_folder() -> Iterator[Path]:
-    room = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # nothing here is meant to last
+    room = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # nothing here has to survive
     folder = Path(tempfile.mkdtemp(prefix="consa-fuzz-", dir=room))
     os.environ["CONSA_CACHE"] = str(folder / "cache")
     os.chdir(folder)
@@ -108,7 +109,7 @@ def _peak() -> int:
 
 
 def in_a_process(target: Target, seed: int, numbers: range) -> dict[str, Any]:
-    """`run_target` in a fork, whose end or standstill is a failure too."""
+    """`run_target` in a fork; a crash or a hang of it is a failure too."""
     place = mmap.mmap(-1, 8)
     reading, writing = os.pipe()
     child = os.fork()
@@ -142,12 +143,12 @@ def in_a_process(target: Target, seed: int, numbers: range) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run all targets, or one; print a table and every kind of failure with numbers that repeat it."""
+    """Run all targets, or one, and print a table and every kind of failure with inputs that repeat it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--target", help="part of a target's name")
-    parser.add_argument("--only", type=int, help="this input alone, with its traceback")
+    parser.add_argument("--only", type=int, help="run only this input, with its traceback")
     options = parser.parse_args()
     chosen = [target for target in TARGETS if (options.target or "") in target.name]
     if options.only is not None:

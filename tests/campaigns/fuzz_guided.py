@@ -1,6 +1,6 @@
-"""Inputs that follow the branches they reach, for the readers written in Python alone; needs `pip install atheris`.
+"""Coverage-guided fuzzing of the readers written in Python; needs `pip install atheris`.
 
-`python -m tests.campaigns.fuzz_guided FOLDER -runs=60000 -seed=1` keeps what reached something new in FOLDER.
+`python -m tests.campaigns.fuzz_guided FOLDER -runs=60000 -seed=1` keeps inputs that reach new code in FOLDER.
 """
 
 from __future__ import annotations

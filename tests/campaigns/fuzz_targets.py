@@ -1,4 +1,4 @@
-"""What `tests.campaigns.fuzz` reads damaged files with: a target per reader of consa."""
+"""The targets of `python -m tests.campaigns.fuzz`: one per reader of consa."""
 
 # pyright: reportPrivateUsage=false
 
@@ -31,7 +31,7 @@ from tests.campaigns.mutations import (
 )
 
 SIZES = [0, 1, 3, 7, 64, 1000, 2**20, 2**31 - 1, 2**32 - 1]
-Attempt = Callable[[Random], None]  # makes one input and reads it; raises ConsaError where it is refused
+Attempt = Callable[[Random], None]  # makes one input and reads it; raises ConsaError if consa refuses it
 RUN = RunConfig(model="./nowhere", data="text", num_heldout=2, device="cpu", dtype="float32")
 LEARN = LearnConfig(
     **{"sparsity": 0.5, "window": 8, "seq_len": 96, "num_steps": 2, "sequences_per_step": 1},
@@ -44,9 +44,9 @@ class Target:
     """A reader.
 
     Attributes:
-        name: of the reader.
-        share: of all inputs; the more, the cheaper one is.
-        prepare: makes what the attempts need in an empty folder, the working directory.
+        name: name of the reader.
+        share: share of all inputs; larger for cheaper readers.
+        prepare: writes the files for the attempts to an empty folder, the working directory.
     """
 
     name: str
@@ -60,7 +60,7 @@ def _allocation() -> Allocation:
 
 
 def allocation(folder: Path) -> Attempt:
-    """`Allocation.load`; what it takes must be written and read again as equal."""
+    """`Allocation.load`; an accepted allocation must be equal after saving and loading."""
     sliding = rules.bottom(4, 3, sparsity=0.5, native_windows={1: 5}, window=8, num_sink_tokens=2)
     valid = [json.loads(found.to_json()) for found in (_allocation(), sliding)]
     path = folder / "allocation.json"
@@ -75,7 +75,7 @@ def allocation(folder: Path) -> Attempt:
 
 
 def tsv(folder: Path) -> Attempt:
-    """Patterns of DuoAttention and PruLong."""
+    """Head patterns of DuoAttention and PruLong."""
     from consa.data.tsv import read_tsv
 
     rows = np.random.default_rng(0).random((4, 3)).round(4)
@@ -91,7 +91,7 @@ def tsv(folder: Path) -> Attempt:
 
 
 def run_config(folder: Path) -> Attempt:
-    """config.json of a run's folder, when the run is continued."""
+    """config.json in the folder of a run that is resumed."""
     from consa.runs import inputs, runs
 
     settings = {"run": vars(RUN) | {"data": "text"}, "learn": vars(LEARN)}
@@ -107,7 +107,7 @@ def run_config(folder: Path) -> Attempt:
 
 
 def sweep_config(folder: Path) -> Attempt:
-    """config.json of a sweep's folder, when the sweep is continued."""
+    """config.json in the folder of a sweep that is resumed."""
     from consa.runs import sweep as verb
 
     config, measured = SweepConfig(), EvalConfig(window=8, seq_len=96)
@@ -128,7 +128,7 @@ def sweep_config(folder: Path) -> Attempt:
 
 
 class _Accepted(Exception):
-    """A reader was satisfied and went on to the work."""
+    """A reader accepted its input and started the work."""
 
 
 def _accept(*_: Any, **__: Any) -> Any:
@@ -174,7 +174,7 @@ def text(folder: Path) -> Attempt:
 
 
 def text_cache(folder: Path) -> Attempt:
-    """Tokens kept from an earlier run: damaged ones are made again."""
+    """Cached tokens; damaged ones are made again."""
     from consa.data.sequences import load_sequences
     from tests.models import byte_tokenizer, write_texts
 
@@ -196,7 +196,7 @@ def text_cache(folder: Path) -> Attempt:
 
 
 def checkpoint(folder: Path) -> Attempt:
-    """checkpoint.safetensors and metrics.jsonl of a killed run: continued to the same end, or refused."""
+    """checkpoint.safetensors and metrics.jsonl of a killed run; it resumes to the same result, or is refused."""
     from consa.training.learning import learn
     from tests.models import tiny, tokens
 
@@ -219,7 +219,7 @@ def checkpoint(folder: Path) -> Attempt:
 
 
 def cells(folder: Path) -> Attempt:
-    """The cells of an evaluation or a sweep: damaged ones are measured again."""
+    """The cells of an evaluation or a sweep; damaged ones are measured again."""
     from consa.evaluation.cells import Cell, run_cells
 
     result = {"all": [1.5, 2.25], "0": [1.0, 3.0]}
@@ -241,7 +241,7 @@ def cells(folder: Path) -> Attempt:
 
 
 def losses(folder: Path) -> Attempt:
-    """Held-out losses that a run has measured before: damaged ones are measured again."""
+    """Stored held-out losses; damaged ones are measured again."""
     from consa.evaluation.losses import load_losses, save_losses
 
     path, values = folder / "dense.npy", np.random.default_rng(0).random((2, 95), dtype=np.float32)
@@ -260,7 +260,7 @@ def losses(folder: Path) -> Attempt:
 
 
 def sweep_allocations(folder: Path) -> Attempt:
-    """Allocations that a sweep has chosen before, up to its table."""
+    """Stored allocations of a sweep, up to its table."""
     from consa.runs import sweep as verb
 
     config, measured = SweepConfig(sparsity="0.5", methods="middle"), EvalConfig(window=8, num_sink_tokens=2)
@@ -306,7 +306,7 @@ def behaviour(folder: Path) -> Attempt:
 
 
 def report(folder: Path) -> Attempt:
-    """Everything a page is made from."""
+    """All inputs of a report page."""
     from consa.report import page
 
     run = folder / "run"
@@ -344,7 +344,7 @@ def report(folder: Path) -> Attempt:
 
 
 def _page_once(folder: Path) -> None:
-    """Have the page's library loaded: its engine takes more address space than an input may."""
+    """Load the page's library in advance: its engine takes more address space than one input may."""
     from consa.report import page
 
     _allocation().save(folder / "warm.json")
@@ -352,7 +352,7 @@ def _page_once(folder: Path) -> None:
 
 
 def _damage_one(random: Random, folder: Path, kept: dict[str, bytes]) -> str:
-    """Damage one file of a folder that is as kept otherwise; returns its name."""
+    """Restore a folder, damage one of its files, and return the name of that file."""
     for name, content in kept.items():
         (folder / name).write_bytes(content)
     name = random.choice(list(kept))
@@ -368,7 +368,7 @@ def _damage_one(random: Random, folder: Path, kept: dict[str, bytes]) -> str:
 
 
 def model_folder(folder: Path) -> Attempt:
-    """A folder of transformers: config, tokenizer and weights."""
+    """A model folder of transformers: config, tokenizer and weights."""
     from consa.model.load import load_model
     from tests.models import save_tiny
 
@@ -383,7 +383,7 @@ def model_folder(folder: Path) -> Attempt:
 
 
 def converted_folder(folder: Path) -> Attempt:
-    """What `consa convert` wrote, with hashes as they were or made to fit the damage."""
+    """A folder of `consa convert`, with the original hashes or with hashes that match the damage."""
     from consa.files import sha256_of
     from consa.model.convert import convert
     from consa.model.generate import load_with_tokenizer
@@ -405,7 +405,7 @@ def converted_folder(folder: Path) -> Attempt:
 
 
 def gguf(folder: Path) -> Attempt:
-    """A GGUF file: its header, and what transformers makes of it."""
+    """A GGUF file, loaded as a model."""
     from consa.model.load import load_model
     from tests.models import write_gguf
 
@@ -432,7 +432,7 @@ def gguf(folder: Path) -> Attempt:
 
 
 def command_line(folder: Path) -> Attempt:
-    """Options and arguments of every command; what passes is stopped where the work would begin."""
+    """Options and arguments of every command; accepted ones stop before the work starts."""
     import typer
 
     from consa.cli import commands as cli

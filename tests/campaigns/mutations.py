@@ -1,4 +1,4 @@
-"""Damage to files and JSON, drawn from a random.Random alone, so that a seed repeats it."""
+"""Random damage to files and JSON; all of it comes from a random.Random, so a seed repeats it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LENGTHS = [0, 1, 2, 0x7F, 0xFF, 0xFFFF, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 
 
 
 def any_value(random: Random, depth: int = 0) -> Any:
-    """Something JSON can say: mostly small, sometimes absurd."""
+    """A random JSON value: mostly small, sometimes absurd."""
     kind = random.randrange(8 if depth < 3 else 5)
     if kind == 0:
         return random.choice([None, True, False])

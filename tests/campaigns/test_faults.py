@@ -1,4 +1,4 @@
-"""A few bad days of each kind; `python -m tests.campaigns.faults` has hundreds."""
+"""A few faults of each kind; `python -m tests.campaigns.faults` injects hundreds."""
 
 from __future__ import annotations
 

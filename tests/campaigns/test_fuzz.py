@@ -1,4 +1,4 @@
-"""The fuzzing's readers, on some inputs each; `python -m tests.campaigns.fuzz` reads 100,000."""
+"""The targets of the fuzzing with a few inputs each; `python -m tests.campaigns.fuzz` reads 100,000."""
 
 from __future__ import annotations
 

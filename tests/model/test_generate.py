@@ -208,7 +208,7 @@ def test_what_cannot_be_generated_is_said(text_model):
         ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         (
             {"prompt": "x", "max_new_tokens": 5000},
-            "1 tokens and 5000 new ones are more than the 4096 positions",
+            "1 tokens and 5000 new tokens exceed the 4096 positions",
         ),
     ):
         with pytest.raises(ConsaError, match=message):
@@ -321,7 +321,7 @@ def test_every_position_may_be_generated(text_model, monkeypatch):
     model, tokenizer = text_model
     monkeypatch.setattr(model.config, "max_position_embeddings", 10)
     generate_text(model, tokenizer, "x", max_new_tokens=9)
-    with pytest.raises(ConsaError, match="1 tokens and 10 new ones are more than the 10 positions"):
+    with pytest.raises(ConsaError, match="1 tokens and 10 new tokens exceed the 10 positions"):
         generate_text(model, tokenizer, "x", max_new_tokens=10)
 
 

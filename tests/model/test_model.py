@@ -484,3 +484,21 @@ def test_a_mask_that_leaves_out_keys_is_refused():
         pytest.raises(ConsaError, match=said),
     ):
         model(tokens(2, 20), attention_mask=torch.ones(2, 10).long(), **{CACHE: HybridCache(allocation)})
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_an_observer_sees_what_every_layer_attends_with(family: str):
+    model, ids = tiny(family), tokens(2, 23)
+    calls: list[tuple[int, Tensor, Tensor, float, float | None]] = []
+    with torch.no_grad(), attached(model, allocate(model)):
+        unobserved = logits(model, ids)
+    with torch.no_grad(), attached(model, allocate(model), observer=lambda *call: calls.append(call)):
+        assert torch.equal(logits(model, ids), unobserved)
+    assert [layer for layer, *_ in calls] == [0, 1, 2, 3]
+    for _, q, k, scaling, softcap in calls:
+        assert (q.shape, k.shape) == ((2, 6, 23, 8), (2, 3, 23, 8))
+        assert scaling == pytest.approx(8**-0.5)
+        assert softcap == (50.0 if family == "gemma2" else None)
+    with torch.no_grad(), attached(model, allocate(model)):
+        logits(model, ids)
+    assert len(calls) == 4
