@@ -97,12 +97,10 @@ def convert(
     else:
         ministral = PLAIN_FAMILIES[model.config.model_type].get("model_type") == "ministral"
         vllm = "vLLM" if ministral else "vLLM (with --model-impl transformers)"
-        kind, reason = (
-            "plain",
-            (
-                f"stock configs can express whole layers without sinks; transformers and {vllm} read it without consa."
-                " Other engines may silently run it as full attention: compare before use"
-            ),
+        kind = "plain"
+        reason = (
+            f"stock configs can express whole layers without sinks; transformers and {vllm} read it without consa."
+            " Other engines may silently run it as full attention: compare before use"
         )
     try:
         with _new_folder(folder) as temporary, quiet():

@@ -33,7 +33,7 @@ import triton.language as tl
 
 TERM_BLOCK = tl.constexpr(
     128
-)  # the terms of a head are padded to a multiple of it, so that whole blocks can be read
+)  # the terms of a head are padded to a multiple of it: kernels read whole blocks
 
 # Modes: what a kernel computes for its rows.
 SLIDING = tl.constexpr(0)
