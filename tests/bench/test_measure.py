@@ -149,5 +149,5 @@ def test_a_peak_is_that_of_one_run():
 
 
 def test_without_an_allocation_there_is_nothing_to_compare(dense):
-    with pytest.raises(ConsaError, match=r"no hybrid.*--kind hybrid"):
+    with pytest.raises(ConsaError, match=r"not a hybrid.*--kind hybrid"):
         benchmark(dense, contexts=[10], batch_sizes=[1])

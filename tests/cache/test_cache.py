@@ -285,7 +285,7 @@ def test_crop_refuses_what_is_gone(model):
         decode(model, cache, tokens(1, 20), [15])
         with pytest.raises(ConsaError, match=r"cannot remove 1 tokens.*activate_past_recording"):
             cache.crop(-1)
-        with pytest.raises(ConsaError, match="negative, got 3"):
+        with pytest.raises(ConsaError, match="negative number of tokens to remove, got 3"):
             cache.crop(3)
         with pytest.raises(ConsaError, match="cannot remove 21 tokens from a cache of 20"):
             cache.crop(-21)
@@ -436,7 +436,7 @@ def test_what_would_not_be_exact_is_refused(model):
                 ids,
                 **{CACHE: HybridCache(Allocation(full_attention=np.ones((4, 2), bool), window=7))},
             )
-        with pytest.raises(ConsaError, match="made for 15 tokens, and 20 are needed"):
+        with pytest.raises(ConsaError, match="room for 15 tokens, but 20 are needed"):
             model(ids, **{CACHE: HybridCache(allocation, max_length=15)})
         with pytest.raises(ConsaError, match="made for 20 tokens, and 21 are needed"):
             decode(model, HybridCache(allocation, max_length=20), tokens(1, 21), [20, 1])
