@@ -180,9 +180,7 @@ def from_units(
     full = np.zeros(num_units, dtype=bool)
     full[choose(num_units, num_full_units(num_units, sparsity), per_layer)] = True
     mask = np.zeros((num_layers, num_kv_heads), dtype=bool)
-    mask[layers] = full.reshape(
-        len(layers), per_layer
-    )  # the decision of a layer broadcasts over its KV heads
+    mask[layers] = full.reshape(len(layers), per_layer)  # a layer's decision broadcasts over its KV heads
     provenance = {"method": rule, "target_sparsity": float(sparsity)} | (
         {} if seed is None else {"seed": seed}
     )

@@ -138,9 +138,8 @@ def consa_mask(
     starts = torch.cat([real[:, :1], real[:, 1:] & ~real[:, :-1]], dim=1)
     if int(starts.sum(1).max()) > 1:
         raise ConsaError("the attention mask has holes; only padding before or after a sequence is supported")
-    first = torch.where(
-        real.any(1), real.int().argmax(1), real.shape[1]
-    )  # all padding: the sequence starts later
+    # A row of padding belongs to a sequence that starts later.
+    first = torch.where(real.any(1), real.int().argmax(1), real.shape[1])
     return first[:, None, None, None] if bool(first.any()) else None
 
 

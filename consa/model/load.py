@@ -173,9 +173,7 @@ def _convert_gguf(path: Path) -> tuple[str, str]:
         arguments: dict[str, Any] = {"gguf_file": path.name}
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **arguments)
-            if hasattr(
-                transformers, "GgufConfig"
-            ):  # newer versions may otherwise keep the file's quantisation
+            if hasattr(transformers, "GgufConfig"):  # newer versions may keep the file's quantisation
                 arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
             loaded = _whole(path.parent, dtype=torch.float32, **arguments)
             config = type(loaded.config).from_dict(

@@ -259,7 +259,7 @@ def test_bench(converted: Path, tmp_path: Path):
         ("hybrid", ["--decode-tokens", "0"], ["at least 1"]),
         ("hybrid", ["--repeats", "0"], ["at least 1"]),
         ("hybrid", ["--contexts", "4096"], ["4096", "4096 positions"]),
-        ("plain", [], ["no hybrid", "--kind hybrid"]),
+        ("plain", [], ["not a hybrid", "--kind hybrid"]),
         ("nowhere", [], ["nowhere", "consa convert"]),
     ],
 )

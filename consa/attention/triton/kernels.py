@@ -33,7 +33,7 @@ import triton.language as tl
 
 TERM_BLOCK = tl.constexpr(
     128
-)  # the terms of a head are padded to a multiple of it: kernels read whole blocks
+)  # kernels read whole blocks: the terms of a head are padded to a multiple of it
 
 # Modes: what a kernel computes for its rows.
 SLIDING = tl.constexpr(0)
@@ -421,9 +421,7 @@ def backward_kv(
     begin = tl.maximum(first - offset, 0) // QUERIES * QUERIES
     near_end = tl.minimum(tl.maximum(first + KEYS - 1 + window - offset, 0), num_queries)
     here, no_head = key, tl.zeros_like(key)
-    key = tl.where(
-        key < sinks, key + 2**30, key
-    )  # invisible to all queries: the sinks' gradients are in sink_sums
+    key = tl.where(key < sinks, key + 2**30, key)  # no query sees the sinks here: sink_sums holds their part
     sums = sink_sums + place * sinks * HEAD_DIM
     dk_tile = _tile(sums, first, sinks, d, HEAD_DIM, HEAD_DIM, KEYS)
     dv_tile = _tile(sums + rows * sinks * HEAD_DIM, first, sinks, d, HEAD_DIM, HEAD_DIM, KEYS)
