@@ -1,4 +1,4 @@
-"""Arrows between modules point down, and importing consa is instant. The rules are in docs/DESIGN.md."""
+"""Imports point down the list of packages, and importing consa is instant; see docs/DESIGN.md."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def imports_of(name: str, *, lazy: bool = True, typing: bool = False) -> frozens
 
 
 def reached_from(name: str) -> set[str]:
-    """All that importing a module brings in by itself: its packages and what it imports, and so on."""
+    """Modules that importing a module loads: its packages, its imports, and theirs."""
     reached: set[str] = set()
     waiting = [name]
     while waiting:
@@ -88,7 +88,7 @@ def top_levels(modules: set[str] | frozenset[str]) -> set[str]:
 
 
 def test_the_walk_sees_what_there_is_to_see():
-    """The other tests pass on an empty set; this one does not."""
+    """The other tests would pass on an empty set; this one fails."""
     assert {"consa", "consa.__main__", "consa.allocation", "consa.attention"} <= MODULES.keys()
     assert {"numpy", "consa.errors", "consa.files"} <= imports_of("consa.allocation")
     assert "consa.cli" in imports_of("consa.__main__")

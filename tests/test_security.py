@@ -1,4 +1,4 @@
-"""Nothing that consa reads can run code: what SECURITY.md says, held to the source."""
+"""Nothing that consa reads can run code: the source keeps the promises of SECURITY.md."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ARCHIVES = {"zipfile", "tarfile"}
 
 
 def imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Of every import, the module and the name taken from it; "" for the module itself."""
+    """Every import as (module, imported name), with "" for the module itself."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
@@ -53,7 +53,7 @@ def imported(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def faults(source: str) -> list[str]:
-    """What in a module could run what it reads, a line each."""
+    """Calls and imports that could run untrusted input, one line each."""
     tree, found = ast.parse(source), []
     for module, name in imported(tree):
         if module.partition(".")[0] in UNPICKLERS | ARCHIVES:
@@ -133,7 +133,7 @@ def test_a_converted_folder_stays_within_itself(name: str, tmp_path: Path):
 def test_a_models_own_code_is_never_run(
     file: str, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Not even if somebody says yes: transformers asks unless it is told, and here everybody says yes."""
+    """Not even if the user consents: transformers asks by default, and this test always answers yes."""
     folder, ran = tmp_path / "model", tmp_path / "ran"
     shutil.copytree(tiny_model_folder, folder)
     code = f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n"

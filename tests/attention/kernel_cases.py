@@ -1,4 +1,4 @@
-"""What the Triton kernels are tested on, wherever they run; by itself, the small cases under Triton's interpreter."""
+"""Test cases of the Triton kernels, for GPUs and Triton's interpreter; run as a script, the small ones interpreted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.compare import assert_close
 
 
 class Case(NamedTuple):
-    """z: of all rows, sequence by sequence; there are `len(z) / batch` KV heads."""
+    """z: gates of all rows, sequence by sequence; there are `len(z) / batch` KV heads."""
 
     batch: int
     group: int
@@ -70,7 +70,7 @@ def draw(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def poisoned(allocate: Any) -> Any:
-    """What comes uninitialised is NaN."""
+    """Fill uninitialised memory with NaN."""
 
     def allocated(*args: Any, **kwargs: Any) -> Tensor:
         x = allocate(*args, **kwargs)
@@ -104,7 +104,7 @@ def run(case: Case, device: torch.device, dtype: torch.dtype, one_pass: bool) ->
 
 
 def check(case: Case, device: torch.device, dtype: torch.dtype, one_pass: bool, tolerance: float) -> None:
-    """The kernels against the reference in float64, forward and backward."""
+    """Compare the kernels with the reference in float64, forward and backward."""
     out, *gradients = run(case, device, dtype, one_pass)
     *inputs, upstream = (x.double() for x in draw(case, device, dtype))
     z = torch.tensor(case.z, device=device).reshape(case.batch, -1)
@@ -125,7 +125,7 @@ def check(case: Case, device: torch.device, dtype: torch.dtype, one_pass: bool, 
 
 
 def run_full(case: Case, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Output, dq, dk and dv of full attention that is to repeat bit for bit."""
+    """Output, dq, dk and dv of deterministic full attention."""
     *inputs, upstream = draw(case, device, dtype)
     leaves = [x.detach().requires_grad_() for x in inputs]
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -138,7 +138,7 @@ def run_full(case: Case, device: torch.device, dtype: torch.dtype) -> list[Tenso
 
 
 def check_full(case: Case, device: torch.device, dtype: torch.dtype, tolerance: float) -> None:
-    """The same against the reference in float64."""
+    """Compare deterministic full attention with the reference in float64."""
     *inputs, upstream = (x.double() for x in draw(case, device, dtype))
     leaves = [x.detach().requires_grad_() for x in inputs]
     z = torch.ones(1, leaves[1].shape[1], device=device)
@@ -152,7 +152,7 @@ def check_full(case: Case, device: torch.device, dtype: torch.dtype, tolerance: 
 
 
 class Decoding(NamedTuple):
-    """What a layer's cache holds, and the size of its heads."""
+    """Contents of a layer's cache, and the size of its heads."""
 
     batch: int
     group: int
@@ -186,7 +186,7 @@ LARGE_DECODING = [
 def decoded(
     case: Decoding, device: torch.device, dtype: torch.dtype, *, kernels: bool, as_graph: bool = False
 ) -> list[Tensor]:
-    """Outputs of some steps after a prompt, and what the cache then holds."""
+    """Outputs of some steps after a prompt, and the cache after them."""
     generator = torch.Generator().manual_seed(case.prompt)
 
     def one(heads: int, tokens: int) -> Tensor:
@@ -226,7 +226,7 @@ def decoded(
 
 
 def check_decoding(case: Decoding, device: torch.device, dtype: torch.dtype, tolerance: float) -> None:
-    """The decoding kernels against the portable path in float64."""
+    """Compare the decoding kernels with the portable path in float64."""
     mine = decoded(case, device, dtype, kernels=True)
     for place, (x, wanted) in enumerate(
         zip(mine, decoded(case, device, torch.float64, kernels=False), strict=True)
@@ -235,7 +235,7 @@ def check_decoding(case: Decoding, device: torch.device, dtype: torch.dtype, tol
 
 
 def interpret() -> None:
-    """The small cases without a GPU; ends with an error at the first that fails."""
+    """Run the small cases without a GPU; the first failure raises."""
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
     from triton.runtime import interpreter
 

@@ -1,4 +1,4 @@
-"""Every path of attention agrees with the reference, and the reference with the sentence that defines it."""
+"""Every attention path agrees with the reference, and the reference with the definition."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_reference_is_attention_by_hand(window: int, num_sink_tokens: int, softc
 
 
 def inputs(batch: int, heads: int, group: int, *, queries: int, keys: int, head_dim: int, seed: int):
-    """q, k, v and what the output's gradient shall be, all leaves."""
+    """q, k, v and the gradient of the output, all leaves."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -158,7 +158,7 @@ def cases(draw: Any) -> Case:
 
 
 def compare(case: Case, attention: Any, z: Tensor, *, gates: bool = False, tolerance: float = 1e-5) -> None:
-    """`attention(q, k, v, gates)` against the reference in float64: output and all gradients."""
+    """Compare output and all gradients of `attention(q, k, v, gates)` with the reference in float64."""
     q, k, v, upstream = case.draw()
     mine = z.clone().requires_grad_()
     with mock.patch.multiple(portable, **case.sizes) if case.sizes else nullcontext():
@@ -233,7 +233,7 @@ def padded(draw: Any) -> tuple[Case, Tensor]:
 @given(padded(), st.booleans())
 @settings(max_examples=100)
 def test_a_layer_with_left_padding_and_gates_per_sequence(padded: tuple[Case, Tensor], decided: bool):
-    """What a model's layer calls; whole rows of padding included. Padding holds NaN, which must not get anywhere."""
+    """The function that a model's layer calls, also with rows that are all padding. Padding is NaN and must not spread."""
     case, first = padded
     z = (case.z[:1] >= 0.5).float().expand_as(case.z) if decided else case.z
     q, k, v, upstream = case.draw()

@@ -1,4 +1,4 @@
-"""The Triton kernels equal the reference, by Triton's interpreter; tests/gpu has what needs a device."""
+"""The Triton kernels equal the reference in Triton's interpreter; tests/gpu runs them on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from consa.attention.ops import kernels_for
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_kernels_equal_the_reference():
-    """In a process of its own: whether kernels are compiled or interpreted is decided at the import of triton."""
+    """In a new process, because importing triton decides whether kernels are compiled or interpreted."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore:::triton", "-m", "tests.attention.kernel_cases"],
         cwd=Path(__file__).parents[2],

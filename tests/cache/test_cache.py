@@ -1,4 +1,4 @@
-"""The cache holds what it should and no more, and what comes out of it is the exact hybrid."""
+"""The cache keeps exactly the needed tokens, and attention over it is the exact hybrid."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def one_layer(heads: list[bool], window: int, num_sink_tokens: int) -> Allocatio
 
 
 def attend(plan: Plan, cache: Cache, q, k, v, first, softcap=None):
-    """What a model's attention layer does with one chunk."""
+    """One chunk in a model's attention layer."""
     keys, values = cache.update(k, v, 0)
     module = SimpleNamespace(consa_plan=plan, layer_idx=0)
     mask = None if first is None else first[:, None, None, None]
@@ -38,7 +38,7 @@ def attend(plan: Plan, cache: Cache, q, k, v, first, softcap=None):
 
 
 def mask_of(starts: list[int], seen: int) -> torch.Tensor | None:
-    """What `consa_mask` says of left padding after `seen` columns."""
+    """The result of `consa_mask` for left padding after `seen` columns."""
     first = torch.tensor(starts).clamp(max=seen)
     return first if bool(first.any()) else None
 
@@ -157,7 +157,7 @@ def test_decoding_copies_nothing_but_the_new_token():
 
 
 def in_chunks(model, cache, ids, mask, positions, chunks):
-    """Logits of a whole text, given to the model piece by piece."""
+    """Logits of a whole text that the model reads in pieces."""
     out, done = [], 0
     for chunk in chunks:
         part = slice(done, done + chunk)
@@ -200,7 +200,7 @@ def test_every_family_decodes_the_exact_hybrid(family, padded):
     [family if family == "llama" else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES],
 )
 def test_thousands_of_tokens_past_the_window(family):
-    """In chunks of every size up to 60, and token by token; one of the two sequences is padded."""
+    """Chunks of every size up to 60, and single tokens; one of the two sequences is padded."""
     model = tiny(family, num_hidden_layers=2)
     allocation = allocate(model, window=16, num_sink_tokens=3)
     chunks = [*range(1, 61), *[1] * 270]
@@ -357,7 +357,7 @@ def test_offloading_waits_for_the_attention_that_is_about_to_run():
 
 
 def test_attention_reads_nothing_that_was_offloaded(model):
-    """Chunks and single tokens over a cache whose layers are away but while they are used."""
+    """Chunks and single tokens over a cache whose layers are offloaded except during use."""
     allocation = allocate(model)
     away: dict[tuple[HybridLayer, str], torch.Tensor] = {}
 

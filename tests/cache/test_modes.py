@@ -1,4 +1,4 @@
-"""The cache in torch's modes: compiled, under autocast, and across inference mode."""
+"""The cache under torch.compile, autocast and inference mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.models import CACHE, allocate, left_padding, tiny, tokens
 
 
 def test_decoding_compiles_to_one_graph():
-    """No recompilation from step to step, no graph break; on a CPU, which says nothing of CUDA graphs."""
+    """Decoding steps cause no recompilation and no graph break; CUDA graphs are tested in tests/gpu."""
     model = tiny()
     allocation = allocate(model)
     ids = tokens(2, 40)
@@ -36,7 +36,7 @@ def test_decoding_compiles_to_one_graph():
 def token_by_token(
     model: Any, cache: HybridCache, ids: torch.Tensor, mask: torch.Tensor, position: torch.Tensor
 ) -> torch.Tensor:
-    """Logits `(batch, length, vocabulary)`, each column of `ids` in a forward of its own."""
+    """Logits `(batch, length, vocabulary)`, with one forward pass per column of `ids`."""
     out = []
     for column in range(ids.shape[1]):
         here = slice(column, column + 1)
@@ -47,7 +47,7 @@ def token_by_token(
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 def test_a_compiled_prefill_token_by_token_is_exact(padded: bool):
-    """What is recorded before anything was written knows no starts; with padding it must not be written as text."""
+    """A graph recorded before the first write has no starts; it must not write padding as text."""
     model = tiny(num_hidden_layers=2)
     allocation = allocate(model)
     ids, mask = left_padding(tokens(2, 8), [0, 3 * padded])
@@ -120,7 +120,7 @@ def test_autocast_computes_as_without_a_cache_and_as_the_dense_model(padded: boo
 
 
 def test_a_compiled_prefill_into_a_cache_that_was_reset_is_exact():
-    """What was there before says nothing of where the next sequences start."""
+    """Former sequences do not determine where the next ones start."""
     model = tiny(num_hidden_layers=2)
     allocation = allocate(model)
     ids, mask = left_padding(tokens(2, 6), [0, 3])

@@ -1,4 +1,4 @@
-"""A tokenizer of a few hundred tokens, and how to load sequences of it."""
+"""A tokenizer with a few hundred tokens, and a function that loads sequences with it."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -35,7 +35,7 @@ def bos_tokenizer(tokenizer):
 
 @pytest.fixture
 def load(tokenizer, tmp_path):
-    """`load_sequences` of the tiny tokenizer, with its own cache and without a progress bar."""
+    """`load_sequences` with the tiny tokenizer, its own cache and no progress bar."""
 
     def load(source, seq_len=8, *, tokenizer=tokenizer, **options):
         options = {"cache_dir": tmp_path / "cache", "progress": False, "workers": 2} | options

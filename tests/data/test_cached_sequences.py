@@ -1,4 +1,4 @@
-"""The cache of tokens is believed only where it is whole and of the same input."""
+"""The cache of tokens is used only if it is intact and belongs to the same input."""
 
 import numpy as np
 import pytest

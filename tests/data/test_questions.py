@@ -1,4 +1,4 @@
-"""Texts with something hidden in them; what models make of them is in test_evaluation.py."""
+"""Retrieval prompts; tests/evaluation tests the answers of models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong about text is refused by one line."""
+"""Errors in a user's text data are refused in one line."""
 
 import tracemalloc
 

@@ -1,4 +1,4 @@
-"""Text becomes the same sequences of tokens wherever it comes from."""
+"""Text gives the same sequences of tokens from every kind of source."""
 
 import json
 import subprocess
@@ -67,7 +67,7 @@ def test_no_sequence_spans_two_documents(tokenizer, texts, seq_len, workers):
 @given(texts=st.lists(TEXTS, min_size=1, max_size=12), fraction=st.floats(0.05, 0.95), order=st.randoms())
 def test_split_is_a_partition_by_document_whatever_the_order(tokenizer, texts, fraction, order):
     def sides(folder, texts):
-        """Which documents came out on each side, by number and by text."""
+        """The documents of each split, by index and by text."""
         source, found = str(jsonl(Path(folder, "a.jsonl"), texts)), {}
         for split in ("all", "train", "heldout"):
             try:

@@ -1,4 +1,4 @@
-"""What is converted is what comes back, to the bit, or an error that names the file."""
+"""A converted model loads bit for bit as converted, or an error names the file."""
 
 from __future__ import annotations
 

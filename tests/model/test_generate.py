@@ -1,4 +1,4 @@
-"""`generate()` on a loaded hybrid uses the small cache by itself, and gives the tokens of the exact hybrid."""
+"""`generate()` of a loaded hybrid uses the small cache automatically and returns the tokens of the exact hybrid."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def hybrid(dense, allocation, tmp_path_factory):
 
 
 def wanted(dense, allocation, ids, mask=None, **options):
-    """What the exact hybrid generates, computing the whole text anew for each token."""
+    """Tokens of the exact hybrid, which recomputes the whole text for each token."""
     mask = torch.ones_like(ids) if mask is None else mask
     with exact(dense, allocation):
         return dense.generate(ids, attention_mask=mask, use_cache=False, **GREEDY | options)
@@ -84,7 +84,7 @@ def test_a_batch_with_left_padding(hybrid, dense, allocation, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_generates_thousands_of_tokens(family):
-    """In float64, where no two tokens are equally likely, each is what one pass under dense masks predicts."""
+    """In float64, where no two tokens tie, each token is the prediction of one pass under dense masks."""
     model = tiny(family, num_hidden_layers=2).double()
     if family == "qwen3_moe":
         model.set_experts_implementation("eager")  # torch's grouped products know no float64
@@ -177,7 +177,7 @@ def test_what_cannot_be_exact_is_refused(hybrid):
 
 @pytest.fixture(scope="module")
 def text_model(tiny_model_folder, tmp_path_factory):
-    """A hybrid that writes bytes, and its tokenizer."""
+    """A hybrid with a byte-level tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     folder = tmp_path_factory.mktemp("text") / "hybrid"
@@ -230,7 +230,7 @@ def real():
 
 @pytest.fixture(scope="module")
 def real_allocation():
-    """22 of 90 KV heads, where learning finds the ones that look far back."""
+    """22 of 90 KV heads on FA, placed where learning finds heads that look far back."""
     layers = [4, 5, 6, 7, 8, 14, 15, 17, 18, 20, 21, 23, 24]
     candidates = [(layer, head) for layer in layers for head in range(3)]
     full = np.zeros((30, 3), dtype=bool)
@@ -255,7 +255,7 @@ def through(cache, model, ids):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_real_model_decodes_the_exact_hybrid(real, real_allocation):
-    """Over a thousand tokens past the window.
+    """Generate over a thousand tokens past the window.
 
     In float32 the order of the model's own sums moves its logits, which reach 40, by nearly 1e-4, without consa too: so
     the limit is what transformers' own cache does to the unmodified model, and float64 shows that the rest is exact.
@@ -286,7 +286,7 @@ def test_the_real_model_decodes_the_exact_hybrid(real, real_allocation):
 @pytest.mark.parametrize("length", [4096, 8192])
 @pytest.mark.parametrize("choice", ["middle at 0.5", "heads at 0.75"])
 def test_the_real_model_finds_what_it_finds_without_a_cache(real, real_allocation, choice, length, tmp_path):
-    """Its answer is what one pass under dense masks predicts, token by token."""
+    """Every token of the answer is the prediction of one pass under dense masks."""
     middle = rules.middle(30, 3, sparsity=0.5, granularity="kv_head", window=128, num_sink_tokens=4)
     allocation = middle if choice == "middle at 0.5" else real_allocation
     convert(real.model, allocation, tmp_path / "hybrid", kind="hybrid")

@@ -1,4 +1,4 @@
-"""A model is loaded whole, or refused by one line that names it."""
+"""A model loads completely, or one line that names it refuses it."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_bars_that_were_off_stay_off():
 
 
 def test_a_softcap_is_not_left_to_an_attention_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Versions of transformers before 5.21 choose sdpa, which drops it."""
+    """transformers before 5.21 selects sdpa, which ignores the softcap."""
     tiny("gemma2").save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     whole = model_module._whole

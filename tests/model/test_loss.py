@@ -1,4 +1,4 @@
-"""The chunked loss is the model's own, value and gradients, and never holds all logits."""
+"""The chunked loss has the value and gradients of the model's own loss, and never holds all logits."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_family(family: str, batch: int, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("family", ["gemma2", "granite", "cohere2"])
 def test_the_special_settings_are_special(family: str):
-    """Else the test above would pass on a loss that knows nothing of them."""
+    """Otherwise the test above would pass for a loss that ignores them."""
     ids = tokens(1, 18)
     plain = tiny(family, **{name: None if name.startswith("final") else 1.0 for name in SPECIAL[family]})
     assert (own_loss(tiny(family, **SPECIAL[family]), ids) - own_loss(plain, ids)).abs() > 1e-2

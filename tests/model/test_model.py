@@ -1,4 +1,4 @@
-"""Attaching an allocation to a model is exact for every supported family, and leaves no trace."""
+"""Attaching an allocation is exact for every supported family, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def one_line_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @contextmanager
 def truth(model: PreTrainedModel, allocation: Allocation, mask: Tensor | None = None) -> Iterator[None]:
-    """Within the block, dense masks made from `mask`, whatever transformers and consa make of it."""
+    """Within the block, `model` attends under dense masks made from `mask`, independently of consa."""
     first = None if mask is None else mask.argmax(1)
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, _: Any, **asked: Any) -> tuple[Tensor, None]:
@@ -97,7 +97,7 @@ def test_all_full_is_the_untouched_model(family: str):
 
 
 def gradients(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, and the gradients of a random projection of them: on the input embeddings, on a weight of layer 0."""
+    """Logits, and gradients of a random projection of them with respect to the embeddings and a weight of layer 0."""
     real = torch.ones_like(ids) if mask is None else mask
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
     attention = {name: p for name, p in model.named_parameters() if "layers.0.self_attn" in name}

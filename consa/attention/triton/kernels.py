@@ -31,9 +31,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TERM_BLOCK = tl.constexpr(
-    128
-)  # kernels read whole blocks: the terms of a head are padded to a multiple of it
+TERM_BLOCK = tl.constexpr(128)  # the terms of a head are padded to whole blocks of it
 
 # Modes: what a kernel computes for its rows.
 SLIDING = tl.constexpr(0)
