@@ -15,7 +15,8 @@ import numpy as np
 from consa.runs import inputs
 from consa import rules
 from consa.allocation import Allocation
-from consa.config import ChoiceConfig, EvalConfig, RunConfig, SweepConfig, words_of
+from consa.config import ChoiceConfig, EvalConfig, RunConfig, SweepConfig
+from consa.settings import words_of
 from consa.errors import ConsaError
 from consa.evaluation import suite
 from consa.evaluation.table import Line, Table, number
