@@ -1,4 +1,4 @@
-"""Every setting of a run: its default, its help and its bounds, stated once. The command line is generated from these."""
+"""Every setting of a run: its default, help and bounds, stated once. The command line is generated from these."""
 
 from __future__ import annotations
 
@@ -164,7 +164,8 @@ class AdaptConfig:
     """
 
     method: Literal["full", "lora"] = option(
-        "full", "Weights that are trained: all, or low-rank adapters of the linear layers (needs consa[lora])."
+        "full",
+        "Weights that are trained: all, or low-rank adapters of the linear layers (needs consa[lora]).",
     )
     cross_entropy: float = option(1.0, "Weight of the next-token loss.", ge=0, group="solver")
     distillation: float = option(
@@ -226,9 +227,7 @@ class AdaptConfig:
                 "cross_entropy, distillation and hidden_loss are all 0; give one of them a weight"
             )
         if self.method == "lora" and self.parallel == "fsdp":
-            raise ConsaError(
-                "parallel must be ddp with method lora, which trains few weights; got 'fsdp'"
-            )
+            raise ConsaError("parallel must be ddp with method lora, which trains few weights; got 'fsdp'")
         if not words_of(self.lora_targets):
             raise ConsaError(f"lora_targets must name linear layers, got {self.lora_targets!r}")
 
@@ -261,7 +260,8 @@ class RunConfig:
     """
 
     model: str = option(
-        ..., "Model: a folder, a .gguf file, a Hugging Face name, or smollm2-135m (from an installed package)."
+        ...,
+        "Model: a folder, a .gguf file, a Hugging Face name, or smollm2-135m (from an installed package).",
     )
     data: str = option(
         "stdlib",
@@ -277,7 +277,10 @@ class RunConfig:
         "text", "Field that holds the text in a JSONL record or dataset row.", group="data"
     )
     max_tokens: int | None = option(
-        None, "Maximum number of tokens to read of training and of held-out text. Default: all.", ge=1, group="data"
+        None,
+        "Maximum number of tokens to read of training and of held-out text. Default: all.",
+        ge=1,
+        group="data",
     )
     num_heldout: int = option(
         16, "Held-out sequences to measure on, spread over all documents.", ge=1, group="data"
@@ -334,7 +337,9 @@ class EvalConfig:
     retrieval: str | None = option(
         None, f"Retrieval tasks to ask: {', '.join(TASKS)}. Separated by commas. Default: none."
     )
-    lengths: str = option("1024,4096", "Prompt lengths of the retrieval tasks, in tokens. Separated by commas.")
+    lengths: str = option(
+        "1024,4096", "Prompt lengths of the retrieval tasks, in tokens. Separated by commas."
+    )
     examples: int = option(20, "Prompts of each retrieval task at each length.", ge=1)
     tasks: str | None = option(None, "Tasks of lm-eval to run. Separated by commas. Default: none.")
     limit: int | None = option(None, "Documents of each lm-eval task to use. Default: all.", ge=1)
@@ -382,7 +387,9 @@ class SweepConfig:
     """
 
     sparsity: str = option("0.5,0.75,0.9", f"Sparsities to choose at. {SPARSITY_HELP} Separated by commas.")
-    granularity: str = option("kv_head", f"{GRANULARITY_HELP} Values are layer and kv_head, separated by commas.")
+    granularity: str = option(
+        "kv_head", f"{GRANULARITY_HELP} Values are layer and kv_head, separated by commas."
+    )
     methods: str = option(
         "consa,rules",
         "Methods that choose allocations: consa, other methods, rules by name, rules for all of them, or"

@@ -120,13 +120,30 @@ def _wanted(kind: Kind, bounds: Any) -> str:
             return f"{noun} {' and '.join(f'{word} {bound}' for word, bound in parts if bound is not None)}"
 
 
+def parse(text: str, kind: Kind, name: str) -> Any:
+    """A value of this kind from text.
+
+    Raises:
+        ConsaError: the text is no such value; the message names the setting.
+    """
+    if kind.type is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ConsaError(f"{name} must be true or false, got {text!r}")
+    try:
+        return kind.type(text)
+    except ValueError as error:
+        wanted = "an integer" if kind.type is int else "a number"
+        raise ConsaError(f"{name} must be {wanted}, got {text!r}") from error
+
+
 def help_of(item: Any) -> str:
     """A field's help, with its bounds after the first sentence: "Optimizer steps (at least 1)."."""
     ge, gt, le = (item.metadata[key] for key in ("ge", "gt", "le"))
     parts = (("at least", ge), ("above", gt), ("at most", le))
     bounds = [f"{word} {bound}" for word, bound in parts if bound is not None]
     if None not in (ge, le):
-        bounds = [f"from {ge} to {le}"]
+        bounds = [f"between {ge} and {le}"]
     first, _, rest = item.metadata["help"].partition(". ")
     if bounds:
         first = f"{first.removesuffix('.')} ({', '.join(bounds)})"

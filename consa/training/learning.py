@@ -35,7 +35,6 @@ from consa.training.objective import Dense, Gradients, Objective, order
 from consa.training.refinement import Exchange
 from consa.training.weights import Weights
 
-
 Draws = Callable[[int, int, torch.Generator], Tensor]
 """`(num_draws, num_units, generator)` -> `(num_draws, num_units)` in (0, 1): a row for each sequence of a step."""
 
@@ -195,7 +194,13 @@ class _Learning:
         constraint: SparsityConstraint | None = None,
         draws: Draws = gates.stratified_uniform,
     ) -> None:
-        self.model, self.sequences, self.units, self.target, self.config = model, sequences, units, target, config
+        self.model, self.sequences, self.units, self.target, self.config = (
+            model,
+            sequences,
+            units,
+            target,
+            config,
+        )
         self.objective, self.draws = objective, draws
         self.constraint = constraint or AugmentedLagrangian(config.penalty, config.multiplier_step)
         noise = torch.randn(units.count, generator=loop.generator(config.seed, "start"))  # breaks ties
@@ -213,10 +218,10 @@ class _Learning:
         joint, config, needs_dense = self.config.mode == "joint", self.config, self.objective.needs_dense
         copied = copy.deepcopy(model) if needs_dense and joint and self.model is model else model
         with (
+            loss.evaluating(copied),
             loop.prepared(
                 self.model, gradient_checkpointing=config.gradient_checkpointing, compile=config.compile
             ),
-            loss.evaluating(copied),
             attached(self.model, start) as self.plan,
             self.weights or nullcontext(),
         ):
