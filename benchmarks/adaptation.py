@@ -43,9 +43,9 @@ from consa.evaluation.losses import heldout_losses
 from consa.model import loss
 from consa.model.attach import attached
 from consa.model.load import load_model
+from consa.training import loop
 from consa.training.adaptation import adapt
 from consa.training.learning import learn
-from consa.training.objective import order
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ["row", "loss before", "recovered before", "loss", "recovered", "of trained", "behind dense"]
@@ -115,7 +115,7 @@ class Benchmark:
             num_steps=options.learn_steps or source.num_steps,
         )
         seen = self.learning.num_steps * self.learning.sequences_per_step
-        unseen = order(self.train, self.learning.seed, range(seen, len(self.train)))
+        unseen = loop.order(self.train, self.learning, range(seen, len(self.train)))
         seq_len = self.train.shape[1]
         self.adapting = AdaptConfig(
             seq_len=seq_len,

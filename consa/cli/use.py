@@ -23,7 +23,7 @@ def convert(
         str,
         typer.Option(
             metavar="auto|plain|hybrid",
-            help="Kind of checkpoint. A plain one loads without consa, and some model families allow it for whole layers"
+            help="Kind of checkpoint. A plain one loads without consa; some model families allow it for whole layers"
             " without sink tokens. auto writes a plain checkpoint whenever it is equivalent.",
         ),
     ] = "auto",

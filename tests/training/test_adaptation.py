@@ -156,9 +156,7 @@ def test_it_leaves_nothing_but_weights(method: Any):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     modes = {name: module.training for name, module in model.named_modules()}
     config = model.config.to_json_string()
-    adapt(
-        model, text(), allocation(), changed(method=method, gradient_checkpointing=True, distillation=1.0)
-    )
+    adapt(model, text(), allocation(), changed(method=method, gradient_checkpointing=True, distillation=1.0))
     after = model.state_dict()
     assert after.keys() == before.keys()
     trained = {name for name, value in after.items() if not torch.equal(value, before[name])}
