@@ -254,4 +254,6 @@ def checkpoint_of(
 
 def _described(part: Any) -> str:
     name = getattr(part, "__qualname__", type(part).__qualname__)
-    return f"{name} {dict(part.factors)}" if isinstance(part, Objective) else name
+    if not isinstance(part, Objective):
+        return name
+    return f"{name}({', '.join(f'{key}={factor}' for key, factor in part.factors.items())})"

@@ -77,7 +77,7 @@ class Weights:
         return float(norm)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Masters and the optimiser's state by name, whole; every process must call it, the main one gets them."""
+        """Masters and the optimizer's state by name, whole; every process must call it, the main one gets them."""
         found: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             slots = {
