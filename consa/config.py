@@ -1,122 +1,153 @@
-"""Every setting of a run, its default and what it means, stated once; the command line's options are made from this."""
+"""Every setting of a run: its default, help and bounds, stated once. The command line is generated from these."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from consa.allocation import NUM_SINK_TOKENS, WINDOW, Granularity, check_sparsity
+from consa.allocation import NUM_SINK_TOKENS, WINDOW, Granularity
 from consa.constraints import ANY, Constraint, FullHeadsPerLayer
 from consa.data.questions import TASKS
 from consa.errors import ConsaError
+from consa.settings import check, option, words_of
 
-
-def _option(default: Any, text: str, **more: str) -> Any:
-    return field(default=default, metadata={"help": text, **more})
+WINDOW_HELP = "Sliding window in tokens: how many a query sees, itself included."
+SINKS_HELP = "Sink tokens: first tokens of a sequence that stay visible besides the window."
+GRANULARITY_HELP = "Unit that is decided as one: a whole layer or a KV head."
+SPARSITY_HELP = "Share of the units that use sliding-window attention."
+SEQ_LEN_HELP = "Length of a training sequence, in tokens."
+BATCH_HELP = "Global batch size: sequences of one optimizer step, over all processes."
+MICRO_BATCH_HELP = "Micro-batch size: sequences computed at once. Gradients of the others are accumulated."
+RECOMPUTE_HELP = "Gradient checkpointing: recompute layers in the backward pass to save memory."
+COMPILE_HELP = "Compile the layers with torch.compile. Takes seconds to start and makes steps faster."
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnConfig:
-    """Everything a learning run depends on, besides the model and the text.
+    """Settings of a learning run, besides the model and the text.
 
     Raises:
-        ConsaError: a value out of range; the message names it.
+        ConsaError: a value is out of range; the message names it.
     """
 
-    sparsity: float = _option(0.75, "share of units to put on sliding-window attention, in [0, 1]")
-    kv_budget: int | None = _option(
-        None, "instead of sparsity: what one sequence's KV cache (bf16) may take, such as 2GiB", unit="bytes"
+    sparsity: float = option(0.75, SPARSITY_HELP, ge=0, le=1)
+    kv_budget: int | None = option(
+        None,
+        "Memory that the KV cache of one sequence may take in bfloat16, for example 2GiB. Replaces --sparsity.",
+        ge=1,
+        unit="bytes",
     )
-    context: int | None = _option(None, "tokens in that cache")
-    granularity: Granularity = _option("kv_head", "what is decided as one: 'layer' or 'kv_head'")
-    full_heads_per_layer: FullHeadsPerLayer = _option(
+    context: int | None = option(None, "Tokens in the KV cache that --kv-budget limits.", ge=1)
+    granularity: Granularity = option("kv_head", GRANULARITY_HELP)
+    full_heads_per_layer: FullHeadsPerLayer = option(
         "any",
-        "of kv_head, for serving: 'any' number of FA heads in a layer, an 'even' one, or 'uniform': the same in all",
+        "Numbers of FA heads that a layer may have: any, even numbers only, or the same in every layer. For serving"
+        " engines.",
+        group="solver",
     )
-    tensor_parallel: int = _option(
+    tensor_parallel: int = option(
         1,
-        "of kv_head, for serving: ranks that KV heads are split over, each with as many FA heads of a layer",
+        "Ranks that the KV heads of a layer are split over, each with the same number of FA heads. For serving"
+        " engines.",
+        ge=1,
+        group="solver",
     )
-    window: int = _option(WINDOW, "tokens a sliding-window query sees, itself included")
-    num_sink_tokens: int = _option(NUM_SINK_TOKENS, "first tokens that stay visible on top of the window")
-    seq_len: int = _option(8192, "tokens per training sequence")
-    num_steps: int = _option(200, "optimiser steps")
-    sequences_per_step: int = _option(4, "sequences per optimiser step")
-    micro_batch: int = _option(1, "sequences computed at once; the rest is gradient accumulation")
-    seed: int = _option(0, "of the gates' noise and the order of the text")
-    mode: Literal["frozen", "joint"] = _option("frozen", "'joint' trains the weights along with the gates")
-    weight_lr: float = _option(1e-5, "AdamW learning rate of the weights in joint mode")
-    gate_lr: float | None = _option(
-        None, "Adam learning rate of the gates; min(1, 60 / num_steps) unless given"
+    window: int = option(WINDOW, WINDOW_HELP, ge=1)
+    num_sink_tokens: int = option(NUM_SINK_TOKENS, SINKS_HELP, ge=0)
+    seq_len: int = option(8192, SEQ_LEN_HELP, ge=2)
+    num_steps: int = option(200, "Optimizer steps.", ge=1)
+    sequences_per_step: int = option(4, BATCH_HELP, ge=1)
+    micro_batch: int = option(1, MICRO_BATCH_HELP, ge=1, group="speed")
+    seed: int = option(0, "Random seed of the gates and of the order of the text.", ge=0)
+    mode: Literal["frozen", "joint"] = option(
+        "frozen", "Whether the model's weights stay frozen or are trained jointly with the gates."
     )
-    initial_log_alpha: float = _option(2.0, "where the gates start; 2 is a probability of 0.97 to be open")
-    log_alpha_min: float = _option(-7.0, "lower bound of the gates; -7 is a probability of 0.005 to be open")
-    log_alpha_max: float = _option(3.0, "upper bound of the gates; beyond it the constraint's pull vanishes")
-    warmup: float = _option(0.7, "share of the steps over which the target rises from 0")
-    penalty: float = _option(300.0, "quadratic coefficient of the constraint (rho), nats")
-    multiplier_step: float = _option(3.0, "step size of the constraint's multiplier (eta), nats")
-    penalty_growth: float = _option(
-        10.0, "factor by which both have grown at the end, from the warm-up's end on"
+    weight_lr: float = option(
+        1e-5, "Learning rate of AdamW for the weights in joint mode.", gt=0, group="solver"
     )
-    sharpening: float = _option(3.0, "largest coefficient of P(1 - P), nats; drives gates to a decision")
-    sharpening_start: float = _option(0.75, "share of the steps after which that coefficient rises from 0")
-    averaged: float = _option(0.2, "last share of the steps whose log_alpha is averaged for the decision")
-    refine_evaluations: int = _option(
-        40, "budget of the final exchange of units near the boundary; 0 for none"
+    gate_lr: float | None = option(
+        None, "Learning rate of Adam for the gates. Default: min(1, 60 / num_steps).", gt=0, group="solver"
     )
-    refine_sequences: int = _option(8, "training sequences that each of these evaluations runs on")
-    activation_checkpointing: bool = _option(False, "recompute layers in the backward pass to save memory")
-    compile: bool = _option(
-        False, "compile layers (torch.compile), which takes seconds and makes steps faster"
+    initial_log_alpha: float = option(
+        2.0, "Initial log_alpha of the gates. At 2 a gate is open with probability 0.97.", group="solver"
     )
-    parallel: Literal["ddp", "fsdp"] = _option(
+    log_alpha_min: float = option(
+        -7.0, "Lower bound of log_alpha. At -7 a gate is open with probability 0.005.", group="solver"
+    )
+    log_alpha_max: float = option(
+        3.0, "Upper bound of log_alpha. Beyond 3 the constraint hardly moves a gate.", group="solver"
+    )
+    warmup: float = option(
+        0.7, "Share of the steps over which the target sparsity rises from 0.", ge=0, le=1, group="solver"
+    )
+    penalty: float = option(
+        300.0, "Quadratic coefficient (rho) of the sparsity constraint, in nats.", gt=0, group="solver"
+    )
+    multiplier_step: float = option(
+        3.0,
+        "Step size (eta) of the sparsity constraint's Lagrange multiplier, in nats.",
+        gt=0,
+        group="solver",
+    )
+    penalty_growth: float = option(
+        10.0,
+        "Factor by which penalty and multiplier step have grown at the last step. Growth starts after the warm-up.",
+        gt=0,
+        group="solver",
+    )
+    sharpening: float = option(
+        3.0,
+        "Largest coefficient of the term P(1 - P), in nats. It drives every gate to a decision.",
+        ge=0,
+        group="solver",
+    )
+    sharpening_start: float = option(
+        0.75, "Share of the steps after which the sharpening rises from 0.", ge=0, le=1, group="solver"
+    )
+    averaged: float = option(
+        0.2, "Last share of the steps whose average log_alpha ranks the units.", gt=0, le=1, group="solver"
+    )
+    refine_evaluations: int = option(
+        40, "Evaluations that the final refinement may use. 0 turns it off.", ge=0, group="solver"
+    )
+    refine_sequences: int = option(
+        8, "Training sequences of each evaluation of the refinement.", ge=1, group="solver"
+    )
+    gradient_checkpointing: bool = option(
+        False, RECOMPUTE_HELP, group="speed", alias="activation_checkpointing"
+    )
+    compile: bool = option(False, COMPILE_HELP, group="speed")
+    parallel: Literal["ddp", "fsdp"] = option(
         "ddp",
-        "on several processes, in joint mode: 'ddp' has all weights on each, 'fsdp' shards those of the layers",
+        "Parallelism over several processes in joint mode: copies of all weights, or layers sharded with FSDP.",
+        group="speed",
     )
-    checkpoint_every: int = _option(10, "steps between checkpoints")
+    checkpoint_every: int = option(10, "Steps between checkpoints.", ge=1, group="speed")
 
     def __post_init__(self) -> None:
-        check_sparsity(self.sparsity)
+        check(self)
+        _check_steps(self)
         if (self.kv_budget is None) != (self.context is None):
             raise ConsaError("kv_budget (bytes) and context (tokens) belong together; give both or neither")
-        _check_choices(
-            self, granularity=("layer", "kv_head"), mode=("frozen", "joint"), parallel=("ddp", "fsdp")
-        )
-        _check_integers(self, window=1, num_sink_tokens=0, seq_len=2, num_steps=1, sequences_per_step=1)
-        _check_integers(self, micro_batch=1, checkpoint_every=1, kv_budget=1, context=1, seed=0)
-        _check_integers(self, refine_evaluations=0, refine_sequences=1)
-        _check_positive(
-            self, "weight_lr", "gate_lr", "penalty", "multiplier_step", "penalty_growth", "averaged"
-        )
-        _check_not_negative(self, "sharpening")
-        _check_shares(self, "warmup", "sharpening_start", "averaged")
-        _check_flags(self, "activation_checkpointing", "compile")
-        _check_steps(self)
         if self.mode == "frozen" and self.parallel == "fsdp":
             raise ConsaError("parallel must be ddp with mode frozen, which trains no weights; got 'fsdp'")
-        for name in ("log_alpha_min", "log_alpha_max", "initial_log_alpha"):
-            value = getattr(self, name)
-            if not _is_number(value) or not math.isfinite(value):
-                raise ConsaError(f"{name} must be a finite number, got {value!r}")
         if not self.log_alpha_min < self.initial_log_alpha < self.log_alpha_max:
             raise ConsaError(
                 f"initial_log_alpha must lie between log_alpha_min ({self.log_alpha_min}) and log_alpha_max"
                 f" ({self.log_alpha_max}), got {self.initial_log_alpha!r}; gates that start clamped start tied"
             )
-        Constraint(full_heads_per_layer=self.full_heads_per_layer, tensor_parallel=self.tensor_parallel)
         if (self.granularity, self.full_heads_per_layer) == ("layer", "uniform") and (
             self.kv_budget is not None or self.sparsity not in (0, 1)
         ):
             raise ConsaError(
                 "full_heads_per_layer must be any or even with granularity layer, got 'uniform';"
-                " layers decided as one are alike only at sparsity 0 or 1"
+                " whole layers are uniform only at sparsity 0 or 1"
             )
 
     @property
     def constraint(self) -> Constraint:
-        """What the decision must meet; it counts for KV heads only."""
+        """The constraint on the FA heads of a layer; none for whole layers."""
         if self.granularity == "layer":
             return ANY
         return Constraint(
@@ -126,76 +157,82 @@ class LearnConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptConfig:
-    """Everything that continued training under a fixed allocation depends on, besides the model and the text.
+    """Settings of continued training under a fixed allocation, besides the model and the text.
 
     Raises:
-        ConsaError: a value out of range; the message names it.
+        ConsaError: a value is out of range; the message names it.
     """
 
-    method: Literal["full", "lora"] = _option(
+    method: Literal["full", "lora"] = option(
         "full",
-        "'full' trains every weight, 'lora' low-rank additions to the linear layers (needs consa[lora])",
+        "Weights that are trained: all, or low-rank adapters of the linear layers (needs consa[lora]).",
     )
-    cross_entropy: float = _option(1.0, "weight of the next-token loss")
-    distillation: float = _option(0.0, "weight of KL(dense model || hybrid) over the next token")
-    hidden_loss: float = _option(
-        0.0, "weight of the last hidden states' squared distance from the dense model's, relative to theirs"
+    cross_entropy: float = option(1.0, "Weight of the next-token loss.", ge=0, group="solver")
+    distillation: float = option(
+        0.0,
+        "Weight of the KL divergence from the dense model's next-token distribution.",
+        ge=0,
+        group="solver",
     )
-    seq_len: int = _option(LearnConfig.seq_len, "tokens per training sequence")
-    num_steps: int = _option(200, "optimiser steps")
-    sequences_per_step: int = _option(8, "sequences per optimiser step, over all processes")
-    micro_batch: int = _option(1, "sequences computed at once; the rest is gradient accumulation")
-    seed: int = _option(0, "of the order of the text and of LoRA's start")
-    learning_rate: float | None = _option(
-        None, "of AdamW, at the warm-up's end; 1e-5 for full and 2e-4 for lora unless given"
+    hidden_loss: float = option(
+        0.0,
+        "Weight of the squared distance of the last hidden states from the dense model's, relative to their norm.",
+        ge=0,
+        group="solver",
     )
-    warmup: float = _option(
-        0.05, "share of the steps over which the learning rate rises; then it falls as a cosine"
+    seq_len: int = option(LearnConfig.seq_len, SEQ_LEN_HELP, ge=2)
+    num_steps: int = option(200, "Optimizer steps.", ge=1)
+    sequences_per_step: int = option(8, BATCH_HELP, ge=1)
+    micro_batch: int = option(1, MICRO_BATCH_HELP, ge=1, group="speed")
+    seed: int = option(0, "Random seed of the order of the text and of LoRA's initial weights.", ge=0)
+    learning_rate: float | None = option(
+        None, "Peak learning rate of AdamW. Default: 1e-5 for full, 2e-4 for lora.", gt=0
     )
-    max_grad_norm: float = _option(1.0, "gradients' norm beyond which they are scaled down to it")
-    lora_rank: int = _option(16, "rank of LoRA's additions")
-    lora_alpha: float = _option(32.0, "LoRA's additions are scaled by this over the rank")
-    lora_targets: str = _option(
-        "all-linear", "linear layers that LoRA adds to, such as q_proj,v_proj; commas between several"
+    warmup: float = option(
+        0.05,
+        "Share of the steps over which the learning rate rises. It then falls as a cosine.",
+        ge=0,
+        le=1,
+        group="solver",
     )
-    evaluate_every: int = _option(20, "steps between evaluations on held-out text; also after the last")
-    activation_checkpointing: bool = _option(False, "recompute layers in the backward pass to save memory")
-    compile: bool = _option(
-        False, "compile layers (torch.compile), which takes seconds and makes steps faster"
+    max_grad_norm: float = option(1.0, "Norm to which larger gradients are clipped.", gt=0, group="solver")
+    lora_rank: int = option(16, "Rank of the LoRA adapters.", ge=1, group="solver")
+    lora_alpha: float = option(
+        32.0, "Scale of the LoRA adapters, which is divided by their rank.", gt=0, group="solver"
     )
-    parallel: Literal["ddp", "fsdp"] = _option(
+    lora_targets: str = option(
+        "all-linear",
+        "Linear layers that get LoRA adapters, for example q_proj,v_proj. Separated by commas.",
+        group="solver",
+    )
+    evaluate_every: int = option(
+        20, "Steps between evaluations on held-out text. The last step is always evaluated.", ge=1
+    )
+    gradient_checkpointing: bool = option(
+        False, RECOMPUTE_HELP, group="speed", alias="activation_checkpointing"
+    )
+    compile: bool = option(False, COMPILE_HELP, group="speed")
+    parallel: Literal["ddp", "fsdp"] = option(
         "ddp",
-        "on several processes: 'ddp' has all weights on each, 'fsdp' shards those of the layers",
+        "Parallelism over several processes: copies of all weights, or layers sharded with FSDP.",
+        group="speed",
     )
-    checkpoint_every: int = _option(50, "steps between checkpoints")
+    checkpoint_every: int = option(50, "Steps between checkpoints.", ge=1, group="speed")
 
     def __post_init__(self) -> None:
-        _check_choices(self, method=("full", "lora"), parallel=("ddp", "fsdp"))
-        _check_integers(self, seq_len=2, num_steps=1, sequences_per_step=1, micro_batch=1, seed=0)
-        _check_integers(self, lora_rank=1, evaluate_every=1, checkpoint_every=1)
-        _check_positive(self, "learning_rate", "max_grad_norm", "lora_alpha")
-        _check_not_negative(self, "cross_entropy", "distillation", "hidden_loss")
+        check(self)
+        _check_steps(self)
         if not self.cross_entropy + self.distillation + self.hidden_loss:
             raise ConsaError(
                 "cross_entropy, distillation and hidden_loss are all 0; give one of them a weight"
             )
-        _check_shares(self, "warmup")
-        _check_flags(self, "activation_checkpointing", "compile")
-        _check_steps(self)
         if self.method == "lora" and self.parallel == "fsdp":
-            raise ConsaError(
-                "parallel must be ddp with method lora, whose trained weights are few; got 'fsdp'"
-            )
-        if not isinstance(self.lora_targets, str) or not words_of(self.lora_targets):
+            raise ConsaError("parallel must be ddp with method lora, which trains few weights; got 'fsdp'")
+        if not words_of(self.lora_targets):
             raise ConsaError(f"lora_targets must name linear layers, got {self.lora_targets!r}")
 
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the dense model is computed beside the hybrid."""
-        return bool(self.distillation or self.hidden_loss)
-
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: linear warm-up, then a cosine that would reach 0 one step on."""
+        """The learning rate of a step, counted from 0: linear warm-up, then a cosine that ends at 0 after the last."""
         peak = self.learning_rate or {"full": 1e-5, "lora": 2e-4}[self.method]
         rising = math.ceil(self.warmup * self.num_steps)
         if step < rising:
@@ -208,48 +245,62 @@ def _check_steps(config: LearnConfig | AdaptConfig) -> None:
         raise ConsaError(
             f"micro_batch must divide sequences_per_step ({config.sequences_per_step}), got {config.micro_batch}"
         )
-    if config.compile and config.activation_checkpointing:
+    if config.compile and config.gradient_checkpointing:
         raise ConsaError(
-            "compile must be off with activation_checkpointing, whose layers are not compiled when they are"
-            " computed again; got True"
+            "compile must be off with gradient_checkpointing, because recomputed layers are not compiled; got True"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What a run learns and measures on.
+    """The model and the text that a run learns and measures on.
 
     Raises:
-        ConsaError: a value out of range; the message names it.
+        ConsaError: a value is out of range; the message names it.
     """
 
-    model: str = field(
-        metadata={"help": "a folder, a .gguf file, a Hugging Face name, or smollm2-135m (from a package)"}
+    model: str = option(
+        ...,
+        "Model: a folder, a .gguf file, a Hugging Face name, or smollm2-135m (from an installed package).",
     )
-    data: str = _option(
+    data: str = option(
         "stdlib",
-        "text: file, folder, glob, hf:owner/name, or stdlib (Python's own sources); commas between several",
+        "Training text: file, folder, glob, hf:owner/name, or stdlib (Python's own sources). Separated by commas.",
+        group="data",
     )
-    heldout_data: str | None = _option(
+    heldout_data: str | None = option(
         None,
-        "text to measure on; a tenth of the documents of data, on which nothing is learned, unless given",
+        "Text to measure on. Default: a tenth of the documents of --data, which are kept out of training.",
+        group="data",
     )
-    text_field: str = _option("text", "field of a JSONL record or dataset row that holds the text")
-    max_tokens: int | None = _option(None, "tokens of text to read at most, per split; all unless given")
-    num_heldout: int = _option(16, "held-out sequences to measure on, from as many documents as there are")
-    start: int | None = _option(
+    text_field: str = option(
+        "text", "Field that holds the text in a JSONL record or dataset row.", group="data"
+    )
+    max_tokens: int | None = option(
         None,
-        "first position whose loss counts; max(4 * window, seq_len / 8), at most seq_len / 2, unless given:"
-        " from there on a window misses most of the text",
+        "Maximum number of tokens to read of training and of held-out text. Default: all.",
+        ge=1,
+        group="data",
     )
-    device: str | None = _option(None, "such as cpu or cuda:1; the GPU if there is one unless given")
-    dtype: Literal["float32", "bfloat16"] | None = _option(
-        None, "of the weights; bfloat16 on a GPU, float32 on a CPU unless given"
+    num_heldout: int = option(
+        16, "Held-out sequences to measure on, spread over all documents.", ge=1, group="data"
+    )
+    start: int | None = option(
+        None,
+        "First position whose loss counts. Default: max(4 * window, seq_len / 8), at most seq_len / 2, from where most"
+        " of the text lies beyond the window.",
+        ge=0,
+        group="data",
+    )
+    device: str | None = option(
+        None, "Device, for example cpu or cuda:1. Default: the GPU if there is one.", group="speed"
+    )
+    dtype: Literal["float32", "bfloat16"] | None = option(
+        None, "Dtype of the model's weights. Default: bfloat16 on a GPU, float32 on a CPU.", group="speed"
     )
 
     def __post_init__(self) -> None:
-        _check_integers(self, num_heldout=1, start=0, max_tokens=1)
-        _check_choices(self, dtype=("float32", "bfloat16"))
+        check(self)
 
     def start_for(self, config: LearnConfig | EvalConfig) -> int:
         """The first position whose loss counts.
@@ -273,40 +324,38 @@ class EvalConfig:
     """What allocations are measured by.
 
     Raises:
-        ConsaError: a value out of range; the message names it.
+        ConsaError: a value is out of range; the message names it.
     """
 
-    seq_len: int = _option(LearnConfig.seq_len, "tokens per held-out sequence")
-    sparsity: float = _option(
-        LearnConfig.sparsity, "of rules: share of units on sliding-window attention, in [0, 1]"
+    seq_len: int = option(LearnConfig.seq_len, "Length of a held-out sequence, in tokens.", ge=2)
+    sparsity: float = option(LearnConfig.sparsity, f"{SPARSITY_HELP} Applies to rules.", ge=0, le=1)
+    granularity: Granularity = option(LearnConfig.granularity, f"{GRANULARITY_HELP} Applies to rules.")
+    window: int = option(WINDOW, f"{WINDOW_HELP} Applies where an allocation's file does not say.", ge=1)
+    num_sink_tokens: int = option(
+        NUM_SINK_TOKENS, f"{SINKS_HELP} Applies where an allocation's file does not say.", ge=0
     )
-    granularity: Granularity = _option(
-        LearnConfig.granularity, "of rules: what is decided as one, 'layer' or 'kv_head'"
+    retrieval: str | None = option(
+        None, f"Retrieval tasks to ask: {', '.join(TASKS)}. Separated by commas. Default: none."
     )
-    window: int = _option(
-        WINDOW, "tokens a sliding-window query sees, itself included, where no file says it"
+    lengths: str = option(
+        "1024,4096", "Prompt lengths of the retrieval tasks, in tokens. Separated by commas."
     )
-    num_sink_tokens: int = _option(
-        NUM_SINK_TOKENS, "first tokens that stay visible on top, where no file says it"
+    examples: int = option(20, "Prompts of each retrieval task at each length.", ge=1)
+    tasks: str | None = option(None, "Tasks of lm-eval to run. Separated by commas. Default: none.")
+    limit: int | None = option(None, "Documents of each lm-eval task to use. Default: all.", ge=1)
+    batch_size: int = option(1, "Batch size of all measurements, in sequences.", ge=1, group="speed")
+    cache_tokens: int = option(32768, "Tokens in the KV cache whose size the tables show.", ge=1)
+    seed: int = option(
+        0, "Random seed of retrieval prompts, confidence intervals and random allocations.", ge=0
     )
-    retrieval: str | None = _option(None, f"retrieval tasks, of {', '.join(TASKS)}; commas between several")
-    lengths: str = _option("1024,4096", "tokens of their texts")
-    examples: int = _option(20, "of each retrieval task at each length")
-    tasks: str | None = _option(None, "tasks of lm-eval; commas between several")
-    limit: int | None = _option(None, "documents of each of these tasks; all unless given")
-    batch_size: int = _option(1, "sequences, questions, or texts of lm-eval's tasks, computed at once")
-    cache_tokens: int = _option(32768, "in the KV cache whose size is shown")
-    seed: int = _option(0, "of retrieval texts, confidence intervals and random allocations")
 
     def __post_init__(self) -> None:
-        LearnConfig(sparsity=self.sparsity, granularity=self.granularity)  # the same limits as in learning
-        _check_integers(self, seq_len=2, window=1, num_sink_tokens=0, examples=1, limit=1)
-        _check_integers(self, batch_size=1, cache_tokens=1, seed=0)
+        check(self)
         for task in self.retrieval_tasks:
             if task not in TASKS:
                 raise ConsaError(f"retrieval task must be one of {', '.join(TASKS)}, got {task!r}")
         if min(self.retrieval_lengths, default=0) < 1:
-            raise ConsaError(f"lengths must be integers >= 1 with commas between, got {self.lengths!r}")
+            raise ConsaError(f"lengths must be integers >= 1 separated by commas, got {self.lengths!r}")
 
     @property
     def retrieval_tasks(self) -> tuple[str, ...]:
@@ -320,7 +369,7 @@ class EvalConfig:
             return tuple(int(length) for length in words_of(self.lengths))
         except ValueError:
             raise ConsaError(
-                f"lengths must be integers >= 1 with commas between, got {self.lengths!r}"
+                f"lengths must be integers >= 1 separated by commas, got {self.lengths!r}"
             ) from None
 
     @property
@@ -331,35 +380,53 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """What is chosen, and how often.
+    """What a sweep chooses, and how often.
 
     Raises:
-        ConsaError: a value out of range; the message names it.
+        ConsaError: a value is out of range; the message names it.
     """
 
-    sparsity: str = _option("0.5,0.75,0.9", "shares of units on sliding-window attention; commas between")
-    granularity: str = _option("kv_head", "what is decided as one: layer, kv_head or both; commas between")
-    methods: str = _option(
-        "consa,rules",
-        "how allocations are chosen: consa, other methods such as prulong, rules by name, or all 'rules'",
+    sparsity: str = option("0.5,0.75,0.9", f"Sparsities to choose at. {SPARSITY_HELP} Separated by commas.")
+    granularity: str = option(
+        "kv_head", f"{GRANULARITY_HELP} Values are layer and kv_head, separated by commas."
     )
-    seeds: int = _option(1, "runs of each method, from seed 0 on; rules that draw nothing run once")
-    num_steps: int | None = _option(None, "optimiser steps of methods that train; their default unless given")
-    sequences_per_step: int | None = _option(None, "sequences of each of these steps")
-    evaluations: int | None = _option(None, "forward evaluations of methods that search")
-    evaluation_sequences: int | None = _option(None, "sequences of each of these evaluations")
-    micro_batch: int | None = _option(None, "sequences computed at once while choosing; 1 unless given")
-    compile: bool = _option(False, "compile layers where gates are trained on the text, as in learning")
+    methods: str = option(
+        "consa,rules",
+        "Methods that choose allocations: consa, other methods, rules by name, rules for all of them, or"
+        " package.module:Class for your own. Separated by commas.",
+    )
+    seeds: int = option(1, "Runs of each method that uses randomness, from seed 0 on.", ge=1)
+    settings: str | None = option(
+        None,
+        "Settings of single methods, for example prulong.learning_rate=0.5,bosch.num_buckets=4. Separated by commas.",
+        group="solver",
+    )
+    num_steps: int | None = option(
+        None, "Optimizer steps of methods that train. Default: each method's own.", ge=1, group="solver"
+    )
+    sequences_per_step: int | None = option(
+        None, "Global batch size of methods that train. Default: each method's own.", ge=1, group="solver"
+    )
+    evaluations: int | None = option(
+        None, "Forward evaluations of methods that search. Default: each method's own.", ge=1, group="solver"
+    )
+    evaluation_sequences: int | None = option(
+        None, "Sequences of each of these evaluations. Default: each method's own.", ge=1, group="solver"
+    )
+    micro_batch: int | None = option(
+        None, "Micro-batch size while choosing: sequences computed at once. Default: 1.", ge=1, group="speed"
+    )
+    compile: bool = option(False, f"{COMPILE_HELP} Applies to methods that train gates.", group="speed")
 
     def __post_init__(self) -> None:
-        _check_integers(self, seeds=1)
+        check(self)
         for name in ("sparsity", "granularity", "methods"):
             if not words_of(getattr(self, name)):
                 raise ConsaError(f"{name} is empty; name at least one")
         for granularity in self.granularities:
-            LearnConfig(granularity=granularity)  # the same limits as in learning
+            ChoiceConfig(granularity=granularity)  # checks the value
         for sparsity in self.sparsities:
-            LearnConfig(sparsity=sparsity)
+            ChoiceConfig(sparsity=sparsity)
 
     @property
     def sparsities(self) -> tuple[float, ...]:
@@ -367,7 +434,7 @@ class SweepConfig:
         try:
             return tuple(dict.fromkeys(float(share) for share in words_of(self.sparsity)))
         except ValueError:
-            raise ConsaError(f"sparsity must be shares with commas between, got {self.sparsity!r}") from None
+            raise ConsaError(f"sparsity must be shares separated by commas, got {self.sparsity!r}") from None
 
     @property
     def granularities(self) -> tuple[Granularity, ...]:
@@ -375,59 +442,39 @@ class SweepConfig:
         return cast(tuple[Granularity, ...], words_of(self.granularity))
 
     @property
-    def budget(self) -> dict[str, Any]:
-        """What was given of the methods' budgets."""
-        names = ("num_steps", "sequences_per_step", "evaluations", "evaluation_sequences")
-        names += ("micro_batch", "compile")
+    def budget(self) -> dict[str, int | bool]:
+        """Settings that were given here for every method that has them."""
+        names = ("num_steps", "sequences_per_step", "evaluations", "evaluation_sequences", "compile")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceConfig:
-    """What all methods share. What only one of them knows is a constant of its file, with its source.
-
-    At the defaults the methods that train and those that search cost about the same: 200 steps of 4 sequences and the
-    refinement's 40 evaluations of 8 are 340 evaluations of 8, if a backward pass counts as two forward ones.
-
-    Attributes:
-        sparsity: share of units to put on SWA, in [0, 1].
-        granularity: what is decided as one: "layer" or "kv_head".
-        window: tokens an SWA query sees, itself included.
-        num_sink_tokens: first tokens that stay visible on top of the window.
-        seed: of whatever a method draws.
-        num_steps: optimiser steps of a method that trains.
-        sequences_per_step: sequences, or questions, of each of them.
-        evaluations: budget of a method that searches, in forward evaluations.
-        evaluation_sequences: sequences, or questions, of each of them, and of what measures attention.
-        micro_batch: sequences of one length computed at once; on a GPU, as many as fit.
-        compile: compile layers where gates are trained on sequences; takes seconds and makes steps faster.
+    """What is asked of a method: the settings that all methods share. Their own settings are their fields.
 
     Raises:
-        ConsaError: a value out of range; the message names it.
+        ConsaError: a value is out of range; the message names it.
     """
 
-    sparsity: float = LearnConfig.sparsity
-    granularity: Granularity = LearnConfig.granularity
-    window: int = WINDOW
-    num_sink_tokens: int = NUM_SINK_TOKENS
-    seed: int = 0
-    num_steps: int = LearnConfig.num_steps
-    sequences_per_step: int = LearnConfig.sequences_per_step
-    evaluations: int = 340
-    evaluation_sequences: int = 8
-    micro_batch: int = 1
-    compile: bool = False
+    sparsity: float = option(LearnConfig.sparsity, SPARSITY_HELP, ge=0, le=1)
+    granularity: Granularity = option(LearnConfig.granularity, GRANULARITY_HELP)
+    window: int = option(WINDOW, WINDOW_HELP, ge=1)
+    num_sink_tokens: int = option(NUM_SINK_TOKENS, SINKS_HELP, ge=0)
+    seed: int = option(0, "Random seed of the method.", ge=0)
+    micro_batch: int = option(1, "Sequences of one length that are computed at once.", ge=1, group="speed")
 
     def __post_init__(self) -> None:
-        _check_integers(self, evaluations=1, evaluation_sequences=1)
-        self.for_learning()
+        check(self)
 
-    def for_learning(self, **other: Any) -> LearnConfig:
-        """The settings of `consa.training.learning.learn` that these stand for, but for `other`."""
-        alike = {item.name for item in fields(self)} & {item.name for item in fields(LearnConfig)}
-        settings: dict[str, Any] = {name: getattr(self, name) for name in alike}
-        settings["refine_sequences"] = self.evaluation_sequences
-        return LearnConfig(**settings | other)
+
+FORMER_NAMES = {"activation_checkpointing": "gradient_checkpointing"}
+
+
+def with_present_names(record: Any) -> Any:
+    """A record of settings from an earlier version of consa, under the names that they have now."""
+    if not isinstance(record, dict):
+        return record
+    return {FORMER_NAMES.get(name, name): with_present_names(value) for name, value in record.items()}
 
 
 def check_window(window: int, num_sink_tokens: int, seq_len: int) -> None:
@@ -435,61 +482,5 @@ def check_window(window: int, num_sink_tokens: int, seq_len: int) -> None:
     if window + num_sink_tokens >= seq_len:
         raise ConsaError(
             f"window + num_sink_tokens must be smaller than seq_len ({seq_len}), got {window} + {num_sink_tokens};"
-            " else sliding-window attention is full attention"
+            " otherwise sliding-window attention is full attention"
         )
-
-
-def words_of(text: str | None) -> tuple[str, ...]:
-    """The words of an option that takes several, with commas between; each once."""
-    return tuple(dict.fromkeys(word.strip() for word in (text or "").split(",") if word.strip()))
-
-
-def _given(config: Any, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """Settings by name, but for those that may be left out and are."""
-    optional = {item.name for item in fields(config) if item.default is None}
-    for name in names:
-        value = getattr(config, name)
-        if value is not None or name not in optional:
-            yield name, value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_choices(config: Any, **allowed: tuple[str, ...]) -> None:
-    for name, value in _given(config, allowed):
-        if value not in allowed[name]:
-            raise ConsaError(f"{name} must be one of {', '.join(allowed[name])}, got {value!r}")
-
-
-def _check_flags(config: Any, *names: str) -> None:
-    for name, value in _given(config, names):
-        if not isinstance(value, bool):
-            raise ConsaError(f"{name} must be True or False, got {value!r}")
-
-
-def _check_integers(config: Any, **least: int) -> None:
-    for name, value in _given(config, least):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least[name]:
-            raise ConsaError(f"{name} must be an integer >= {least[name]}, got {value!r}")
-        if value >= 2**63:
-            raise ConsaError(f"{name} must be below 2**63, got {value}")
-
-
-def _check_positive(config: Any, *names: str) -> None:
-    for name, value in _given(config, names):
-        if not _is_number(value) or not 0 < value < math.inf:
-            raise ConsaError(f"{name} must be a positive number, got {value!r}")
-
-
-def _check_not_negative(config: Any, *names: str) -> None:
-    for name, value in _given(config, names):
-        if not _is_number(value) or not 0 <= value < math.inf:
-            raise ConsaError(f"{name} must be a number >= 0, got {value!r}")
-
-
-def _check_shares(config: Any, *names: str) -> None:
-    for name, value in _given(config, names):
-        if not _is_number(value) or not 0 <= value <= 1:
-            raise ConsaError(f"{name} must be a share in [0, 1], got {value!r}")

@@ -24,7 +24,7 @@ LEARN = LearnConfig(
     seq_len=8192,
     num_steps=200,
     sequences_per_step=8,
-    activation_checkpointing=True,
+    gradient_checkpointing=True,
 )
 ADAPT = AdaptConfig(
     method="full",
@@ -34,5 +34,5 @@ ADAPT = AdaptConfig(
     sequences_per_step=32,
     evaluate_every=100,
     checkpoint_every=100,
-    activation_checkpointing=True,
+    gradient_checkpointing=True,
 )

@@ -41,7 +41,7 @@ BAD: dict[str, list[Any]] = {
     "refine_evaluations": [-1, 0.5],
     "refine_sequences": [0, -1],
     "checkpoint_every": [0, 2.5],
-    "activation_checkpointing": [1, None],
+    "gradient_checkpointing": [1, None],
     "compile": ["no", 0],
 }
 

@@ -1,3 +1,8 @@
 """The command line."""
 
-from consa.cli.commands import main as main
+
+def main() -> None:
+    """The entry point of `consa`."""
+    from consa.cli import commands
+
+    commands.main()

@@ -1,4 +1,4 @@
-"""Command-line options made from config dataclasses, so that defaults and help are stated once."""
+"""Command-line options generated from config dataclasses, so that defaults, help and bounds are stated once."""
 
 from __future__ import annotations
 
@@ -7,26 +7,37 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from typer.models import ArgumentInfo
+
+from consa.config import FORMER_NAMES, RunConfig
+from consa.settings import Kind, help_of, kinds
+
+FORMER_OPTIONS = {
+    f"--{no}{old.replace('_', '-')}": f"--{no}{new.replace('_', '-')}"
+    for old, new in FORMER_NAMES.items()
+    for no in ("", "no-")
+}
+"""Former names of options, which commands still take and help does not list -> their present names."""
 
 
 def with_fields_of(*configs: type, only: tuple[str, ...] = ()) -> Callable[..., Callable[..., None]]:
     """Give a command an option for every field of the dataclasses; a field without default becomes an argument.
 
-    The command receives them in its `**options`. A field's metadata holds its "help".
+    The command receives them in its `**options`.
 
     Args:
         configs: the dataclasses.
         only: names of the fields to take; all if empty.
     """
     made = [
-        _parameter(field, get_type_hints(config)[field.name])
+        _parameter(item, kinds(config)[item.name])
         for config in configs
-        for field in fields(config)
-        if not only or field.name in only
+        for item in fields(config)
+        if not only or item.name in only
     ]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -45,39 +56,57 @@ def _is_option(parameter: inspect.Parameter) -> bool:
     )
 
 
-def _parameter(field: Field[Any], kind: Any) -> inspect.Parameter:
-    members = [member for member in (get_args(kind) or (kind,)) if member is not type(None)]
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    if len(members) == 1 and get_origin(members[0]) is Literal:  # Literal[...] | None
-        choices = get_args(members[0])
+def _parameter(item: Field[Any], kind: Kind) -> inspect.Parameter:
     details: dict[str, Any] = {
-        "help": field.metadata["help"],
-        "show_default": field.default not in (None, MISSING),
+        "help": help_of(item),
+        "show_default": item.default not in (None, MISSING),
+        "rich_help_panel": item.metadata["group"],
     }
-    name = f"--{field.name.replace('_', '-')}"
-    if field.default is MISSING:
-        annotation = Annotated[kind, typer.Argument(metavar=field.name.upper(), **details)]
-    elif choices:  # taken as text, so that the dataclass says what is wrong with a bad one
-        kind = str if field.default is not None else str | None
-        annotation = Annotated[kind, typer.Option(name, metavar="|".join(choices), **details)]
-    elif kind is bool:
-        annotation = Annotated[kind, typer.Option(f"{name}/--no-{name[2:]}", **details)]
-    elif field.metadata.get("unit") == "bytes":
-        annotation = Annotated[kind, typer.Option(name, parser=num_bytes, metavar="BYTES", **details)]
-    elif members[0] is str:
-        annotation = Annotated[kind, typer.Option(name, metavar="TEXT", **details)]
+    names = [option_name(name) for name in (item.name, item.metadata["alias"]) if name]
+    value_type: Any = kind.type | None if kind.optional else kind.type
+    if item.default is MISSING:
+        extra = typer.Argument(metavar=item.name.upper(), help=details["help"])
+    elif kind.type is bool:
+        extra = typer.Option(*(f"{name}/--no-{name[2:]}" for name in names), **details)
+    elif item.metadata["unit"] == "bytes":
+        extra = typer.Option(*names, parser=num_bytes, metavar="BYTES", **details)
+    elif kind.type is str:  # choices too, so that the dataclass can name a bad one
+        extra = typer.Option(*names, metavar="|".join(kind.choices) or "TEXT", **details)
     else:
-        annotation = Annotated[kind, number(name, kind=members[0], **details)]
+        extra = number(*names, kind=kind.type, **details)
     return inspect.Parameter(
-        field.name,
+        item.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if field.default is MISSING else field.default,
-        annotation=annotation,
+        default=inspect.Parameter.empty if item.default is MISSING else item.default,
+        annotation=Annotated[value_type, extra],
     )
 
 
+def option_name(field: str) -> str:
+    """The option of a field."""
+    return f"--{field.replace('_', '-')}"
+
+
+HEADINGS = {
+    "argument": "Arguments",
+    "basic": "Options",
+    "data": "Data options",
+    "speed": "Speed options",
+    "solver": "Solver options",
+}
+
+
+def by_group(parameters: list[Any]) -> dict[str, list[Any]]:
+    """The parameters of a command under the headings of its help, in order; empty groups are left out."""
+    groups: dict[str, list[Any]] = {heading: [] for heading in HEADINGS.values()}
+    for parameter in parameters:
+        argument = parameter.param_type_name == "argument"
+        groups[HEADINGS["argument" if argument else parameter.rich_help_panel or "basic"]].append(parameter)
+    return {heading: members for heading, members in groups.items() if members}
+
+
 def number(*names: str, kind: type = int, **details: Any) -> Any:
-    """An option for a number; unlike typer's own, it names a value that is none."""
+    """An option for a number; unlike typer's own, its error names the bad value."""
 
     def parse(text: Any) -> Any:
         try:
@@ -104,17 +133,17 @@ def num_bytes(text: Any) -> int:
 
 
 def from_options(options: dict[str, Any], *configs: type) -> list[Any]:
-    """What a command received, as one instance of each of the dataclasses."""
+    """The options that a command received, as one instance of each of the dataclasses."""
     return [config(**{field.name: options[field.name] for field in fields(config)}) for config in configs]
 
 
 def command_line(verb: str, *configs: Any) -> str:
-    """The command that gives these settings, without what is default anyway."""
+    """The command that gives these settings; defaults are left out."""
     words = ["consa", verb]
     for config in configs:
         for field in fields(config):
             value = getattr(config, field.name)
-            name = f"--{field.name.replace('_', '-')}"
+            name = option_name(field.name)
             if field.default is MISSING:
                 words.append(str(value))
             elif value != field.default:
@@ -123,14 +152,30 @@ def command_line(verb: str, *configs: Any) -> str:
     return shlex.join(words)
 
 
-def described(parameter: Any) -> str:
-    """An option or argument of a command, as an item of a Markdown list."""
-    if parameter.param_type_name == "argument":
-        return f"- `{parameter.metavar}`: {parameter.help}"
-    names = " / ".join([*parameter.opts, *parameter.secondary_opts])
-    value = "" if parameter.is_flag else f" {parameter.metavar}"
-    has_default = parameter.default is not None and parameter.default is not False
-    default = (
-        f" (default `{parameter.default}`)" if has_default else " (required)" if parameter.required else ""
-    )
-    return f"- `{names}{value}`: {parameter.help}{default}"
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER", help="Folder for the results. Default: a folder under runs/.", show_default=False
+    ),
+]
+Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Also write the metrics for TensorBoard.")]
+Kept = Annotated[
+    Path,
+    typer.Option(
+        "--allocation",
+        metavar="FILE",
+        help="Allocation: an allocation.json, the folder of a run, or the name of a published one.",
+    ),
+]
+Converted = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that `consa convert` wrote.")]
+
+
+def was_given(ctx: typer.Context, name: str) -> bool:
+    """Whether the user typed an option."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def model_name(where: RunConfig) -> str:
+    """A name for the model in names of folders."""
+    return re.sub(r"[^\w.-]+", "-", Path(where.model).name) or "model"

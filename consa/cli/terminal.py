@@ -1,4 +1,4 @@
-"""How commands speak on a terminal: what a user can cause in one line, libraries kept quiet, results as tables."""
+"""How commands speak on a terminal: errors in one line, quiet libraries, help in groups, results as tables."""
 
 from __future__ import annotations
 
@@ -8,29 +8,49 @@ import warnings
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
+from consa.cli.options import FORMER_OPTIONS, by_group
 from consa.errors import ConsaError
 
 UsageError: Any = typer.BadParameter.__base__  # typer does not export it, and its click may be its own
 
 
-# What helps against too little memory; a command's own options.
+# Remedies for too little memory: options of the command.
 LIGHTER = {
-    "adapt": "lower --micro-batch or --seq-len, or turn on --activation-checkpointing",
+    "adapt": "lower --micro-batch or --seq-len, or turn on --gradient-checkpointing",
     "behaviour": "lower --seq-len",
     "bench": "choose shorter --contexts or smaller --batch-sizes",
     "eval": "lower --batch-size, --seq-len or --lengths",
     "generate": "shorten the prompt",
-    "learn": "lower --micro-batch or --seq-len, or turn on --activation-checkpointing",
+    "learn": "lower --micro-batch or --seq-len, or turn on --gradient-checkpointing",
     "sweep": "lower --micro-batch, --batch-size, --seq-len or --lengths",
 }
 RESUMING = ("adapt", "demo", "learn", "sweep")
 INTERRUPTED = 130  # what shells say of a command that Ctrl-C has ended
 
 
+class Command(TyperCommand):
+    """A command whose help lists its options in groups."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options of each group under its heading."""
+        for heading, parameters in by_group(self.get_params(ctx)).items():
+            rows = [_help_row(row) for p in parameters if (row := p.get_help_record(ctx))]
+            if rows:
+                with formatter.section(heading):
+                    formatter.write_dl(rows)
+
+
+def _help_row(row: tuple[str, str]) -> tuple[str, str]:
+    """A row of help without the former names of options."""
+    names = [part.split(", ") for part in row[0].split(" / ")]
+    kept = [", ".join(name for name in part if name not in FORMER_OPTIONS) for part in names]
+    return " / ".join(kept), row[1]
+
+
 class Commands(TyperGroup):
-    """Turns whatever a user can cause into one line on stderr and an exit code."""
+    """The group of all commands: turns errors that a user can trigger into one line on stderr and an exit code."""
 
     _interrupted: str | None = None  # the command that was
 
@@ -44,9 +64,21 @@ class Commands(TyperGroup):
         except typer.Abort:
             status = INTERRUPTED
         if status == INTERRUPTED:  # in a command, or in typer around it
-            goes_on = "; the same command continues where it was" if self._interrupted in RESUMING else ""
+            goes_on = (
+                "; the same command resumes from its last checkpoint" if self._interrupted in RESUMING else ""
+            )
             fail(f"interrupted{goes_on}", INTERRUPTED)
         sys.exit(status if isinstance(status, int) else 0)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options, then the commands of each group under its heading."""
+        with formatter.section("Options"):
+            formatter.write_dl([row for p in self.get_params(ctx) if (row := p.get_help_record(ctx))])
+        shown: list[Any] = [command for command in self.commands.values() if not command.hidden]
+        for group in dict.fromkeys(command.rich_help_panel for command in shown):
+            members = [command for command in shown if command.rich_help_panel == group]
+            with formatter.section(group):
+                formatter.write_dl([(command.name, command.get_short_help_str(200)) for command in members])
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; what it raises becomes a line."""
@@ -79,7 +111,7 @@ def fail(message: str, status: int) -> int:
 
 def _usage(message: str) -> str:
     if "unexpected extra argument" in message:
-        return f"{message[:120]}; a pattern such as 'texts/*.txt' needs quotes, or the shell makes many names of it"
+        return f"{message[:120]}; put quotes around a pattern such as 'texts/*.txt', or the shell expands it"
     return message
 
 
@@ -91,7 +123,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _quieten() -> None:
-    """Keep the libraries' own talk off the terminal; consa's warnings become one line each."""
+    """Keep messages of libraries off the terminal; consa's warnings become one line each."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its talk of retries, where there is no network
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks; consa uses threads

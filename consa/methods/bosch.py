@@ -1,65 +1,73 @@
 """BOSCH: black-box search for the heads to close, as a large-neighbourhood search in three stages (arXiv 2604.05942).
 
 The stages are the paper's: layers are probed, layers share out the budget by that, and heads are searched within groups
-of layers. No code is published, and the abstract names no constants: those here, the exchanges as moves and the
+of layers. No code is published, and the abstract names no constants: the defaults, the exchanges as moves and the
 next-token loss as objective are this project's.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from consa.allocation import Allocation
 from consa.config import ChoiceConfig
-from consa.methods import check_budget
+from consa.methods import SearchingMethod
 from consa.methods.problem import Problem
-from consa.model.load import LoadedModel
-
-NUM_BUCKETS = 3  # groups of layers, by sensitivity
-MEAN_EXCHANGE = 2.0  # units that a move exchanges, on average
-
-
-def bosch(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) -> Allocation:
-    """Probe each layer, share the FA units out over buckets of layers, and search within each bucket by exchanges.
-
-    Raises:
-        ConsaError: the budget does not cover the probes.
-    """
-    problem = Problem(loaded, sequences, config)
-    units, texts = problem.units, problem.sample()
-    layer = np.arange(units.count) // units.per_layer  # of each unit
-    check_budget("bosch", loaded.layout, config)
-    everything = np.ones(units.count, dtype=bool)
-    dense = problem.loss(everything, texts)
-    rise = np.array([problem.loss(layer != one, texts) - dense for one in range(len(units.layers))])
-    buckets = _buckets(rise, units.per_layer)
-    full = np.zeros(units.count, dtype=bool)
-    weights = [float(np.maximum(rise[layer[bucket]], 0).sum()) for bucket in buckets]
-    for bucket, share in zip(
-        buckets, apportion(problem.num_full, weights, list(map(len, buckets))), strict=True
-    ):
-        full[bucket[:share]] = True
-    current, rng = problem.loss(full, texts), np.random.default_rng(config.seed)
-    # The last neighbourhood is all units, so that what the probes got wrong can still be put right.
-    neighbourhoods = [*(b for b in buckets if 0 < full[b].sum() < len(b)), np.arange(units.count)]
-    begun = len(units.layers) + 2  # dense, a probe of each layer, and the start of the search
-    for spent in range(begun, config.evaluations):
-        units_here = neighbourhoods[spent % len(neighbourhoods)]
-        kept, closed = units_here[full[units_here]], units_here[~full[units_here]]
-        size = min(int(rng.geometric(1 / MEAN_EXCHANGE)), len(kept), len(closed))
-        trial = full.copy()
-        trial[rng.choice(kept, size, replace=False)] = False
-        trial[rng.choice(closed, size, replace=False)] = True
-        value = problem.loss(trial, texts)
-        if value < current:
-            full, current = trial, value
-    return problem.decide("bosch", rise[layer], full, num_buckets=NUM_BUCKETS, mean_exchange=MEAN_EXCHANGE)
+from consa.model.layout import AttentionLayout
+from consa.settings import option
+from consa.training.learning import units_of
 
 
-def _buckets(rise: np.ndarray, per_layer: int) -> list[np.ndarray]:
-    """The units of each third of the layers, the most sensitive first, within a bucket too."""
+@dataclass(frozen=True, kw_only=True)
+class Bosch(SearchingMethod):
+    """Probe each layer, share the FA units out over buckets of layers, and search within each bucket by exchanges."""
+
+    name = "bosch"
+
+    num_buckets: int = option(3, "Groups of layers, by sensitivity.", ge=1)
+    mean_exchange: float = option(2.0, "Units that a move exchanges, on average.", ge=1)
+
+    def num_probes(self, layout: AttentionLayout, config: ChoiceConfig) -> int:
+        """One for each layer."""
+        return len(units_of(layout, config.granularity).layers)
+
+    def choose(self, problem: Problem) -> Allocation:
+        """See `Method.choose`."""
+        units, texts = problem.units, problem.sample(self.evaluation_sequences)
+        layer = np.arange(units.count) // units.per_layer  # of each unit
+        everything = np.ones(units.count, dtype=bool)
+        dense = problem.loss(everything, texts)
+        rise = np.array([problem.loss(layer != one, texts) - dense for one in range(len(units.layers))])
+        buckets = buckets_of(rise, units.per_layer, self.num_buckets)
+        full = np.zeros(units.count, dtype=bool)
+        weights = [float(np.maximum(rise[layer[bucket]], 0).sum()) for bucket in buckets]
+        for bucket, share in zip(
+            buckets, apportion(problem.num_full, weights, list(map(len, buckets))), strict=True
+        ):
+            full[bucket[:share]] = True
+        current, rng = problem.loss(full, texts), np.random.default_rng(problem.config.seed)
+        # The last neighbourhood is all units, so that what the probes got wrong can still be put right.
+        neighbourhoods = [*(b for b in buckets if 0 < full[b].sum() < len(b)), np.arange(units.count)]
+        begun = len(units.layers) + 2  # dense, a probe of each layer, and the start of the search
+        for spent in range(begun, self.evaluations):
+            units_here = neighbourhoods[spent % len(neighbourhoods)]
+            kept, closed = units_here[full[units_here]], units_here[~full[units_here]]
+            size = min(int(rng.geometric(1 / self.mean_exchange)), len(kept), len(closed))
+            trial = full.copy()
+            trial[rng.choice(kept, size, replace=False)] = False
+            trial[rng.choice(closed, size, replace=False)] = True
+            value = problem.loss(trial, texts)
+            if value < current:
+                full, current = trial, value
+        return problem.decide(self, rise[layer], full)
+
+
+def buckets_of(rise: np.ndarray, per_layer: int, num_buckets: int) -> list[np.ndarray]:
+    """The units of equal groups of layers, the most sensitive layers first, within a bucket too."""
     order = np.argsort(-rise, kind="stable")
-    groups = np.array_split(order, min(NUM_BUCKETS, len(order)))
+    groups = np.array_split(order, min(num_buckets, len(order)))
     return [(group[:, None] * per_layer + np.arange(per_layer)).T.flatten() for group in groups]
 
 

@@ -2,49 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from consa import rules
 from consa.allocation import Allocation
 from consa.config import ChoiceConfig
-from consa.methods import check_budget
+from consa.methods import SearchingMethod
 from consa.methods.problem import Problem
-from consa.model.load import LoadedModel
+from consa.methods.rule import Rule
+from consa.model.layout import AttentionLayout
+from consa.training.learning import units_of
 from consa.training.refinement import Exchange, refine
 
 
-def greedy(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) -> Allocation:
-    """Probe each unit of `rules.middle` once, then exchange units by `training.refinement.refine` within the budget.
+@dataclass(frozen=True, kw_only=True)
+class Greedy(SearchingMethod):
+    """Probe each unit of `rules.middle` once, then exchange units by `training.refinement.refine`."""
 
-    Raises:
-        ConsaError: the budget does not cover the probes.
-    """
-    problem = Problem(loaded, sequences, config)
-    check_budget("greedy", loaded.layout, config)
-    layout, texts = loaded.layout, problem.sample()
-    start = rules.middle(
-        layout.num_layers,
-        layout.num_kv_heads,
-        sparsity=config.sparsity,
-        granularity=config.granularity,
-        native_windows=layout.native_windows,
-    )
-    full = problem.gather(start.full_attention)
-    before = problem.loss(full, texts)
-    worth = np.zeros(problem.units.count)
-    for unit in range(len(worth)):
-        flipped = full ^ (np.arange(len(full)) == unit)
-        change = problem.loss(flipped, texts) - before
-        worth[unit] = change if full[unit] else -change
-    exchanges: list[Exchange] = []
-    refined = refine(
-        loaded.model,
-        problem.decide("greedy", worth, full),
-        np.stack([text.tokens for text in texts]),
-        max_evaluations=config.evaluations - problem.units.count - 1,
-        batch_size=config.micro_batch,
-        on_exchange=exchanges.append,
-    )
-    evaluations = exchanges[-1].evaluations if exchanges else 1
-    problem.forward_tokens += evaluations * len(texts) * sequences.shape[1]
-    return problem.decide("greedy", worth, problem.gather(refined.full_attention), start="middle")
+    name = "greedy"
+
+    def num_probes(self, layout: AttentionLayout, config: ChoiceConfig) -> int:
+        """One for each unit."""
+        return units_of(layout, config.granularity).count
+
+    def choose(self, problem: Problem) -> Allocation:
+        """See `Method.choose`."""
+        texts = problem.sample(self.evaluation_sequences)
+        full = problem.gather(Rule(name="middle").choose(problem).full_attention)
+        before = problem.loss(full, texts)
+        worth = np.zeros(problem.units.count)
+        for unit in range(len(worth)):
+            flipped = full ^ (np.arange(len(full)) == unit)
+            change = problem.loss(flipped, texts) - before
+            worth[unit] = change if full[unit] else -change
+        exchanges: list[Exchange] = []
+        refined = refine(
+            problem.loaded.model,
+            problem.decide(self, worth, full),
+            np.stack([text.tokens for text in texts]),
+            max_evaluations=self.evaluations - problem.units.count - 1,
+            batch_size=problem.config.micro_batch,
+            on_exchange=exchanges.append,
+        )
+        evaluations = exchanges[-1].evaluations if exchanges else 1
+        problem.forward_tokens += evaluations * len(texts) * problem.sequences.shape[1]
+        return problem.decide(self, worth, problem.gather(refined.full_attention), start="middle")

@@ -2,30 +2,39 @@
 
 Its target rises slowly from 0 to the largest sparsity, and the units close one after another. Averaged over all steps,
 a unit's log_alpha says how long it stayed open. Cutting the order of these averages anywhere gives an allocation, and
-sparser ones keep a subset of what denser ones keep (see `consa.methods.choose`).
+sparser ones keep a subset of what denser ones keep (see `consa.methods.choice.choose`).
 """
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
 
 from consa.allocation import Allocation
-from consa.config import ChoiceConfig
+from consa.methods import TrainingMethod
 from consa.methods.problem import Problem
-from consa.model.load import LoadedModel
 from consa.training.learning import learn
 
 
-def nested(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) -> Allocation:
-    """Learn once, up to the config's sparsity; the scores rank the units for every smaller one too."""
-    problem = Problem(loaded, sequences, config)
-    most = 1 - 1 / problem.units.count  # where no unit is left to keep FA, there is nothing to learn
-    learning = config.for_learning(
-        sparsity=min(config.sparsity, most), warmup=1.0, averaged=1.0, refine_evaluations=0
-    )
-    result = learn(loaded.model, sequences, learning)
-    assert result.allocation.scores is not None
-    tokens = len(result.history) * config.sequences_per_step * sequences.shape[1]
-    problem.forward_tokens = problem.backward_tokens = tokens
-    scores = problem.gather(result.allocation.scores)
-    return problem.decide("nested", scores, warmup=1.0, averaged=1.0, up_to=config.sparsity)
+@dataclass(frozen=True, kw_only=True)
+class Nested(TrainingMethod):
+    """Learn once, up to the largest sparsity; the scores rank the units for every smaller one too."""
+
+    name = "nested"
+    ranks = True
+
+    def choose(self, problem: Problem) -> Allocation:
+        """See `Method.choose`."""
+        most = 1 - 1 / problem.units.count  # where no unit is left to keep FA, there is nothing to learn
+        schedule = {"warmup": 1.0, "averaged": 1.0}
+        learning = self.learning(
+            problem.config,
+            sparsity=min(problem.config.sparsity, most),
+            refine_evaluations=0,
+            **schedule,
+        )
+        result = learn(problem.loaded.model, problem.sequences, learning)
+        assert result.allocation.scores is not None
+        tokens = len(result.history) * self.sequences_per_step * problem.sequences.shape[1]
+        problem.forward_tokens = problem.backward_tokens = tokens
+        scores = problem.gather(result.allocation.scores)
+        return problem.decide(self, scores, up_to=problem.config.sparsity, **schedule)

@@ -5,26 +5,32 @@ There the units are layers, and the answers are to long prompts; here KV heads t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from consa.allocation import Allocation
-from consa.config import ChoiceConfig
+from consa.methods import ObservingMethod
 from consa.methods.problem import Problem
-from consa.model.load import LoadedModel
 
 
-def nll_guided(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) -> Allocation:
+@dataclass(frozen=True, kw_only=True)
+class NLLGuided(ObservingMethod):
     """Close every unit alone; those that raise the loss of the answers most keep full attention.
 
-    Of `sequences` only the length counts: the text is made. It takes an evaluation per unit and one more, whatever the
-    budget.
+    The text is generated: of the problem's sequences only the length counts. It takes an evaluation per unit and one
+    more.
     """
-    problem = Problem(loaded, sequences, config)
-    questions = problem.questions(config.evaluation_sequences)
-    everything = np.ones(problem.units.count, dtype=bool)
-    dense = problem.loss(everything, questions)
-    rise = [
-        problem.loss(everything & (np.arange(len(everything)) != unit), questions) - dense
-        for unit in range(len(everything))
-    ]
-    return problem.decide("nll_guided", np.array(rise))
+
+    name = "nll_guided"
+
+    def choose(self, problem: Problem) -> Allocation:
+        """See `Method.choose`."""
+        questions = problem.questions(self.evaluation_sequences)
+        everything = np.ones(problem.units.count, dtype=bool)
+        dense = problem.loss(everything, questions)
+        rise = [
+            problem.loss(everything & (np.arange(len(everything)) != unit), questions) - dense
+            for unit in range(len(everything))
+        ]
+        return problem.decide(self, np.array(rise))

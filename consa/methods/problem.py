@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count, groupby, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from consa.model.load import LoadedModel
 from consa.provenance import versions
 from consa.training.gates import Units
 from consa.training.learning import units_of
+
+if TYPE_CHECKING:
+    from consa.methods import Method
 
 QUESTIONS = "multi_query"
 """The retrieval task of the methods that need answers: several numbers are hidden, and all are asked for."""
@@ -83,9 +86,9 @@ class Problem:
             for place in np.random.default_rng([self.config.seed, epoch]).permutation(len(self.sequences)):
                 yield Text(self.sequences[place])
 
-    def sample(self) -> list[Text]:
-        """The sequences of an evaluation."""
-        return list(islice(self.stream(), min(self.config.evaluation_sequences, len(self.sequences))))
+    def sample(self, number: int) -> list[Text]:
+        """The first `number` sequences of the stream, or all there are: those of an evaluation."""
+        return list(islice(self.stream(), min(number, len(self.sequences))))
 
     def questions(self, number: int, length: int | None = None) -> list[Text]:
         """Questions about what lies in a text of `length` tokens (as long as the sequences unless given), answered."""
@@ -160,23 +163,23 @@ class Problem:
         return per_head[list(self.units.layers), ::heads].flatten()
 
     def decide(
-        self, method: str, scores: np.ndarray, full: np.ndarray | None = None, **settings: Any
+        self, method: Method, scores: np.ndarray, full: np.ndarray | None = None, **settings: Any
     ) -> Allocation:
-        """The allocation that a method ends with.
+        """The allocation that a method ends with; its provenance has the method's settings and cost.
 
         Args:
-            method: its name.
+            method: the method.
             scores: `(units,)`, higher keeps full attention.
-            full: the decision, bool `(units,)`; the top scores unless given.
-            settings: the method's own constants, for the provenance.
+            full: the decision, bool `(units,)`; by default the `num_full` units of highest score.
+            settings: what else the provenance is to say of the method.
         """
         full = self.top(scores) if full is None else full
         assert full.sum() == self.num_full
         provenance = self.loaded.identity | {
-            "method": method,
+            "method": method.name,
             "target_sparsity": self.target_sparsity,
             "config": asdict(self.config),
-            "settings": settings,
+            "settings": asdict(method) | settings,
             "cost": cost(self.forward_tokens, self.backward_tokens),
             "versions": versions(),
         }
@@ -184,7 +187,7 @@ class Problem:
         return self.allocation(full, scores=per_head, provenance=provenance)
 
     def cut(self, ranked: Allocation) -> Allocation:
-        """What the scores of an allocation chosen for another sparsity decide for this one; `choose` says for which."""
+        """The allocation of this sparsity by the scores of one that a ranking method chose for another sparsity."""
         assert ranked.scores is not None
         provenance = {"target_sparsity": self.target_sparsity, "config": asdict(self.config)}
         full = self.allocation(self.top(self.gather(ranked.scores))).full_attention

@@ -5,33 +5,38 @@ There over tokens as the model generates them, here over those of the right answ
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from consa.allocation import Allocation
-from consa.config import ChoiceConfig
+from consa.methods import ObservingMethod
 from consa.methods.measure import mean_over_queries, per_unit
 from consa.methods.problem import Problem, Text
-from consa.model.load import LoadedModel
 
 
-def retrieval_score(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) -> Allocation:
+@dataclass(frozen=True, kw_only=True)
+class RetrievalScore(ObservingMethod):
     """The units that copy most of the answers out of the prompt keep full attention.
 
-    Of `sequences` only the length counts: the text is made.
+    The text is generated: of the problem's sequences only the length counts.
     """
-    problem = Problem(loaded, sequences, config)
 
-    def score(text: Text) -> Tensor:
-        tokens = problem.tensor(text)[0]
+    name = "retrieval_score"
 
-        def copies(weights: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            best = weights.argmax(-1)  # (q_heads, queries)
-            return (tokens[best] == tokens[query[:, 0] + 1]) & (best < text.start)
+    def choose(self, problem: Problem) -> Allocation:
+        """See `Method.choose`."""
 
-        return mean_over_queries(problem, text, range(text.start - 1, len(tokens) - 1), copies)
+        def score(text: Text) -> Tensor:
+            tokens = problem.tensor(text)[0]
 
-    scores = [score(text) for text in problem.questions(config.evaluation_sequences)]
-    best = per_unit(problem, torch.stack(scores).mean(0))
-    return problem.decide("retrieval_score", problem.without_ties(best))
+            def copies(weights: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                best = weights.argmax(-1)  # (q_heads, queries)
+                return (tokens[best] == tokens[query[:, 0] + 1]) & (best < text.start)
+
+            return mean_over_queries(problem, text, range(text.start - 1, len(tokens) - 1), copies)
+
+        scores = [score(text) for text in problem.questions(self.evaluation_sequences)]
+        best = per_unit(problem, torch.stack(scores).mean(0))
+        return problem.decide(self, problem.without_ties(best))

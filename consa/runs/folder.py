@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from consa.config import with_present_names
 from consa.errors import ConsaError
 from consa.files import read_json, remove_leftovers, write_atomically
 from consa.provenance import first_difference
@@ -79,7 +80,7 @@ def check_same(
     if not path.exists():
         return
     try:
-        found = read_json(path, max_bytes=MAX_CONFIG_BYTES)
+        found = with_present_names(read_json(path, max_bytes=MAX_CONFIG_BYTES))
         other = isinstance(found["run"], dict) and not wanted.keys() <= found.keys()
         before = {} if other else decisive({part: found[part] for part in wanted})
     except (ConsaError, LookupError, TypeError, AttributeError) as error:

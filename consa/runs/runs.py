@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from consa.training import distributed, loop
 from consa.runs import inputs, summary
 from consa import rules
-from consa.training.adaptation import adapt, check_lora
+from consa.training.adaptation import adapt
+from consa.training.lora import check_lora
 from consa.allocation import Allocation
 from consa.model.convert import convert
 from consa.config import AdaptConfig, LearnConfig, RunConfig

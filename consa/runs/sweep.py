@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,73 +14,15 @@ import numpy as np
 from consa.runs import inputs
 from consa import rules
 from consa.allocation import Allocation
-from consa.config import ChoiceConfig, EvalConfig, RunConfig, SweepConfig, words_of
+from consa.config import EvalConfig, RunConfig, SweepConfig
 from consa.errors import ConsaError
 from consa.evaluation import suite
 from consa.evaluation.table import Line, Table, number
 from consa.files import png, write_atomically, write_json
-from consa.methods import METHODS, RANKINGS, check_budget, choose
+from consa.methods.choice import Choice, choices, make
 from consa.model.load import LoadedModel, read_layout
 from consa.progress import note
-from consa.provenance import hardware
 from consa.runs.folder import CONFIG, check_same, claimed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """One allocation of the sweep.
-
-    Attributes:
-        method: of `consa.methods.METHODS`, or a rule.
-        config: what it is asked for.
-    """
-
-    method: str
-    config: ChoiceConfig
-
-    @property
-    def name(self) -> str:
-        """What its file and its line in the table are called."""
-        config = self.config
-        return f"{self.method}-{config.granularity}-{config.sparsity:g}-seed{config.seed}"
-
-    @property
-    def origin(self) -> tuple[str, ChoiceConfig]:
-        """Choices for which this is equal come from one run of the method."""
-        config = replace(self.config, sparsity=0.0) if self.method in RANKINGS else self.config
-        return self.method, config
-
-
-def make(alike: Sequence[Choice], loaded: LoadedModel, sequences: np.ndarray) -> list[Allocation]:
-    """Choose by one run. The provenance says how many seconds that took, and on what.
-
-    Args:
-        alike: choices of the same `origin`.
-        loaded: the model.
-        sequences: the text, int tokens `(num_sequences, seq_len)`.
-    """
-    method, config = alike[0].method, alike[0].config
-    began = time.monotonic()
-    if method in METHODS:
-        found = choose(method, loaded, sequences, config, [choice.config.sparsity for choice in alike])
-    else:
-        layout = loaded.layout
-        allocation = rules.by_name(
-            method,
-            *layout.shape,
-            seed=config.seed,
-            sparsity=config.sparsity,
-            granularity=config.granularity,
-            window=config.window,
-            num_sink_tokens=config.num_sink_tokens,
-            native_windows=layout.native_windows,
-        )
-        found = {config.sparsity: allocation}
-    spent = {"seconds": round(time.monotonic() - began, 2), "hardware": hardware()}
-    return [
-        replace(allocation, provenance=loaded.identity | dict(allocation.provenance) | spent)
-        for allocation in found.values()
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +175,7 @@ def sweep(
     start = where.start_for(measured)
     layout = read_layout(where.model)
     for choice in wanted:
-        check_budget(choice.method, layout, choice.config)
+        choice.method.check(layout, choice.config)
     settings = {"run": asdict(where), "sweep": asdict(config), "eval": asdict(measured), "command": command}
     with claimed(folder):
         check_same(folder, settings, _decisive, kind="sweep")
@@ -248,36 +189,6 @@ def sweep(
         )
         frontier = Frontier(points=tuple(_points(wanted, allocations, table)), table=table)
         return frontier, frontier.write(folder)
-
-
-def choices(config: SweepConfig, measured: EvalConfig) -> Iterator[Choice]:
-    """All that a sweep compares.
-
-    Raises:
-        ConsaError: there is no such method, or a value is out of range.
-    """
-    methods: dict[str, None] = {}
-    for name in words_of(config.methods):
-        if name != "rules" and name not in METHODS and name not in rules.RULES:
-            known = ", ".join(["rules", *METHODS, *rules.RULES])
-            raise ConsaError(f"method must be one of {known}, got {name!r}")
-        methods |= dict.fromkeys(rules.RULES if name == "rules" else [name])
-    for granularity in config.granularities:
-        for sparsity in config.sparsities:
-            for method in methods:
-                if method in rules.RULES and method not in rules.names(granularity):
-                    continue
-                draws = method in METHODS or method in rules.DRAWN
-                for seed in range(config.seeds if draws else 1):
-                    asked = ChoiceConfig(
-                        sparsity=sparsity,
-                        granularity=granularity,
-                        window=measured.window,
-                        num_sink_tokens=measured.num_sink_tokens,
-                        seed=seed,
-                        **config.budget,
-                    )
-                    yield Choice(method=method, config=asked)
 
 
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
@@ -321,7 +232,7 @@ def _chosen(path: Path) -> Allocation:
 def _points(wanted: list[Choice], allocations: dict[str, Allocation | None], table: Table) -> Iterator[Point]:
     groups: dict[tuple[str, str, float], list[str]] = {}
     for choice in wanted:
-        key = choice.method, choice.config.granularity, choice.config.sparsity
+        key = choice.method.name, choice.config.granularity, choice.config.sparsity
         groups.setdefault(key, []).append(choice.name)
     for (method, granularity, sparsity), names in groups.items():
         lines = tuple(table.line(name) for name in names)

@@ -149,7 +149,7 @@ def sharded(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
     One process needs no copy, and gets the model itself.
 
-    A layer's weights, gradients and optimiser states are float32 and spread over the processes; it is gathered, in the
+    A layer's weights, gradients and optimizer states are float32 and spread over the processes; it is gathered, in the
     model's dtype, while it computes. Embeddings, the last norm and the output layer stay whole on every process.
 
     Args:

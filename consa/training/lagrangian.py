@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from consa.training import gates
 
 
 def target_at(step: int, num_steps: int, target: float, warmup: float) -> float:
@@ -18,32 +21,81 @@ def ramp(step: int, num_steps: int, start: float) -> float:
     return max(0.0, (step / num_steps - start) / (1 - start)) if start < 1 else 0.0
 
 
-@dataclass
+class SparsityConstraint(Protocol):
+    """What holds the gates at the target sparsity. `learn` takes any; `AugmentedLagrangian` is the default."""
+
+    @property
+    def multiplier(self) -> float:
+        """The linear multiplier in nats, for the record."""
+        ...
+
+    def is_open(self, log_alpha: Tensor) -> Tensor:
+        """How open each gate counts as, in [0, 1] and differentiable; `(units,)` like `log_alpha`."""
+        ...
+
+    def loss(self, is_open: Tensor, target: float, growth: float = 1.0) -> Tensor:
+        """The term to add to the loss, for what `is_open` returned.
+
+        Args:
+            is_open: `(units,)`.
+            target: sparsity to hold at this step.
+            growth: factor by which the run lets its coefficients grow.
+        """
+        ...
+
+    def update(self, log_alpha: Tensor, target: float, growth: float = 1.0) -> float:
+        """Called once after each optimizer step; returns the sparsity that it saw."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state to keep in a checkpoint, by name."""
+        ...
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` returned before."""
+        ...
+
+
 class AugmentedLagrangian:
     """Adds `multiplier * h + penalty / 2 * h^2` to the loss, with `h` the target minus the expected sparsity.
 
-    The multiplier moves by `step_size * h` once per optimiser step and may take either sign: it remembers how hard the
-    loss pulls at the target, so that the quadratic term need not (Bertsekas 1982, ch. 2). It knows no momentum, decay
-    or schedule, which would forget the size of the violation.
+    The multiplier moves by `step_size * h` once per optimizer step and may take either sign: it remembers how hard the
+    loss pulls at the target, so that the quadratic term need not (Bertsekas 1982, ch. 2). It has no momentum, decay or
+    schedule, which would forget the size of the violation.
 
     Both coefficients may grow by a common factor late in a run, as the method of multipliers does when a violation
     persists: where few units are left open, each is worth much and pulls hard at the target.
 
-    Attributes:
+    Args:
         penalty: coefficient of the quadratic term (rho), nats.
         step_size: of the multiplier (eta), nats.
-        multiplier: lambda, nats.
+        multiplier: initial multiplier (lambda), nats.
     """
 
-    penalty: float
-    step_size: float
-    multiplier: float = 0.0
+    def __init__(self, penalty: float, step_size: float, multiplier: float = 0.0) -> None:
+        self.penalty = penalty
+        self.step_size = step_size
+        self.multiplier = multiplier
 
-    def loss(self, expected_sparsity: Tensor, target: float, growth: float = 1.0) -> Tensor:
-        """The term to add to the loss; differentiable in `expected_sparsity`, a scalar tensor."""
-        violation = target - expected_sparsity
+    def is_open(self, log_alpha: Tensor) -> Tensor:
+        """P(z > 0) of each gate, so that the constraint is on the expected sparsity, not on a sampled one."""
+        return gates.probability_open(log_alpha)
+
+    def loss(self, is_open: Tensor, target: float, growth: float = 1.0) -> Tensor:
+        """See `SparsityConstraint.loss`."""
+        violation = target - (1 - is_open.mean())
         return self.multiplier * violation + growth * self.penalty / 2 * violation**2
 
-    def update(self, expected_sparsity: float, target: float, growth: float = 1.0) -> None:
-        """Move the multiplier; call once per optimiser step."""
-        self.multiplier += growth * self.step_size * (target - expected_sparsity)
+    def update(self, log_alpha: Tensor, target: float, growth: float = 1.0) -> float:
+        """Move the multiplier; returns the expected sparsity."""
+        expected = float(1 - self.is_open(log_alpha).mean())
+        self.multiplier += growth * self.step_size * (target - expected)
+        return expected
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The multiplier."""
+        return {"multiplier": torch.tensor(self.multiplier, dtype=torch.float64)}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over the multiplier."""
+        self.multiplier = float(tensors["multiplier"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -27,13 +27,16 @@ from consa.errors import ConsaError
 from consa.model import loss
 from consa.model.attach import attached
 from consa.model.layout import AttentionLayout, attention_layout
-from consa.model.plan import Plan
 from consa.provenance import versions
-from consa.training import distributed, gates, loop
+from consa.training import distributed, gates, loop, refinement
 from consa.training.gates import Units
-from consa.training.lagrangian import AugmentedLagrangian, ramp, target_at
-from consa.training.refinement import Exchange, refine
-from consa.training.resume import Checkpoint
+from consa.training.lagrangian import AugmentedLagrangian, SparsityConstraint, ramp, target_at
+from consa.training.objective import Dense, Gradients, Objective, order
+from consa.training.refinement import Exchange
+from consa.training.weights import Weights
+
+Draws = Callable[[int, int, torch.Generator], Tensor]
+"""`(num_draws, num_units, generator)` -> `(num_draws, num_units)` in (0, 1): a row for each sequence of a step."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class LearnResult:
     """
 
     allocation: Allocation
-    history: list[dict[str, float]]
+    history: list[loop.Record]
 
 
 def learn(
@@ -57,8 +60,12 @@ def learn(
     *,
     identity: dict[str, str] | None = None,
     run_dir: Path | None = None,
-    on_step: Callable[[dict[str, float]], None] | None = None,
+    on_step: Callable[[loop.Record], None] | None = None,
     on_exchange: Callable[[Exchange], None] | None = None,
+    objective: Objective | None = None,
+    constraint: SparsityConstraint | None = None,
+    draws: Draws | None = None,
+    refine: Callable[..., Allocation] | None = None,
 ) -> LearnResult:
     """Learn an allocation for `model`.
 
@@ -67,10 +74,15 @@ def learn(
         sequences: int tokens `(num_sequences, seq_len)`, each from one document.
         config: the run's settings.
         identity: of the model, for the allocation's provenance.
-        run_dir: where to keep checkpoints and metrics.jsonl; a run killed at any moment and started again with the same
-            arguments goes on from there and ends with the same allocation, bit for bit, on the same machine.
+        run_dir: where to keep checkpoints and metrics.jsonl. A run that was interrupted at any moment resumes from its
+            last checkpoint when it is called again with the same arguments, and ends with the same allocation, bit for
+            bit, on the same machine.
         on_step: called with each step's record.
         on_exchange: called with each evaluation of the final refinement.
+        objective: what is minimised; the next-token loss by default.
+        constraint: what holds the target sparsity; by default an `AugmentedLagrangian` with the config's coefficients.
+        draws: the random numbers of a step's gates; `gates.stratified_uniform` by default.
+        refine: exchanges units of the decision at the end; called like `consa.training.refinement.refine`, the default.
 
     Raises:
         ConsaError: unusable settings or text, a loss that is not finite, or a folder that cannot be written.
@@ -78,47 +90,46 @@ def learn(
     layout = attention_layout(model)
     units = units_of(layout, config.granularity)
     num_full = target_units(layout, config)
-    target = 1 - num_full / units.count
     loop.check(config, sequences, window=config.window, num_sink_tokens=config.num_sink_tokens)
-    config = replace(config, seq_len=sequences.shape[1])  # what the record says it was learned on
+    config = replace(config, seq_len=sequences.shape[1])  # the length that the provenance is to show
+    checkpoint = loop.checkpoint_of(
+        run_dir, config, sequences, identity, objective, constraint, draws, refine
+    )
     with distributed.sharded(model) if config.parallel == "fsdp" else nullcontext(model) as trained:
-        state = _State.fresh(trained, units, config)
-        run = Checkpoint(run_dir, loop.fingerprint(config, sequences, identity)) if run_dir else None
-        history = state.restore(run.load()) if run else []
-        distributed.check_same(state.step, "the step to continue from")
-        start = _dense_start(layout, config)
+        learning = _Learning(
+            trained,
+            sequences,
+            units,
+            1 - num_full / units.count,
+            config,
+            objective=objective or Objective(),
+            constraint=constraint,
+            draws=draws or gates.stratified_uniform,
+        )
         if num_full in (0, units.count):  # nothing to choose
-            return LearnResult(_decide(state, units, num_full, layout, config, identity), history)
-        with (
-            _prepared(trained, config),
-            attached(trained, start) as plan,
-            state.weights or nullcontext(),
-        ):
-            for step in range(state.step, config.num_steps):
-                began = time.perf_counter()
-                value = _accumulate_gradients(
-                    trained, plan, state, units, loop.batches(sequences, config, step), config
-                )
-                loop.check_finite({"step": step + 1, "loss": value}, config, run_dir)
-                record = _update(
-                    state, value, target_at(step + 1, config.num_steps, target, config.warmup), config
-                )
-                loop.check_finite(record, config, run_dir)
-                history.append(record)
-                if on_step:
-                    seconds = time.perf_counter() - began
-                    speed = config.sequences_per_step * sequences.shape[1] / seconds
-                    on_step(record | {"tokens_per_second": speed})
-                if run and (state.step % config.checkpoint_every == 0 or state.step == config.num_steps):
-                    _save(run, state, history)
-    allocation = _decide(state, units, num_full, layout, config, identity)
-    if config.refine_evaluations and state.refined is None:
-        refined = _refine(model, allocation, sequences, config, on_exchange)
-        state.refined = distributed.from_main(torch.from_numpy(refined.full_attention.copy()))
-        if run:
-            _save(run, state, history)
-    if state.refined is not None:
-        allocation = replace(allocation, full_attention=state.refined.numpy())
+            return LearnResult(learning.decide(num_full, layout, identity), [])
+        with learning.attached(model, _dense_start(layout, config)):
+            history = loop.train(
+                learning, config, seq_len=sequences.shape[1], checkpoint=checkpoint, on_step=on_step
+            )
+    allocation = learning.decide(num_full, layout, identity)
+    if config.refine_evaluations and learning.refined is None:
+        first = config.num_steps * config.sequences_per_step  # the sequences that would have come next
+        chosen = order(sequences, config.seed, range(first, first + config.refine_sequences))
+        refined = (refine or refinement.refine)(
+            model,
+            allocation,
+            sequences[chosen],
+            max_evaluations=config.refine_evaluations,
+            batch_size=config.micro_batch,
+            constraint=config.constraint,
+            on_exchange=on_exchange,
+        )
+        learning.refined = distributed.from_main(torch.from_numpy(refined.full_attention.copy()))
+        if checkpoint:
+            loop.save(checkpoint, learning, history)
+    if learning.refined is not None:
+        allocation = replace(allocation, full_attention=learning.refined.numpy())
     distributed.check_same(allocation.to_json(), "the allocation")
     return LearnResult(allocation, history)
 
@@ -157,189 +168,173 @@ def target_units(layout: AttentionLayout, config: LearnConfig) -> int:
     return found
 
 
-@dataclass
-class _State:
-    """What changes from step to step, and nothing else: a checkpoint holds exactly this."""
+class _Learning:
+    """The gates in training, and in joint mode the weights; see `loop.Training`.
 
-    log_alpha: torch.nn.Parameter  # (units,) float32
-    gate_optimizer: torch.optim.Optimizer
-    constraint: AugmentedLagrangian
-    score_sum: Tensor  # (units,) float64, sum of log_alpha over the averaged steps
-    weights: loop.Weights | None  # joint mode only
-    step: int = 0
-    refined: Tensor | None = None  # (layers, kv_heads) bool, once the refinement is done
+    Args:
+        model: what is trained.
+        sequences: the training text.
+        units: what there is to decide.
+        target: the sparsity to end at.
+        config: the run's settings.
+        objective: what is minimised.
+        constraint: what holds the target; the config's augmented Lagrangian if None.
+        draws: the random numbers of a step's gates.
+    """
 
-    @classmethod
-    def fresh(cls, model: PreTrainedModel, units: Units, config: LearnConfig) -> _State:
-        noise = torch.randn(units.count, generator=loop.generator(config.seed, "start"))  # breaks ties
-        log_alpha = torch.nn.Parameter(config.initial_log_alpha + 0.01 * noise)
-        lr = config.gate_lr or min(1.0, 60 / config.num_steps)
-        joint = config.mode == "joint"
-        return cls(
-            log_alpha,
-            torch.optim.Adam([log_alpha], lr=lr, betas=(0.9, 0.95)),
-            AugmentedLagrangian(config.penalty, config.multiplier_step),
-            torch.zeros(units.count, dtype=torch.float64),
-            loop.Weights(dict(model.named_parameters()), learning_rate=config.weight_lr) if joint else None,
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sequences: np.ndarray,
+        units: Units,
+        target: float,
+        config: LearnConfig,
+        *,
+        objective: Objective,
+        constraint: SparsityConstraint | None = None,
+        draws: Draws = gates.stratified_uniform,
+    ) -> None:
+        self.model, self.sequences, self.units, self.target, self.config = (
+            model,
+            sequences,
+            units,
+            target,
+            config,
         )
+        self.objective, self.draws = objective, draws
+        self.constraint = constraint or AugmentedLagrangian(config.penalty, config.multiplier_step)
+        noise = torch.randn(units.count, generator=loop.generator(config.seed, "start"))  # breaks ties
+        self.log_alpha = torch.nn.Parameter(config.initial_log_alpha + 0.01 * noise)  # (units,) float32
+        lr = config.gate_lr or min(1.0, 60 / config.num_steps)
+        self.optimizer = torch.optim.Adam([self.log_alpha], lr=lr, betas=(0.9, 0.95))
+        self.score_sum = torch.zeros(units.count, dtype=torch.float64)  # of log_alpha over the averaged steps
+        self.refined: Tensor | None = None  # (layers, kv_heads) bool, once the refinement is done
+        parameters = dict(model.named_parameters()) if config.mode == "joint" else {}
+        self.weights = Weights(parameters, learning_rate=config.weight_lr) if parameters else None
+
+    @contextmanager
+    def attached(self, model: PreTrainedModel, start: Allocation) -> Iterator[None]:
+        """Within the block the steps can run; `model` is the dense model before it is trained."""
+        joint, config, needs_dense = self.config.mode == "joint", self.config, self.objective.needs_dense
+        copied = copy.deepcopy(model) if needs_dense and joint and self.model is model else model
+        with (
+            loss.evaluating(copied),
+            loop.prepared(
+                self.model, gradient_checkpointing=config.gradient_checkpointing, compile=config.compile
+            ),
+            attached(self.model, start) as self.plan,
+            self.weights or nullcontext(),
+        ):
+            self.model.requires_grad_(joint)
+            dense = Dense(copied) if joint else Dense(self.model, self.plan)
+            self.dense = dense if needs_dense else None
+            yield
+
+    def accumulate(self, step: int) -> loop.Record:
+        """Gradients on log_alpha (and weights), from one draw of the gates per sequence."""
+        config, count = self.config, self.units.count
+        generator = loop.generator(config.seed, f"noise {step}")
+        uniform = self.draws(config.sequences_per_step, count, generator)
+        uniform = uniform[distributed.share(len(uniform))]
+        batches = self.objective.batches(self.sequences, config, step)
+        gradients = Gradients(self.model, self.objective, batches)
+        found = []
+        for batch, rows in zip(batches, uniform.split([len(b.tokens) for b in batches]), strict=True):
+            batch = batch.to(self.model.device)
+            losses = self.objective.losses(batch, self.dense)
+            # (layers, sequences, kv_heads)
+            z = self.units.spread(gates.sample(self.log_alpha, rows), elsewhere=1.0)
+            with self.plan.gated(z, self.model.device) as leaf:
+                value = gradients.add(batch, losses)
+            if leaf.grad is not None and z.requires_grad:
+                (gradient,) = torch.autograd.grad(z, self.log_alpha, leaf.grad.cpu())
+            else:
+                gradient = torch.zeros(count)
+            found.append([*gradient.tolist(), value])
+        # Added up in the order of the step's sequences, so that any number of processes ends with the same bits.
+        summed = distributed.all_gather(torch.tensor(found, dtype=torch.float64)).sum(0)
+        self.log_alpha.grad = summed[:-1].float()
+        parts = gradients.parts() if len(self.objective.factors) > 1 else {}
+        return {"loss": float(summed[-1]), **parts}
+
+    def update(self, step: int, losses: loop.Record) -> loop.Record:
+        """Constraint, optimizer step, multiplier."""
+        config, done = self.config, step + 1
+        target = target_at(done, config.num_steps, self.target, config.warmup)
+        growth = config.penalty_growth ** ramp(done, config.num_steps, config.warmup)
+        sharpening = config.sharpening * ramp(done, config.num_steps, config.sharpening_start)
+        is_open = self.constraint.is_open(self.log_alpha)
+        term = self.constraint.loss(is_open, target, growth)
+        (term + sharpening * (is_open * (1 - is_open)).mean()).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        joint = {"grad_norm": self.weights.update(max_norm=1.0)} if self.weights else {}
+        with torch.no_grad():
+            self.log_alpha.clamp_(config.log_alpha_min, config.log_alpha_max)
+            expected = self.constraint.update(self.log_alpha, target, growth)
+        if done > config.num_steps * (1 - config.averaged):
+            self.score_sum += self.log_alpha.detach().double()
+        return {
+            "step": done,
+            **losses,
+            "expected_sparsity": expected,
+            "target": target,
+            "multiplier": self.constraint.multiplier,
+            "fractional": gates.fractional_share(self.log_alpha.detach()),
+            **joint,
+        }
+
+    def evaluate(self, step: int) -> loop.Record:
+        """Nothing is measured between steps."""
+        return {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of the state but `step`, by name; of weights only in the main process, but every one must call it."""
-        multiplier = torch.tensor(self.constraint.multiplier, dtype=torch.float64)
-        found: dict[str, Tensor] = {
-            "log_alpha": self.log_alpha,
-            "score_sum": self.score_sum,
-            "multiplier": multiplier,
-        }
-        for slot, value in self.gate_optimizer.state[self.log_alpha].items():
-            found[f"gate_optimizer.{slot}"] = value
+        """All of the state by name; of weights only in the main process, but every one must call it."""
+        found = {"log_alpha": self.log_alpha, "score_sum": self.score_sum, **self.constraint.tensors()}
+        slots = self.optimizer.state[self.log_alpha]
+        found |= {f"gate_optimizer.{slot}": value for slot, value in slots.items()}
         if self.refined is not None:
             found["refined"] = self.refined
         return found | (self.weights.tensors() if self.weights else {})
 
-    def restore(
-        self, saved: tuple[dict[str, Tensor], int, list[dict[str, float]]] | None
-    ) -> list[dict[str, float]]:
-        """Take over what a checkpoint held, if there was one; returns its history."""
-        if saved is None:
-            return []
-        tensors, self.step, history = saved
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` returned."""
         self.refined = tensors.get("refined")
-        with torch.no_grad():
-            self.log_alpha.copy_(tensors["log_alpha"])
-            self.score_sum.copy_(tensors["score_sum"])
-        self.constraint.multiplier = float(tensors["multiplier"])
+        self.log_alpha.copy_(tensors["log_alpha"])
+        self.score_sum.copy_(tensors["score_sum"])
+        self.constraint.restore(tensors)
         for slot in ("step", "exp_avg", "exp_avg_sq"):
-            self.gate_optimizer.state[self.log_alpha][slot] = tensors[f"gate_optimizer.{slot}"]
+            self.optimizer.state[self.log_alpha][slot] = tensors[f"gate_optimizer.{slot}"]
         if self.weights:
             self.weights.restore(tensors)
-        return history
 
+    def decide(self, num_full: int, layout: AttentionLayout, identity: dict[str, str] | None) -> Allocation:
+        """The `num_full` units of highest averaged log_alpha, under the constraint, keep full attention.
 
-def _save(run: Checkpoint, state: _State, history: list[dict[str, float]]) -> None:
-    tensors = state.tensors()
-    if distributed.is_main():
-        run.save(tensors, state.step, history)
-
-
-def _accumulate_gradients(
-    model: PreTrainedModel,
-    plan: Plan,
-    state: _State,
-    units: Units,
-    batches: list[np.ndarray],
-    config: LearnConfig,
-) -> float:
-    """One step's gradients on log_alpha (and weights), from one draw of the gates per sequence; returns the loss."""
-    generator = loop.generator(config.seed, f"noise {state.step}")
-    draws = gates.stratified_uniform(config.sequences_per_step, units.count, generator)
-    draws = draws[distributed.share(len(draws))]
-    found = []
-    for batch, uniform in zip(batches, draws.split(config.micro_batch), strict=True):
-        tokens = torch.from_numpy(batch.astype(np.int64)).to(model.device)
-        z = units.spread(gates.sample(state.log_alpha, uniform), elsewhere=1.0)  # (layers, batch, kv_heads)
-        with plan.gated(z, model.device) as leaf:
-            value = float(loss.backward(model, tokens, scale=len(batch) / config.sequences_per_step))
-        if leaf.grad is not None and z.requires_grad:
-            (gradient,) = torch.autograd.grad(z, state.log_alpha, leaf.grad.cpu())
-        else:
-            gradient = torch.zeros(units.count)
-        found.append([*gradient.tolist(), value])
-    # Added up in the order of the step's sequences, so that any number of processes ends with the same bits.
-    summed = distributed.all_gather(torch.tensor(found, dtype=torch.float64)).sum(0)
-    state.log_alpha.grad = summed[:-1].float()
-    return float(summed[-1])
-
-
-def _update(state: _State, value: float, target: float, config: LearnConfig) -> dict[str, float]:
-    """Constraint, optimiser step, multiplier; returns the step's record."""
-    growth = config.penalty_growth ** ramp(state.step + 1, config.num_steps, config.warmup)
-    sharpening = config.sharpening * ramp(state.step + 1, config.num_steps, config.sharpening_start)
-    is_open = gates.probability_open(state.log_alpha)
-    constraint = state.constraint.loss(1 - is_open.mean(), target, growth)
-    (constraint + sharpening * (is_open * (1 - is_open)).mean()).backward()
-    state.gate_optimizer.step()
-    state.gate_optimizer.zero_grad()
-    joint = {"grad_norm": state.weights.update(max_norm=1.0)} if state.weights else {}
-    with torch.no_grad():
-        state.log_alpha.clamp_(config.log_alpha_min, config.log_alpha_max)
-        expected = float(1 - gates.probability_open(state.log_alpha).mean())
-    state.constraint.update(expected, target, growth)
-    state.step += 1
-    if state.step > config.num_steps * (1 - config.averaged):
-        state.score_sum += state.log_alpha.detach().double()
-    return {
-        "step": state.step,
-        "loss": value,
-        "expected_sparsity": expected,
-        "target": target,
-        "multiplier": state.constraint.multiplier,
-        "fractional": gates.fractional_share(state.log_alpha.detach()),
-        **joint,
-    }
-
-
-def _decide(
-    state: _State,
-    units: Units,
-    num_full: int,
-    layout: AttentionLayout,
-    config: LearnConfig,
-    identity: dict[str, str] | None,
-) -> Allocation:
-    """The `num_full` units of highest averaged log_alpha, under the constraint, keep full attention.
-
-    Ties go to the lower layer and head.
-    """
-    steps = config.num_steps - math.floor(config.num_steps * (1 - config.averaged))
-    scores = state.score_sum / max(1, steps)
-    full = choose(scores.reshape(len(units.layers), -1).numpy(), num_full, config.constraint)
-    mask = units.spread(torch.from_numpy(full.flatten()).double(), elsewhere=0.0).bool().numpy()
-    assert mask.sum() == num_full * units.num_kv_heads // units.per_layer
-    provenance = dict(identity or {}) | {
-        "method": "consa",
-        "target_sparsity": 1 - num_full / units.count,
-        "config": {key: value for key, value in asdict(config).items() if key not in loop.FREE},
-        "versions": versions(),
-    }
-    return Allocation(
-        full_attention=mask,
-        granularity=config.granularity,
-        window=config.window,
-        num_sink_tokens=config.num_sink_tokens,
-        native_windows=layout.native_windows,
-        scores=units.spread(scores, elsewhere=0.0).numpy(),
-        provenance=provenance,
-    )
-
-
-def _refine(
-    model: PreTrainedModel,
-    allocation: Allocation,
-    sequences: np.ndarray,
-    config: LearnConfig,
-    on_exchange: Callable[[Exchange], None] | None,
-) -> Allocation:
-    """The decision refined on the sequences that would have come next."""
-    first = config.num_steps * config.sequences_per_step
-    chosen = loop.order(sequences, config, range(first, first + config.refine_sequences))
-    return refine(
-        model,
-        allocation,
-        sequences[chosen],
-        max_evaluations=config.refine_evaluations,
-        batch_size=config.micro_batch,
-        constraint=config.constraint,
-        on_exchange=on_exchange,
-    )
-
-
-@contextmanager
-def _prepared(model: PreTrainedModel, config: LearnConfig) -> Iterator[None]:
-    checkpointing = config.activation_checkpointing
-    with loop.prepared(model, activation_checkpointing=checkpointing, compile=config.compile):
-        model.requires_grad_(config.mode == "joint")
-        yield
+        Ties go to the lower layer and head.
+        """
+        config, units = self.config, self.units
+        steps = config.num_steps - math.floor(config.num_steps * (1 - config.averaged))
+        scores = self.score_sum / max(1, steps)
+        full = choose(scores.reshape(len(units.layers), -1).numpy(), num_full, config.constraint)
+        mask = units.spread(torch.from_numpy(full.flatten()).double(), elsewhere=0.0).bool().numpy()
+        assert mask.sum() == num_full * units.num_kv_heads // units.per_layer
+        provenance = dict(identity or {}) | {
+            "method": "consa",
+            "target_sparsity": 1 - num_full / units.count,
+            "config": {key: value for key, value in asdict(config).items() if key not in loop.FREE},
+            "versions": versions(),
+        }
+        return Allocation(
+            full_attention=mask,
+            granularity=config.granularity,
+            window=config.window,
+            num_sink_tokens=config.num_sink_tokens,
+            native_windows=layout.native_windows,
+            scores=units.spread(scores, elsewhere=0.0).numpy(),
+            provenance=provenance,
+        )
 
 
 def _dense_start(layout: AttentionLayout, config: LearnConfig) -> Allocation:

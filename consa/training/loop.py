@@ -1,20 +1,20 @@
-"""What training loops share: the order of the text, a model made ready for training, and weights in float32."""
+"""The training loop of learning and adaptation: accumulate, check, update, record, keep a checkpoint."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from consa.config import AdaptConfig, LearnConfig, check_window
@@ -22,35 +22,96 @@ from consa.errors import ConsaError, first_line
 from consa.model.layout import decoder_layers
 from consa.model.loss import evaluating
 from consa.training import distributed
-from consa.training.resume import CHECKPOINT
+from consa.training.objective import Objective
+from consa.training.resume import CHECKPOINT, Checkpoint
 
-# What may differ when a run is continued: none of these changes what is computed, but for rounding.
+# Settings that may differ when a run is continued: they change nothing in the result but rounding.
 FREE = {"checkpoint_every", "parallel"}
 
-
-def batches(sequences: np.ndarray, config: LearnConfig | AdaptConfig, step: int) -> list[np.ndarray]:
-    """This step's micro-batches, of this process."""
-    first = step * config.sequences_per_step
-    places = range(first, first + config.sequences_per_step)
-    chosen = order(sequences, config, places[distributed.share(len(places))])
-    return [sequences[chosen[i : i + config.micro_batch]] for i in range(0, len(chosen), config.micro_batch)]
+Record = dict[str, float]
+"""The numbers of one step, by name; `step` counts from 1."""
 
 
-def order(sequences: np.ndarray, config: LearnConfig | AdaptConfig, places: range) -> list[int]:
-    """The sequences at some places of the run's stream: each once per epoch, every epoch in its own order."""
-    count = len(sequences)
-    epochs = {
-        epoch: np.random.default_rng([config.seed, epoch]).permutation(count)
-        for epoch in {place // count for place in places}
-    }
-    return [int(epochs[place // count][place % count]) for place in places]
+class Training(Protocol):
+    """What is trained, and how; `train` runs its steps."""
+
+    def accumulate(self, step: int) -> Record:
+        """Add up the gradients of a step, counted from 0; returns its loss and the parts of it."""
+        ...
+
+    def update(self, step: int, losses: Record) -> Record:
+        """Change what is trained by these gradients; returns the step's record."""
+        ...
+
+    def evaluate(self, step: int) -> Record:
+        """What is measured after a step, to join its record; may be empty."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state by name; the main process gets all of it, and every process must call it."""
+        ...
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` returned in an earlier process."""
+        ...
+
+
+def train(
+    training: Training,
+    config: LearnConfig | AdaptConfig,
+    *,
+    seq_len: int,
+    checkpoint: Checkpoint | None = None,
+    on_step: Callable[[Record], None] | None = None,
+) -> list[Record]:
+    """Run all steps that the checkpoint has not done yet.
+
+    Args:
+        training: what is trained.
+        config: has the number of steps and how often to keep a checkpoint.
+        seq_len: tokens of a sequence, for the speed that is shown.
+        checkpoint: where to continue from and to keep the state.
+        on_step: called with each step's record.
+
+    Returns:
+        One record per step, those from the checkpoint included.
+
+    Raises:
+        ConsaError: a number is not finite, or the checkpoint is unusable or cannot be written.
+    """
+    start, history = 0, []
+    if checkpoint and (saved := checkpoint.load()):
+        tensors, start, history = saved
+        training.restore(tensors)
+    distributed.check_same(start, "the step to continue from (is --out a folder that all of them see?)")
+    for step in range(start, config.num_steps):
+        began, done = time.perf_counter(), step + 1
+        losses = training.accumulate(step)
+        _check_finite({"step": done} | losses, config, checkpoint)
+        record = training.update(step, losses)
+        speed = config.sequences_per_step * seq_len / (time.perf_counter() - began)
+        record |= training.evaluate(step)
+        _check_finite(record, config, checkpoint)
+        history.append(record)
+        if on_step:
+            on_step(record | {"tokens_per_second": speed})
+        if checkpoint and (done % config.checkpoint_every == 0 or done == config.num_steps):
+            save(checkpoint, training, history)
+    return history
+
+
+def save(checkpoint: Checkpoint, training: Training, history: list[Record]) -> None:
+    """Keep the state after the last step of `history`; every process must call it, the main one writes."""
+    tensors = training.tensors()
+    if distributed.is_main():
+        checkpoint.save(tensors, len(history), history)
 
 
 @contextmanager
 def prepared(
-    model: PreTrainedModel, *, activation_checkpointing: bool = False, compile: bool = False
+    model: PreTrainedModel, *, gradient_checkpointing: bool = False, compile: bool = False
 ) -> Iterator[None]:
-    """Choose deterministic kernels, checkpoint activations, compile layers.
+    """Choose deterministic kernels, recompute layers in the backward pass, compile layers.
 
     On exit all of that is undone, and changes of requires_grad.
 
@@ -68,7 +129,7 @@ def prepared(
         # No dropout: the model is to be trained as it will be used.
         with (
             evaluating(model),
-            _recomputing(model) if activation_checkpointing else nullcontext(),
+            _recomputing(model) if gradient_checkpointing else nullcontext(),
             _compiled(decoder_layers(model) if compile else []),
         ):
             yield
@@ -119,111 +180,6 @@ def _compiled(layers: list[Any]) -> Iterator[None]:
                 layer.forward = forward
 
 
-class Weights:
-    """Parameters in training: float32 masters of those that compute in less, their AdamW, clipping and checkpoints.
-
-    Within a `with` block, gradients of such a parameter are added up in float32 on its master, and its own freed, as
-    the backward pass makes them. Parameters may be sharded (see `distributed.sharded`); the others are equal on every
-    process.
-
-    Args:
-        parameters: by name; those of a sharded model are float32.
-        learning_rate: of AdamW, without weight decay.
-    """
-
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], *, learning_rate: float) -> None:
-        self.parameters = parameters
-        self.masters: dict[str, Tensor] = {
-            name: parameter
-            if parameter.dtype == torch.float32
-            else parameter.detach().float().requires_grad_()
-            for name, parameter in parameters.items()
-        }
-        self._hooks: list[Any] = []
-        kinds = [
-            [m for m in self.masters.values() if isinstance(m, DTensor) == kind] for kind in (False, True)
-        ]
-        groups = [{"params": kind} for kind in kinds if kind]  # one call cannot update both kinds
-        # Fused: otherwise an update holds several copies of the weights.
-        self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0, fused=True)
-
-    def __enter__(self) -> Weights:
-        for name, parameter in self.parameters.items():
-            if parameter is not self.masters[name]:
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(_mover(self.masters[name])))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
-
-    @torch.no_grad()
-    def update(self, *, max_norm: float, learning_rate: float | None = None) -> float:
-        """One step of AdamW on gradients added up over processes; they are cleared.
-
-        Returns:
-            The gradients' norm before it was clipped to `max_norm`.
-        """
-        for master in self.masters.values():
-            if distributed.world_size() > 1 and not isinstance(master, DTensor):
-                master.grad = torch.zeros_like(master) if master.grad is None else master.grad
-                distributed.all_reduce(master.grad)
-        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
-        whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-        parts = [distributed.local(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
-        norm = torch.nn.utils.get_total_norm(whole)
-        if parts:
-            norm = (norm**2 + distributed.all_reduce(torch.nn.utils.get_total_norm(parts) ** 2)).sqrt()
-        for gradient in whole + parts:
-            gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate or group["lr"]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self._refresh()
-        return float(norm)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Masters and the optimiser's state by name, whole; every process must call it, the main one gets them."""
-        found: dict[str, Tensor] = {}
-        for name, master in self.masters.items():
-            slots = {
-                f"weight_optimizer.{slot}": value for slot, value in self.optimizer.state[master].items()
-            }
-            for part, value in ({"weights": master} | slots).items():
-                whole = distributed.gathered(value)
-                if distributed.is_main():
-                    found[f"{part}.{name}"] = whole.detach().cpu()
-        return found
-
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` gave, on whatever number of processes."""
-        for name, master in self.masters.items():
-            master.copy_(distributed.like(tensors[f"weights.{name}"], master))
-            for slot in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors.get(f"weight_optimizer.{slot}.{name}")
-                if value is not None:  # no gradient ever: an output layer, if hidden states alone count
-                    placed = value.to(master.device) if slot == "step" else distributed.like(value, master)
-                    self.optimizer.state[master][slot] = placed
-        self._refresh()
-
-    def _refresh(self) -> None:
-        for name, parameter in self.parameters.items():
-            if parameter is not self.masters[name]:
-                parameter.copy_(self.masters[name])
-
-
-def _mover(master: Tensor) -> Callable[[Tensor], None]:
-    def move(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        gradient = parameter.grad.float()
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-        parameter.grad = None
-
-    return move
-
-
 def generator(seed: int, purpose: str) -> torch.Generator:
     """A generator that depends on nothing but its arguments, so that a resumed run draws what the first one would."""
     digest = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)[0]
@@ -252,28 +208,52 @@ def check(
     distributed.check_divides(config.sequences_per_step, config.micro_batch)
 
 
-def check_finite(record: dict[str, Any], config: LearnConfig | AdaptConfig, run_dir: Path | None) -> None:
-    """Make sure that training has not diverged, before anything is kept of a step.
-
-    Raises:
-        ConsaError: one of the step's numbers is not finite.
-    """
+def _check_finite(record: Record, config: LearnConfig | AdaptConfig, checkpoint: Checkpoint | None) -> None:
+    """Raise ConsaError if training has diverged, before anything is kept of a step."""
+    folder = checkpoint.folder if checkpoint else None
     for name, value in record.items():
         if not math.isfinite(value):
-            kept = run_dir and (run_dir / CHECKPOINT).exists()
+            kept = folder and (folder / CHECKPOINT).exists()
             rates = "gate_lr or weight_lr" if isinstance(config, LearnConfig) else "learning_rate"
             raise ConsaError(
                 f"the {name} became {value} at step {record['step']};"
-                + (f" the last good checkpoint is kept in {run_dir};" if kept else "")
-                + f" lower {rates}{' and choose another folder' if run_dir else ''}"
-                + ", or use float32 where that is not in use"
+                + (f" the last good checkpoint is kept in {folder};" if kept else "")
+                + f" lower {rates}{' and choose another folder' if folder else ''}"
+                + ", or compute in float32"
             )
 
 
-def fingerprint(
-    config: LearnConfig | AdaptConfig, sequences: np.ndarray, identity: dict[str, str] | None
-) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be continued."""
+def checkpoint_of(
+    run_dir: Path | None,
+    config: LearnConfig | AdaptConfig,
+    sequences: np.ndarray,
+    identity: dict[str, str] | None,
+    *replaced: Any,
+    **decided: Any,
+) -> Checkpoint | None:
+    """The checkpoint of a run in its folder, which only a run with the same result continues.
+
+    Args:
+        run_dir: the run's folder; None keeps no checkpoint.
+        config: the run's settings.
+        sequences: the training text.
+        identity: of the model.
+        replaced: objects that the caller handed in instead of the defaults, or None; known by the names of their
+            classes and, of objectives, by their factors.
+        decided: what else decides the result, JSON-able.
+    """
+    if run_dir is None:
+        return None
     text = hashlib.sha256(np.ascontiguousarray(sequences).tobytes()).hexdigest()
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in FREE}
-    return {"config": settings, "model": identity, "sequences": text}
+    decided = {"config": settings, "model": identity, "sequences": text} | decided
+    if parts := [_described(part) for part in replaced if part is not None]:
+        decided["replaced"] = parts
+    return Checkpoint(run_dir, decided)
+
+
+def _described(part: Any) -> str:
+    name = getattr(part, "__qualname__", type(part).__qualname__)
+    if not isinstance(part, Objective):
+        return name
+    return f"{name}({', '.join(f'{key}={factor}' for key, factor in part.factors.items())})"

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from consa.config import with_present_names
 from consa.errors import ConsaError
 from consa.files import read_text, write_atomically
 from consa.provenance import first_difference
@@ -68,7 +69,7 @@ class Checkpoint:
             raise ConsaError(
                 f"cannot continue from {path}: damaged ({error}); delete the folder to start over"
             ) from error
-        difference = first_difference(fingerprint, self.fingerprint)
+        difference = first_difference(with_present_names(fingerprint), self.fingerprint)
         if difference:
             raise ConsaError(
                 f"{self.folder} holds a different run ({difference}); choose another folder, or delete it to start over"

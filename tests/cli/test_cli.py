@@ -17,9 +17,10 @@ from typer.testing import CliRunner, Result
 import consa
 from consa import Allocation
 from consa.cli import commands as cli
-from consa.cli import options
+from consa.cli import learn, options
 from consa.config import LearnConfig, RunConfig
 from consa.rules import RULES
+from consa.settings import help_of
 from consa.training.resume import CHECKPOINT
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +62,7 @@ def refused(*arguments: object, status: int = 2) -> str:
 def test_help_is_instant():
     code = (
         "import sys\n"
-        "from consa.cli import commands\n"
+        "from consa.cli import main\n"
         "sys.argv = ['consa', *sys.argv[1:]]\n"
         "try: main()\n"
         "except SystemExit as stop: assert not stop.code\n"
@@ -88,13 +89,41 @@ def test_every_setting_is_an_option():
     for config in (RunConfig, LearnConfig):
         for field in fields(config):
             parameter = parameters.pop(field.name)
-            assert parameter.help == field.metadata["help"]
+            assert parameter.help == help_of(field)
             if field.default is MISSING:
                 assert parameter.required
             else:
                 assert parameter.default == field.default
                 assert f"--{field.name.replace('_', '-')}" in parameter.opts
     assert parameters.keys() - {"help"} == {"out", "tensorboard"}
+
+
+def test_every_help_line_is_a_sentence_and_stands_in_a_group():
+    commands = cli.typer.main.get_command(cli.app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    for verb, command in commands.items():
+        assert command.callback.__doc__.splitlines()[0].endswith("."), verb
+        for parameter in command.params:
+            assert parameter.help[0].isupper() or parameter.help.startswith("log_alpha"), parameter.help
+            assert parameter.help.endswith("."), parameter.help
+    text = consa_cli("learn", "--help").stdout
+    order = ["Arguments:", "Options:", "Data options:", "Speed options:", "Solver options:"]
+    places = [text.index(f"\n{heading}\n") for heading in order]
+    assert places == sorted(places)
+    assert places[1] < text.index("--sparsity") < places[2] < text.index("--heldout-data") < places[3]
+    assert places[3] < text.index("--micro-batch") < places[4] < text.index("--penalty")
+    words = " ".join(text.split())
+    assert all(f"({bounds})" in words for bounds in ("between 0 and 1", "at least 2", "above 0"))
+    assert consa_cli("learn", "-h").stdout == text and "activation" not in text
+    overview = consa_cli("-h").stdout
+    assert all(f"\n{group}:\n" in overview for group in cli.VERBS)
+    assert all(f"\n  {verb} " in overview for verb in commands if verb != "cli-docs")
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_former_names_of_options_work(on: bool, caught: list[tuple[Any, ...]]):
+    option = "--activation-checkpointing" if on else "--no-activation-checkpointing"
+    assert consa_cli("learn", "m", option).exit_code == 0
+    assert caught[0][1] == LearnConfig(gradient_checkpointing=on)
 
 
 def test_the_reference_is_current():
@@ -125,7 +154,7 @@ def caught(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     [
         ["some/model"],
         ["a model", "--kv-budget", "2GiB", "--context", "131072", "--granularity", "layer"],
-        ["m", "--sparsity", "0.5", "--gate-lr", "0.25", "--activation-checkpointing", "--seed", "3"],
+        ["m", "--sparsity", "0.5", "--gate-lr", "0.25", "--gradient-checkpointing", "--seed", "3"],
         ["m", "--mode", "joint", "--refine-evaluations", "0", "--dtype", "float32", "--start", "0"],
     ],
 )
@@ -151,7 +180,7 @@ def test_options_arrive(caught: list[tuple[Any, ...]], tmp_path: Path):
 
 def test_the_demo_is_a_fixed_run(caught: list[tuple[Any, ...]]):
     assert consa_cli("demo").exit_code == consa_cli("demo", "--seed", 2).exit_code == 0
-    assert [call[0] for call in caught] == [cli.DEMO_RUN] * 2
+    assert [call[0] for call in caught] == [learn.DEMO_RUN] * 2
     assert [call[1].seed for call in caught] == [0, 2]
     assert [str(call[2]) for call in caught] == ["runs/demo", "runs/demo-seed2"]
     assert caught[1][3]["command"] == "consa demo --seed 2"
@@ -291,7 +320,7 @@ def test_interrupted_and_out_of_memory(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(runs, "run_learning", fail)
 
     failing(KeyboardInterrupt())
-    assert "same command continues" in refused("demo", status=130)
+    assert "same command resumes" in refused("demo", status=130)
     from consa.model import convert
 
     monkeypatch.setattr(convert, "check_wish", runs.run_learning)
@@ -307,7 +336,7 @@ def test_interrupted_and_out_of_memory(monkeypatch: pytest.MonkeyPatch):
     ):
         failing(error)
         line = refused("learn", "m")
-        assert all(name in line for name in ("--micro-batch", "--seq-len", "--activation-checkpointing"))
+        assert all(name in line for name in ("--micro-batch", "--seq-len", "--gradient-checkpointing"))
         assert "--" not in refused("demo")  # which has no such options
     failing(RuntimeError("a mistake of ours"))
     with pytest.raises(RuntimeError, match="a mistake of ours"):

@@ -14,6 +14,7 @@ from consa import Allocation, rules
 from consa.cli import commands as cli
 from consa.config import EvalConfig, RunConfig, SweepConfig
 from consa.runs import inputs
+from consa.settings import help_of
 from tests.cli.test_cli import apart, consa_cli, refused  # noqa: F401 (apart is a fixture, for every test)
 
 SMALL = ["--seq-len", "96", "--window", "8", "--num-heldout", "3", "--device", "cpu"]
@@ -28,7 +29,7 @@ def test_every_setting_is_an_option():
         parameters = {parameter.name: parameter for parameter in commands[verb].params}
         for field in {field.name: field for config in configs for field in fields(config)}.values():
             parameter = parameters.pop(field.name)
-            assert parameter.help == field.metadata["help"]
+            assert parameter.help == help_of(field)
             assert field.default is MISSING or parameter.default == field.default
         assert parameters.keys() - {"help"} == {"out", *own}
 

@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {"seq_len": 192, "num_steps": 6, "sequences_per_step"
 SETTINGS |= {
     "learning_rate": 1e-3,
     "distillation": 1.0,
-    "activation_checkpointing": True,
+    "gradient_checkpointing": True,
     "checkpoint_every": 2,
 }
 
@@ -47,7 +47,7 @@ def trained(
 
 @pytest.mark.parametrize(
     "change",
-    [{"method": "full"}, {"method": "lora"}, {"compile": True, "activation_checkpointing": False}],
+    [{"method": "full"}, {"method": "lora"}, {"compile": True, "gradient_checkpointing": False}],
     ids=str,
 )
 def test_repeatable_resumable_and_near_float32(change: dict[str, Any], tmp_path: Path):

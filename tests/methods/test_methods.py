@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,33 @@ from consa.allocation import num_full_units
 from consa.attention import masks
 from consa.config import ChoiceConfig
 from consa.data.tsv import read_tsv
-from consa.methods import METHODS, RANKINGS, choose, duo_attention, method_named, prulong
-from consa.methods.bosch import _buckets, apportion
+from consa.methods import METHODS, Method
+from consa.methods.bosch import apportion, buckets_of
+from consa.methods.choice import choose, method_named
+from consa.methods.duo_attention import DuoAttention
 from consa.methods.problem import Problem, Text
+from consa.methods.prulong import PruLong
 from consa.model.layout import attention_layout
 from consa.model.load import LoadedModel, load_model
 from tests.models import allocate, exact, tiny
 
 LENGTH = 600  # tokens; a question with a byte for a token does not fit into fewer
-SMALL: dict[str, Any] = {"window": 6, "num_sink_tokens": 1, "num_steps": 3, "sequences_per_step": 2}
-SMALL |= {"evaluations": 18, "evaluation_sequences": 2}
+ASKED: dict[str, Any] = {"window": 6, "num_sink_tokens": 1}
+SMALL: dict[str, Any] = {
+    "num_steps": 3,
+    "sequences_per_step": 2,
+    "evaluations": 18,
+    "evaluation_sequences": 2,
+}
+SMALL |= {
+    "num_lengths": 1,
+    "per_length": 2,
+}  # making questions takes most of the time, and all lengths are the same
 ASKING = ("duo_attention", "nll_guided", "retrieval_score")
 
 
-@pytest.fixture(autouse=True)
-def few_questions(monkeypatch: pytest.MonkeyPatch):
-    """Making questions takes most of the time, and here all lengths are the same."""
-    monkeypatch.setattr(duo_attention, "NUM_LENGTHS", 1)
-    monkeypatch.setattr(duo_attention, "PER_LENGTH", 2)
+def small(name: str, **settings: Any) -> Method:
+    return method_named(name, **SMALL | settings)
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +84,11 @@ def test_every_method_meets_the_target_twice_alike_and_leaves_no_trace(
     loaded = loaded_from(model, tokenizer)
     length = LENGTH if name in ASKING else 90
     sequences = np.random.default_rng(0).integers(2, len(tokenizer), (3, length)).astype(np.uint16)
-    config = ChoiceConfig(sparsity=0.6, granularity=granularity, seed=1, **SMALL)
+    config = ChoiceConfig(sparsity=0.6, granularity=granularity, seed=1, **ASKED)
     before = state_of(model)
-    allocation = METHODS[name](loaded, sequences, config)
+    method = small(name)
+    method.check(loaded.layout, config)
+    allocation = method.choose(Problem(loaded, sequences, config))
     after = state_of(model)
     assert all(torch.equal(after["weights"][key], value) for key, value in before.pop("weights").items())
     assert {key: after[key] for key in before} == before
@@ -90,11 +101,13 @@ def test_every_method_meets_the_target_twice_alike_and_leaves_no_trace(
     assert allocation.native_windows == loaded.layout.native_windows
     assert allocation.scores is not None
     assert allocation.provenance["method"] == name and allocation.provenance["model"] == "tiny"
+    assert asdict(method).items() <= allocation.provenance["settings"].items()
+    assert allocation.provenance["config"]["seed"] == 1
     if num_units == 12 or name not in ("consa", "greedy"):  # refining 2 units takes fewer than it may
         forward, backward = expected_cost(name, num_units, length, Problem(loaded, sequences, config))
         spent = {"forward_tokens": forward, "backward_tokens": backward}
         assert allocation.provenance["cost"] == spent
-    assert METHODS[name](loaded, sequences, config).to_json() == allocation.to_json()
+    assert method.choose(Problem(loaded, sequences, config)).to_json() == allocation.to_json()
 
 
 def expected_cost(name: str, num_units: int, length: int, problem: Problem) -> tuple[int, int]:
@@ -139,12 +152,12 @@ def test_methods_that_measure_effects_find_the_units_that_have_any(
         "questions",
         lambda problem, number, length=None: [Text(tokens, 20) for tokens in problem.sequences[:number]],
     )
-    settings = SMALL | {"window": 3, "evaluations": 80, "evaluation_sequences": 4}
-    settings["num_steps"] = (
-        120 if (name, granularity) == ("prulong", "kv_head") else 60
-    )  # its penalty on the gates drawn is noisy
-    config = ChoiceConfig(sparsity=1 - PLANTED[granularity].mean(), granularity=granularity, **settings)
-    allocation = METHODS[name](loaded_from(model, tokenizer), sequences, config)
+    noisy = (name, granularity) == ("prulong", "kv_head")  # its penalty is on the gates drawn
+    settings = {"evaluations": 80, "evaluation_sequences": 4, "num_steps": 120 if noisy else 60}
+    asked = ASKED | {"window": 3, "granularity": granularity}
+    config = ChoiceConfig(sparsity=1 - PLANTED[granularity].mean(), **asked)
+    problem = Problem(loaded_from(model, tokenizer), sequences, config)
+    allocation = small(name, **settings).choose(problem)
     assert np.array_equal(allocation.full_attention, PLANTED[granularity])
 
 
@@ -153,11 +166,11 @@ def test_methods_that_measure_effects_find_the_units_that_have_any(
 def test_measures_agree_with_whole_attention_matrices(name: str, family: str, tokenizer: Any):
     model = tiny(family, vocab_size=len(tokenizer))
     loaded = loaded_from(model, tokenizer)
-    config = ChoiceConfig(**SMALL | {"window": 40})
     sequences = np.random.default_rng(3).integers(2, len(tokenizer), (2, LENGTH))
-    found: Any = METHODS[name](loaded, sequences, config).scores
+    problem = Problem(loaded, sequences, ChoiceConfig(**ASKED | {"window": 40}))
+    found: Any = small(name).choose(problem).scores
     asking = name == "retrieval_score"
-    texts = Problem(loaded, sequences, config).questions(2) if asking else [Text(s) for s in sequences]
+    texts = problem.questions(2) if asking else [Text(s) for s in sequences]
     model.set_attn_implementation("eager")
     per_head = torch.zeros(4, 6, dtype=torch.float64)
     for text in texts:
@@ -182,7 +195,7 @@ def test_measures_agree_with_whole_attention_matrices(name: str, family: str, to
 def test_the_loss_of_a_problem_is_that_of_its_answers_under_the_allocation(tokenizer: Any):
     model = tiny()
     sequences = np.random.default_rng(0).integers(2, 61, (3, 50))
-    problem = Problem(loaded_from(model, tokenizer), sequences, ChoiceConfig(**SMALL))
+    problem = Problem(loaded_from(model, tokenizer), sequences, ChoiceConfig(**ASKED))
     full = allocate(model).full_attention.flatten()
     texts = [Text(sequences[0], 1), Text(sequences[1][:40], 30), Text(sequences[2], 44)]
     losses = []
@@ -202,7 +215,7 @@ def test_the_loss_of_a_problem_is_that_of_its_answers_under_the_allocation(token
 
 
 def test_questions_end_with_their_answers(tokenizer: Any):
-    problem = Problem(loaded_from(tiny(), tokenizer), np.zeros((1, LENGTH), int), ChoiceConfig(**SMALL))
+    problem = Problem(loaded_from(tiny(), tokenizer), np.zeros((1, LENGTH), int), ChoiceConfig(**ASKED))
     for text in problem.questions(3):
         assert len(text.tokens) <= LENGTH
         numbers = tokenizer.decode(text.tokens[text.start :]).split(", ")
@@ -213,7 +226,8 @@ def test_questions_end_with_their_answers(tokenizer: Any):
 
 def test_nested_learns_too_if_the_largest_sparsity_leaves_nothing_to_choose(tokenizer: Any):
     loaded = loaded_from(tiny(), tokenizer)
-    found = choose("nested", loaded, text_of(loaded.model, 4, 40), ChoiceConfig(**SMALL), [0.5, 1.0])
+    sequences = text_of(loaded.model, 4, 40)
+    found = choose(small("nested"), loaded, sequences, ChoiceConfig(**ASKED), [0.5, 1.0])
     assert all(allocation.provenance["cost"]["backward_tokens"] for allocation in found.values())
     assert found[1.0].sparsity == 1.0 and np.ptp(found[0.5].scores) > 0
 
@@ -222,8 +236,9 @@ def test_nested_learns_too_if_the_largest_sparsity_leaves_nothing_to_choose(toke
 def test_nested_allocations_are_nested_and_exact_after_one_run(granularity: Any, tokenizer: Any):
     model = tiny()
     loaded = loaded_from(model, tokenizer)
-    config = ChoiceConfig(granularity=granularity, **SMALL | {"num_steps": 12})
-    found = choose("nested", loaded, text_of(model, 4, 40), config, [0.25, 0.5, 0.75])
+    config = ChoiceConfig(granularity=granularity, **ASKED)
+    method = small("nested", num_steps=12)
+    found = choose(method, loaded, text_of(model, 4, 40), config, [0.25, 0.5, 0.75])
     last = np.ones((4, 3), dtype=bool)
     for sparsity, allocation in found.items():
         assert allocation.sparsity == sparsity == allocation.provenance["target_sparsity"]
@@ -242,7 +257,8 @@ def test_sequences_computed_at_once_change_nothing_but_rounding(name: str, token
     loaded = loaded_from(tiny(), tokenizer)
     sequences = np.random.default_rng(0).integers(2, 61, (5, 50)).astype(np.uint16)
     alone, together = (
-        METHODS[name](loaded, sequences, ChoiceConfig(micro_batch=size, **SMALL)) for size in (1, 2)
+        small(name).choose(Problem(loaded, sequences, ChoiceConfig(micro_batch=size, **ASKED)))
+        for size in (1, 2)
     )
     assert alone.scores is not None and together.scores is not None
     np.testing.assert_allclose(together.scores, alone.scores, atol=1e-3)
@@ -256,12 +272,19 @@ def test_one_run_of_a_ranking_gives_what_a_run_per_sparsity_gives(
     loaded = loaded_from(tiny(vocab_size=len(tokenizer)), tokenizer)
     length = LENGTH if name in ASKING else 60
     sequences = np.random.default_rng(0).integers(2, len(tokenizer), (3, length)).astype(np.uint16)
-    config = ChoiceConfig(**SMALL)
-    alone = {s: METHODS[name](loaded, sequences, replace(config, sparsity=s)) for s in (0.75, 0.25)}
-    asked, method = [], METHODS[name]
-    monkeypatch.setitem(METHODS, name, lambda *given: asked.append(given[2].sparsity) or method(*given))
-    together = choose(name, loaded, sequences, config, [0.75, 0.25])
-    assert asked == ([0.75] if name in RANKINGS else [0.75, 0.25])
+    config = ChoiceConfig(**ASKED)
+    method, asked = small(name), []
+    original = type(method).choose
+
+    def counted(self: Method, problem: Problem) -> Any:
+        asked.append(problem.config.sparsity)
+        return original(self, problem)
+
+    problems = {s: Problem(loaded, sequences, replace(config, sparsity=s)) for s in (0.75, 0.25)}
+    alone = {s: method.choose(problem) for s, problem in problems.items()}
+    monkeypatch.setattr(type(method), "choose", counted)
+    together = choose(method, loaded, sequences, config, [0.75, 0.25])
+    assert asked == ([0.75] if method.ranks else [0.75, 0.25])
     if name == "nested":  # runs of other lengths, so to speak
         alone[0.25] = together[0.25]
     assert {s: a.to_json() for s, a in together.items()} == {s: a.to_json() for s, a in alone.items()}
@@ -275,7 +298,7 @@ def test_learning_rates_follow_the_published_schedules(num_steps: int):
     published = get_cosine_schedule_with_warmup(optimizer, warmup, num_steps)
     for step in range(num_steps):
         factor = published.get_last_lr()[0]
-        assert prulong.lr_factor(step, num_steps) == pytest.approx(
+        assert PruLong(num_steps=num_steps).lr_factor(step) == pytest.approx(
             factor if step < warmup else 0.01 + 0.99 * factor
         )
         optimizer.step()
@@ -283,7 +306,7 @@ def test_learning_rates_follow_the_published_schedules(num_steps: int):
     part = max(1, num_steps // 5)
     for step in range(num_steps):
         wanted = min(1, max((step + 1) / part, 0.1), max((num_steps - step) / part, 0.1))
-        assert duo_attention.lr_factor(step, num_steps) == pytest.approx(wanted)
+        assert DuoAttention(num_steps=num_steps).lr_factor(step) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("weights", [[3.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1e9, 1.0, 1.0]])
@@ -299,23 +322,34 @@ def test_shares_add_up_and_respect_their_room(weights: list[float]):
 def test_a_budget_too_small_to_probe_every_unit_is_refused(name: str, tokenizer: Any):
     loaded = loaded_from(tiny(), tokenizer)
     with pytest.raises(ConsaError, match=f"evaluations must be at least .* for {name} on this model, got 4"):
-        METHODS[name](loaded, np.zeros((1, 20), int), ChoiceConfig(**SMALL | {"evaluations": 4}))
+        choose(small(name, evaluations=4), loaded, np.zeros((1, 20), int), ChoiceConfig(**ASKED), [0.5])
 
 
 def test_no_text_is_refused(tokenizer: Any):
     with pytest.raises(ConsaError, match=r"no text to choose by: got sequences of shape \(0, 20\)"):
-        METHODS["attention_mass"](loaded_from(tiny(), tokenizer), np.zeros((0, 20), int), ChoiceConfig())
+        Problem(loaded_from(tiny(), tokenizer), np.zeros((0, 20), int), ChoiceConfig())
 
 
-@pytest.mark.parametrize("field", ["sparsity", "window", "num_steps", "evaluations", "evaluation_sequences"])
-def test_settings_out_of_range_are_refused_by_name(field: str):
+@pytest.mark.parametrize("field", ["sparsity", "window", "seed", "micro_batch"])
+def test_what_is_asked_out_of_range_is_refused_by_name(field: str):
     with pytest.raises(ConsaError, match=field):
         ChoiceConfig(**{field: -1})
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_setting_of_a_method_has_help_and_is_checked(name: str):
+    method = method_named(name)
+    assert type(method).__doc__ and fields(method)
+    for field in fields(method):
+        assert field.metadata["help"].endswith(".")
+        for bad in ("x", None, float("nan")):
+            with pytest.raises(ConsaError, match=f"^{field.name} must be"):
+                replace(method, **{field.name: bad})
+
+
 def test_an_unknown_method_is_told_the_known_ones():
-    assert method_named("bosch") is METHODS["bosch"]
-    with pytest.raises(ConsaError, match=r"method must be one of consa, prulong, .*, got 'duo'"):
+    assert type(method_named("bosch")).__name__ == "Bosch"
+    with pytest.raises(ConsaError, match=r"method must be one of rules, consa, prulong, .*, got 'duo'"):
         method_named("duo")
 
 
@@ -375,8 +409,8 @@ def test_every_seed_has_an_order_of_its_own(tokenizer: Any):
         [
             int(text.tokens[0])
             for text in Problem(
-                loaded_from(tiny(), tokenizer), sequences, ChoiceConfig(seed=seed, **SMALL)
-            ).sample()
+                loaded_from(tiny(), tokenizer), sequences, ChoiceConfig(seed=seed, **ASKED)
+            ).sample(2)
         ]
         for seed in range(3)
     ]
@@ -385,13 +419,13 @@ def test_every_seed_has_an_order_of_its_own(tokenizer: Any):
 
 def test_a_bucket_opens_a_head_of_each_of_its_layers_first():
     rise = np.array([0.0, 5.0, 1.0, 4.0, 2.0, 3.0])
-    found = [bucket.tolist() for bucket in _buckets(rise, 2)]
+    found = [bucket.tolist() for bucket in buckets_of(rise, 2, 3)]
     assert found == [[2, 6, 3, 7], [10, 8, 11, 9], [4, 0, 5, 1]]
 
 
 def test_ties_of_many_units_go_to_the_lower_ones(tokenizer: Any):
     loaded = loaded_from(tiny(num_hidden_layers=32), tokenizer)
-    problem = Problem(loaded, np.zeros((1, 9), int), ChoiceConfig(**SMALL | {"sparsity": 0.5}))
+    problem = Problem(loaded, np.zeros((1, 9), int), ChoiceConfig(**ASKED | {"sparsity": 0.5}))
     tied = np.random.default_rng(0).integers(0, 3, 96).astype(float)
     wanted = np.argsort(-tied, kind="stable")[:48]
     assert np.flatnonzero(problem.top(tied)).tolist() == sorted(wanted)
@@ -403,18 +437,20 @@ def test_duo_attentions_gates_stay_between_0_and_1(tokenizer: Any, monkeypatch: 
         model.model.layers[0].self_attn.o_proj.weight.zero_()
     texts = [Text(tokens, 20) for tokens in text_of(model, 4, 40)]
     monkeypatch.setattr(Problem, "questions", lambda *_: texts)
-    config = ChoiceConfig(sparsity=0.5, **SMALL | {"window": 3, "num_steps": 90})
-    scores = METHODS["duo_attention"](loaded_from(model, tokenizer), np.zeros((1, 40), int), config).scores
+    config = ChoiceConfig(sparsity=0.5, **ASKED | {"window": 3})
+    problem = Problem(loaded_from(model, tokenizer), np.zeros((1, 40), int), config)
+    scores = small("duo_attention", num_steps=90).choose(problem).scores
     assert scores is not None and scores.min() >= 0 and scores.max() <= 1 + 1e-6
 
 
 def test_duo_attention_looks_at_answers_alone(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
     loaded = loaded_from(model := tiny(), tokenizer)
     sequences = text_of(model, 4, 40)
-    config, found = ChoiceConfig(**SMALL | {"window": 3, "num_steps": 8}), []
+    config, found = ChoiceConfig(**ASKED | {"window": 3}), []
     for start in (1, 20, 38):
         monkeypatch.setattr(Problem, "questions", lambda *_, start=start: [Text(t, start) for t in sequences])
-        found.append(METHODS["duo_attention"](loaded, sequences, config).scores)
+        method = small("duo_attention", num_steps=8)
+        found.append(method.choose(Problem(loaded, sequences, config)).scores)
     assert not np.allclose(found[0], found[1], atol=1e-4) and not np.allclose(found[1], found[2], atol=1e-4)
 
 
@@ -424,20 +460,24 @@ def test_greedy_ranks_open_and_closed_units_by_what_they_are_worth(
     costs = np.random.default_rng(0).random(12)
     monkeypatch.setattr(Problem, "loss", lambda problem, full, texts: float(costs[~full].sum()))
     loaded = loaded_from(tiny(), tokenizer)
-    config = ChoiceConfig(**SMALL | {"evaluations": 14})
-    allocation = METHODS["greedy"](loaded, text_of(loaded.model, 2, 20), config)
+    problem = Problem(loaded, text_of(loaded.model, 2, 20), ChoiceConfig(**ASKED))
+    allocation = small("greedy", evaluations=14).choose(problem)
     assert allocation.scores is not None
     np.testing.assert_allclose(allocation.scores.flatten(), costs, atol=1e-12)
 
 
-def test_consa_refines_on_as_many_sequences_as_others_evaluate_on():
-    assert ChoiceConfig(evaluation_sequences=3).for_learning().refine_sequences == 3
+def test_consa_refines_on_as_many_sequences_as_it_is_told(tokenizer: Any):
+    loaded = loaded_from(tiny(), tokenizer)
+    problem = Problem(loaded, text_of(loaded.model, 4, 20), ChoiceConfig(**ASKED))
+    record = small("consa", evaluation_sequences=3, refine_evaluations=2).choose(problem).provenance
+    assert (record["config"]["refine_sequences"], record["config"]["refine_evaluations"]) == (3, 2)
+    assert record["cost"]["forward_tokens"] - record["cost"]["backward_tokens"] == 2 * 3 * 20
 
 
 def test_every_seed_asks_questions_of_its_own(tokenizer: Any):
     loaded = loaded_from(tiny(), tokenizer)
     asked = [
-        Problem(loaded, np.zeros((1, LENGTH), int), ChoiceConfig(seed=seed, **SMALL)).questions(1)[0]
+        Problem(loaded, np.zeros((1, LENGTH), int), ChoiceConfig(seed=seed, **ASKED)).questions(1)[0]
         for seed in (0, 1)
     ]
     assert asked[0].tokens.tolist() != asked[1].tokens.tolist()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,13 @@ import pytest
 from consa import Allocation, ConsaError, methods, rules
 from consa.config import ChoiceConfig, EvalConfig, RunConfig, SweepConfig
 from consa.evaluation import suite
-from consa.model.load import LoadedModel
+from consa.methods import Method
+from consa.methods.choice import choices
+from consa.methods.lazy_layers import LazyLayers
+from consa.methods.problem import Problem
 from consa.runs import folder
 from consa.runs import sweep as sweeping
-from consa.runs.sweep import choices, sweep
+from consa.runs.sweep import sweep
 
 CONFIG = SweepConfig(
     sparsity="0.5,0.75",
@@ -46,21 +51,25 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[ChoiceConfig]:
     """What the one method was asked for: `by_loss`, which draws."""
     asked: list[ChoiceConfig] = []
 
-    def by_loss(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) -> Allocation:
-        assert sequences.ndim == 2 and sequences.shape[1] == 96
-        asked.append(config)
-        allocation = rules.random_units(
-            loaded.layout.num_layers,
-            loaded.layout.num_kv_heads,
-            sparsity=config.sparsity,
-            granularity=config.granularity,
-            window=config.window,
-            num_sink_tokens=config.num_sink_tokens,
-            seed=100 + config.seed,
-        )
-        return replace(allocation, provenance={"method": "by_loss"})
+    class ByLoss(Method):
+        name = "by_loss"
 
-    monkeypatch.setitem(methods.METHODS, "by_loss", by_loss)
+        def choose(self, problem: Problem) -> Allocation:
+            assert problem.sequences.ndim == 2 and problem.sequences.shape[1] == 96
+            config, layout = problem.config, problem.loaded.layout
+            asked.append(config)
+            allocation = rules.random_units(
+                *layout.shape,
+                sparsity=config.sparsity,
+                granularity=config.granularity,
+                window=config.window,
+                num_sink_tokens=config.num_sink_tokens,
+                seed=100 + config.seed,
+            )
+            return replace(allocation, provenance={"method": "by_loss"})
+
+    monkeypatch.setitem(methods.METHODS, "by_loss", f"{__name__}:ByLoss")
+    monkeypatch.setitem(sys.modules, __name__, SimpleNamespace(ByLoss=ByLoss))
     return asked
 
 
@@ -90,7 +99,7 @@ def test_a_sweep_chooses_measures_and_goes_on_where_it_was(
 
     frontier, paths = sweep(where, CONFIG, MEASURED, tmp_path, command="c")
     assert len(asked) == 1 + 8  # what was lost is chosen again, and nothing else
-    assert {(c.window, c.num_sink_tokens, c.evaluations) for c in asked} == {(8, 2, 3)}
+    assert {(c.window, c.num_sink_tokens) for c in asked} == {(8, 2)}
     assert {path.stem for path in (tmp_path / "allocations").iterdir()} == set(NAMES)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     assert [line.name for line in frontier.table.lines] == ["dense", "all_swa", *NAMES]
@@ -146,9 +155,13 @@ def test_more_may_be_asked_of_a_folder_but_nothing_else(
 def test_a_ranking_runs_once_for_all_sparsities_and_again_for_what_is_added(
     where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    asked, method = [], methods.METHODS["lazy_layers"]
-    counted = lambda *given: asked.append(given[2]) or method(*given)  # noqa: E731
-    monkeypatch.setitem(methods.METHODS, "lazy_layers", counted)
+    asked, choose = [], LazyLayers.choose
+
+    def counted(self: LazyLayers, problem: Problem) -> Allocation:
+        asked.append(problem.config)
+        return choose(self, problem)
+
+    monkeypatch.setattr(LazyLayers, "choose", counted)
     config = replace(CONFIG, methods="lazy_layers,top", evaluation_sequences=1)
     sweep(where, config, MEASURED, tmp_path, command="c")
     assert [(c.granularity, c.sparsity, c.seed) for c in asked] == [
@@ -173,7 +186,9 @@ def test_all_rules_by_one_word_each_once():
     config = SweepConfig(sparsity="0.5", granularity="layer,kv_head", methods="rules,middle", seeds=3)
     wanted = list(choices(config, MEASURED))
     assert len({choice.name for choice in wanted}) == len(wanted)
-    by_granularity = [[c.method for c in wanted if c.config.granularity == g] for g in ("layer", "kv_head")]
+    by_granularity = [
+        [c.method.name for c in wanted if c.config.granularity == g] for g in ("layer", "kv_head")
+    ]
     assert [set(found) for found in by_granularity] == [
         set(rules.RULES) - {"uniform_heads"},
         set(rules.RULES),
@@ -186,7 +201,7 @@ def test_all_rules_by_one_word_each_once():
     [
         ({"methods": "consa,guess"}, "one of rules, consa, .* got 'guess'"),
         ({"methods": ","}, "methods is empty"),
-        ({"sparsity": "half"}, "sparsity must be shares .* got 'half'"),
+        ({"sparsity": "half"}, "sparsity must be shares separated .* got 'half'"),
         ({"sparsity": "0.5,1.5"}, "sparsity .* got 1.5"),
         ({"granularity": "head"}, "granularity .* got 'head'"),
         ({"seeds": 0}, "seeds must be an integer >= 1, got 0"),

@@ -28,9 +28,10 @@ from consa.model import interface, loss
 from consa.model.attach import attached
 from consa.runs import runs
 from consa.runs.runs import run_adaptation
-from consa.training import loop
 from consa.training.adaptation import adapt
+from consa.training.objective import Objective
 from consa.training.resume import METRICS
+from consa.training.weights import Weights
 from tests.compare import Elements, assert_close
 from tests.compiler import needs_compiler
 from tests.models import exact, tiny, tokens
@@ -53,7 +54,7 @@ ROOT = Path(__file__).parents[2]
 
 def plain_loss(model: PreTrainedModel, teacher: PreTrainedModel, config: AdaptConfig) -> torch.Tensor:
     """The first step's objective, all at once, with attention by the reference."""
-    ids = torch.from_numpy(np.concatenate(loop.batches(text(), config, 0)).astype(np.int64))
+    ids = torch.cat([batch.tokens for batch in Objective().batches(text(), config, 0)])
     with exact(model, allocation()):
         out = model(input_ids=ids, labels=ids, use_cache=False, output_hidden_states=True)
     with torch.no_grad():
@@ -71,7 +72,7 @@ def plain_loss(model: PreTrainedModel, teacher: PreTrainedModel, config: AdaptCo
     [
         pytest.param({}, id=""),
         pytest.param({"micro_batch": 2}, id="batch"),
-        pytest.param({"activation_checkpointing": True}, id="checkpointing"),
+        pytest.param({"gradient_checkpointing": True}, id="checkpointing"),
         pytest.param({"compile": True}, id="compile", marks=needs_compiler),
     ],
 )
@@ -155,9 +156,7 @@ def test_it_leaves_nothing_but_weights(method: Any):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     modes = {name: module.training for name, module in model.named_modules()}
     config = model.config.to_json_string()
-    adapt(
-        model, text(), allocation(), changed(method=method, activation_checkpointing=True, distillation=1.0)
-    )
+    adapt(model, text(), allocation(), changed(method=method, gradient_checkpointing=True, distillation=1.0))
     after = model.state_dict()
     assert after.keys() == before.keys()
     trained = {name for name, value in after.items() if not torch.equal(value, before[name])}
@@ -394,14 +393,14 @@ def test_what_diverges_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     config = changed(num_steps=4, checkpoint_every=1)
     with pytest.raises(ConsaError, match="the heldout_loss became inf at step 4; the last good checkpoint"):
         adapt(tiny(), text(), allocation(), config, run_dir=tmp_path, evaluate=spoiled_at(2))
-    update, norms = loop.Weights.update, iter([0.5, float("nan")])
+    update, norms = Weights.update, iter([0.5, float("nan")])
 
-    def diverging(self: loop.Weights, **settings: Any) -> float:
+    def diverging(self: Weights, **settings: Any) -> float:
         update(self, **settings)
         return next(norms)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Weights, "update", diverging)
+        patch.setattr(Weights, "update", diverging)
         with pytest.raises(ConsaError, match=r"the grad_norm became nan at step 2; .* lower learning_rate"):
             adapt(tiny(), text(), allocation(), config, run_dir=tmp_path / "b")
     steps: list[float] = []
@@ -418,12 +417,12 @@ def spoiled_at(call: int) -> Any:
 
 
 def test_gradients_are_scaled_down_to_the_norm_asked_for(monkeypatch: pytest.MonkeyPatch):
-    asked, update = [], loop.Weights.update
+    asked, update = [], Weights.update
 
-    def seen(weights: loop.Weights, *, max_norm: float, **options: Any) -> float:
+    def seen(weights: Weights, *, max_norm: float, **options: Any) -> float:
         asked.append(max_norm)
         return update(weights, max_norm=max_norm, **options)
 
-    monkeypatch.setattr(loop.Weights, "update", seen)
+    monkeypatch.setattr(Weights, "update", seen)
     adapt(tiny(), text(), allocation(), changed(max_grad_norm=0.25, num_steps=2))
     assert asked == [0.25, 0.25]

@@ -32,7 +32,7 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "adapt": ("adapt", ADAPT),
     COMPILED: ("adapt", ADAPT | {"parallel": "fsdp", "compile": True}),
     "lora": ("adapt", ADAPT | {"method": "lora", "distillation": 1.0}),
-    "fsdp": ("adapt", ADAPT | {"parallel": "fsdp", "distillation": 1.0, "activation_checkpointing": True}),
+    "fsdp": ("adapt", ADAPT | {"parallel": "fsdp", "distillation": 1.0, "gradient_checkpointing": True}),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -29,29 +30,38 @@ def test_ramp():
     assert ramp(10, 10, 1.0) == 0 and ramp(5, 10, 0.0) == 0.5
 
 
+def at_sparsity(sparsity: float) -> torch.Tensor:
+    """log_alpha of three gates of this expected sparsity."""
+    offset = gates.TEMPERATURE * math.log(-gates.STRETCH[0] / gates.STRETCH[1])
+    return (torch.logit(torch.tensor(1 - sparsity, dtype=torch.float64)) + offset).expand(3)
+
+
 @pytest.mark.parametrize("growth", [1.0, 4.0])
 @pytest.mark.parametrize(("expected", "target"), [(0.2, 0.7), (0.9, 0.7), (0.7, 0.7)])
 def test_loss_and_update(expected: float, target: float, growth: float):
     constraint = AugmentedLagrangian(penalty=300, step_size=3, multiplier=-2.0)
-    sparsity = torch.tensor(expected, dtype=torch.float64, requires_grad=True)
+    is_open = torch.full((3,), 1 - expected, dtype=torch.float64, requires_grad=True)
     h = target - expected
-    loss = constraint.loss(sparsity, target, growth)
+    loss = constraint.loss(is_open, target, growth)
     assert loss.item() == pytest.approx(-2 * h + growth * 150 * h**2)
     loss.backward()
-    assert sparsity.grad is not None
-    assert float(sparsity.grad) == pytest.approx(2 - growth * 300 * h)
+    assert is_open.grad is not None
+    assert float(is_open.grad.sum()) == pytest.approx(-2 + growth * 300 * h)
     assert constraint.multiplier == -2.0, "asking for the loss moves nothing"
-    constraint.update(expected, target, growth)
+    assert constraint.update(at_sparsity(expected), target, growth) == pytest.approx(expected)
     assert constraint.multiplier == pytest.approx(-2 + 3 * growth * h, abs=1e-12)
+    other = AugmentedLagrangian(penalty=300, step_size=3)
+    other.restore(constraint.tensors())
+    assert other.multiplier == constraint.multiplier
 
 
 def test_the_multiplier_may_take_either_sign_and_forgets_nothing():
     constraint = AugmentedLagrangian(penalty=1, step_size=0.5)
     for _ in range(4):
-        constraint.update(0.9, 0.5)
+        constraint.update(at_sparsity(0.9), 0.5)
     assert constraint.multiplier == pytest.approx(-0.8)
     for _ in range(6):
-        constraint.update(0.1, 0.5)
+        constraint.update(at_sparsity(0.1), 0.5)
     assert constraint.multiplier == pytest.approx(0.4)
 
 
@@ -74,14 +84,13 @@ def control(num_units: int, target: float, cost: float, seed: int) -> tuple[floa
         growth = config.penalty_growth ** ramp(step, config.num_steps, config.warmup)
         sharpening = config.sharpening * ramp(step, config.num_steps, config.sharpening_start)
         is_open = gates.probability_open(log_alpha)
-        loss = loss + constraint.loss(1 - is_open.mean(), aim, growth)
+        loss = loss + constraint.loss(is_open, aim, growth)
         (loss + sharpening * (is_open * (1 - is_open)).mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
             log_alpha.clamp_(config.log_alpha_min, config.log_alpha_max)
-            expected = float(1 - gates.probability_open(log_alpha).mean())
-        constraint.update(expected, aim, growth)
+            expected = constraint.update(log_alpha, aim, growth)
     return expected, gates.fractional_share(log_alpha.detach())
 
 

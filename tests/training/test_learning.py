@@ -20,8 +20,11 @@ from consa.model.attach import attached
 from consa.model.layout import attention_layout
 from consa.model.plan import Plan
 from consa.training import gates, learning, loop
+from consa.training.lagrangian import AugmentedLagrangian
 from consa.training.learning import learn, target_units, units_of
+from consa.training.objective import Objective, order
 from consa.training.refinement import _mean_loss
+from consa.training.weights import Weights
 from tests.compare import assert_close
 from tests.compiler import needs_compiler
 from tests.models import tiny
@@ -74,17 +77,17 @@ def reference_gradient(model: PreTrainedModel, z: Tensor, ids: Tensor, config: L
         model.set_attn_implementation(before)
 
 
+def fresh(model: PreTrainedModel, config: LearnConfig) -> Any:
+    """The gates before the first step."""
+    units = units_of(attention_layout(model), config.granularity)
+    return learning._Learning(model, text(), units, config.sparsity, config, objective=Objective())
+
+
 def gate_gradient(model: PreTrainedModel, config: LearnConfig) -> tuple[Tensor, float]:
     """What one step of learning leaves on log_alpha, before the constraint, and its loss."""
-    layout = attention_layout(model)
-    units = units_of(layout, config.granularity)
-    state = learning._State.fresh(model, units, config)
-    batches = loop.batches(text(), config, 0)
-    with (
-        learning._prepared(model, config),
-        attached(model, learning._dense_start(layout, config)) as plan,
-    ):
-        value = learning._accumulate_gradients(model, plan, state, units, batches, config)
+    state = fresh(model, config)
+    with state.attached(model, learning._dense_start(attention_layout(model), config)):
+        value = state.accumulate(0)["loss"]
     assert state.log_alpha.grad is not None
     return state.log_alpha.grad, value
 
@@ -95,10 +98,10 @@ def test_gradient_of_a_step_is_that_of_the_formula(granularity: Any):
     config = changed(granularity=granularity, sequences_per_step=4, initial_log_alpha=0.3)
     got, value = gate_gradient(model, config)
     units = units_of(attention_layout(model), granularity)
-    log_alpha = learning._State.fresh(model, units, config).log_alpha
+    log_alpha = fresh(model, config).log_alpha
     uniform = gates.stratified_uniform(4, units.count, loop.generator(config.seed, "noise 0"))
     z = gates.sample(log_alpha, uniform).unflatten(1, (4, -1)).expand(-1, -1, 3).transpose(0, 1)
-    ids = torch.from_numpy(np.concatenate(loop.batches(text(), config, 0)).astype(np.int64))
+    ids = torch.cat([batch.tokens for batch in Objective().batches(text(), config, 0)])
     wanted = reference_gradient(model, z, ids, config)
     wanted.backward()
     assert log_alpha.grad is not None
@@ -111,7 +114,7 @@ def test_gradient_of_a_step_is_that_of_the_formula(granularity: Any):
     [
         {"micro_batch": 2},
         {"micro_batch": 4},
-        {"activation_checkpointing": True},
+        {"gradient_checkpointing": True},
         {"mode": "joint"},
         pytest.param({"compile": True}, marks=needs_compiler),
     ],
@@ -166,11 +169,11 @@ def test_layers_that_do_not_compile_are_one_line(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("config", [LearnConfig, AdaptConfig])
 def test_what_is_recomputed_is_not_compiled(config: Any):
-    with pytest.raises(ConsaError, match=r"compile must be off with activation_checkpointing.*; got True"):
-        config(compile=True, activation_checkpointing=True)
+    with pytest.raises(ConsaError, match=r"compile must be off with gradient_checkpointing.*; got True"):
+        config(compile=True, gradient_checkpointing=True)
 
 
-def test_activation_checkpointing_recomputes(monkeypatch: pytest.MonkeyPatch):
+def test_gradient_checkpointing_recomputes(monkeypatch: pytest.MonkeyPatch):
     """Else the test above would compare a run with itself."""
     calls = 0
     attend = Plan.attend
@@ -184,7 +187,7 @@ def test_activation_checkpointing_recomputes(monkeypatch: pytest.MonkeyPatch):
     counts = []
     for on in (False, True):
         calls = 0
-        gate_gradient(tiny(), changed(activation_checkpointing=on, initial_log_alpha=0.3))
+        gate_gradient(tiny(), changed(gradient_checkpointing=on, initial_log_alpha=0.3))
         counts.append(calls)
     assert counts == [8, 16]  # 4 layers x 2 sequences
 
@@ -221,25 +224,21 @@ def test_exact_number_of_units(sparsity: float, granularity: Any):
 
 
 def test_ties_go_to_the_lower_layer_and_head():
-    units = units_of(attention_layout(tiny()), "kv_head")
-    state = learning._State.fresh(tiny(), units, QUICK)
-    allocation = learning._decide(state, units, 5, attention_layout(tiny()), QUICK, None)
+    allocation = fresh(tiny(), QUICK).decide(5, attention_layout(tiny()), None)
     assert np.flatnonzero(allocation.full_attention).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_the_decision_averages_the_last_steps():
-    model, seen = tiny(), []
+    seen: list[Tensor] = []
     config = changed(num_steps=10, averaged=0.3)
-    monkey = learning._update
 
-    def update(state: Any, *args: Any) -> Any:
-        record = monkey(state, *args)
-        seen.append(state.log_alpha.detach().double().clone())
-        return record
+    class Watching(AugmentedLagrangian):
+        def update(self, log_alpha: Tensor, target: float, growth: float = 1.0) -> float:
+            seen.append(log_alpha.detach().double().clone())
+            return super().update(log_alpha, target, growth)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learning, "_update", update)
-        allocation = learn(model, text(), config).allocation
+    constraint = Watching(config.penalty, config.multiplier_step)
+    allocation = learn(tiny(), text(), config, constraint=constraint).allocation
     assert allocation.scores is not None
     assert np.allclose(allocation.scores.flatten(), torch.stack(seen[-3:]).mean(0), atol=1e-12)
 
@@ -327,7 +326,7 @@ def test_refinement_is_part_of_learning_and_does_not_lose():
     exchanges: list[Any] = []
     fine = learn(tiny(), text(), config, on_exchange=exchanges.append).allocation
     assert exchanges and fine.sparsity == rough.sparsity
-    chosen = text()[loop.order(text(), config, range(4, 7))]
+    chosen = text()[order(text(), config.seed, range(4, 7))]
     assert _mean_loss(tiny(), fine, chosen, 1) <= _mean_loss(tiny(), rough, chosen, 1)
 
 
@@ -344,7 +343,7 @@ def test_frozen_mode_leaves_the_model_as_it_was(checkpointing: bool):
     model.train()
     modes = {name: module.training for name, module in model.named_modules()}
     config = model.config.to_json_string()
-    learn(model, text(), changed(activation_checkpointing=checkpointing, refine_evaluations=3))
+    learn(model, text(), changed(gradient_checkpointing=checkpointing, refine_evaluations=3))
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == frozen
     assert {name: module.training for name, module in model.named_modules()} == modes
@@ -359,7 +358,7 @@ def test_a_failure_leaves_the_model_as_it_was(checkpointing: bool):
     model = tiny().train()
     modes = {name: module.training for name, module in model.named_modules()}
     with pytest.raises(Interrupted):
-        learn(model, text(), changed(activation_checkpointing=checkpointing), on_step=at_step(2, interrupt))
+        learn(model, text(), changed(gradient_checkpointing=checkpointing), on_step=at_step(2, interrupt))
     assert all(p.requires_grad for p in model.parameters())
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert model.config._attn_implementation == "sdpa"
@@ -440,13 +439,13 @@ def test_a_step_with_every_gate_saturated_does_not_crash(
 
 
 def test_gradients_of_weights_are_clipped_in_joint_mode(monkeypatch: pytest.MonkeyPatch):
-    asked, update = [], loop.Weights.update
+    asked, update = [], Weights.update
 
-    def seen(weights: loop.Weights, *, max_norm: float, **options: Any) -> float:
+    def seen(weights: Weights, *, max_norm: float, **options: Any) -> float:
         asked.append(max_norm)
         return update(weights, max_norm=max_norm, **options)
 
-    monkeypatch.setattr(loop.Weights, "update", seen)
+    monkeypatch.setattr(Weights, "update", seen)
     learn(tiny(), text(), changed(mode="joint", num_steps=2))
     assert asked == [1.0, 1.0]
 

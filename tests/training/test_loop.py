@@ -10,20 +10,22 @@ import pytest
 import torch
 
 from consa.errors import ConsaError
-from consa.training import loop
+from consa.training import loop, objective
 from consa.training.learning import learn
+from consa.training.weights import Weights
 from tests.models import tiny
 from tests.training.learning_case import QUICK, at_step, changed, text
 
 
 def test_text_comes_once_per_epoch_each_in_its_own_order():
     config = changed(sequences_per_step=2)
-    order = loop.order(text(), config, range(21))
+    order = objective.order(text(), config.seed, range(21))
     epochs = [order[:7], order[7:14], order[14:]]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    batches = [loop.batches(text(), config, step) for step in range(3)]
-    assert np.array_equal(np.concatenate([b for step in batches for b in step]), text()[order[:6]])
+    batches = [objective.Objective().batches(text(), config, step) for step in range(3)]
+    found = torch.cat([batch.tokens for step in batches for batch in step])
+    assert np.array_equal(found, text()[order[:6]])
 
 
 def test_what_the_caller_had_chosen_comes_back():
@@ -32,7 +34,7 @@ def test_what_the_caller_had_chosen_comes_back():
     try:
         for warn_only in (False, True):
             torch.use_deterministic_algorithms(True, warn_only=warn_only)
-            with loop.prepared(model, activation_checkpointing=True):
+            with loop.prepared(model, gradient_checkpointing=True):
                 assert not settings.fill_uninitialized_memory
             assert torch.are_deterministic_algorithms_enabled()
             assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
@@ -53,7 +55,7 @@ def test_every_seed_and_purpose_draws_numbers_of_its_own():
 def test_updates_are_adamws_without_decay_on_gradients_clipped_where_they_are_long():
     start = torch.tensor([3.0, -4.0])
     own, plain = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    weights = loop.Weights({"w": own}, learning_rate=0.1)
+    weights = Weights({"w": own}, learning_rate=0.1)
     optimizer = torch.optim.AdamW([plain], lr=0.1, weight_decay=0)
     for scale in (0.1, 5.0, 0.3):  # one of them beyond the largest norm
         for parameter in (own, plain):

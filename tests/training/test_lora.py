@@ -11,7 +11,7 @@ import torch
 
 from consa.errors import ConsaError
 from consa.model.attach import attached
-from consa.training import adaptation
+from consa.training import lora
 from consa.training.adaptation import adapt
 from tests.compare import assert_close
 from tests.models import allocate, tiny, tokens
@@ -36,7 +36,7 @@ def test_lora_follows_the_dense_model_without_a_second_copy():
         method: adapt(model, text(), allocation(), replace(config, method=method))[0]
         for method, model in models.items()
     }
-    for part in ("loss", *adaptation.PARTS):
+    for part in ("loss", "cross_entropy", "distillation", "hidden_loss"):
         assert firsts["lora"][part] == pytest.approx(firsts["full"][part], rel=1e-5)
     for method in METHODS:  # the teacher stays where it was: a hybrid that comes nearer is nearer to `tiny()`
         assert distance_to_dense(models[method]) < distance_to_dense(tiny())
@@ -98,12 +98,12 @@ def test_lora_on_experts_whose_parameters_peft_nests():
 
 
 def test_without_peft(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(adaptation, "find_spec", lambda name: None)
+    monkeypatch.setattr(lora, "find_spec", lambda name: None)
     with pytest.raises(ConsaError, match=r"pip install 'consa\[lora\]'"):
         adapt(tiny(), text(), allocation(), changed(method="lora"))
 
 
 def test_peft_too_old_for_transformers(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(adaptation, "MIN_PEFT_VERSION", "999.1")
+    monkeypatch.setattr(lora, "MIN_PEFT_VERSION", "999.1")
     with pytest.raises(ConsaError, match=r"999\.1; run: pip install 'peft>=999\.1'"):
         adapt(tiny(), text(), allocation(), changed(method="lora"))

@@ -1,0 +1,115 @@
+"""Verbs that train: learn an allocation, the demo, adapt the weights to one."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from consa.cli.options import (
+    Kept,
+    Out,
+    Tensorboard,
+    command_line,
+    from_options,
+    model_name,
+    number,
+    was_given,
+    with_fields_of,
+)
+from consa.cli.terminal import show
+from consa.config import AdaptConfig, LearnConfig, RunConfig
+from consa.errors import ConsaError
+
+
+@with_fields_of(RunConfig, LearnConfig)
+def learn(*, out: Out = None, tensorboard: Tensorboard = False, ctx: typer.Context, **options: Any) -> None:
+    """Learn which layers or KV heads of MODEL keep full attention, and compare with every rule."""
+    if options["kv_budget"] is not None and was_given(ctx, "sparsity"):
+        raise ConsaError("sparsity and kv_budget set the same thing; give only one of them")
+    where, config = from_options(options, RunConfig, LearnConfig)
+    folder = out or Path("runs") / _name_of(where, config)
+    _run(where, config, folder, command_line("learn", where, config), tensorboard)
+
+
+DEMO_RUN = RunConfig(model="smollm2-135m", data="stdlib", max_tokens=2**22, num_heldout=7)
+DEMO_LEARN = LearnConfig(
+    sparsity=0.75,
+    granularity="kv_head",
+    window=64,
+    num_sink_tokens=4,
+    seq_len=1024,
+    num_steps=60,
+    sequences_per_step=1,
+    warmup=0.4,  # with so few steps, the gates need most of them at the target
+    sharpening_start=0.6,
+    log_alpha_max=4.0,
+    refine_evaluations=0,  # each would cost a forward pass per sequence
+)
+
+
+def demo(
+    out: Out = None,
+    seed: Annotated[int, number(help="Random seed of the gates and of the order of the text.")] = 0,
+    tensorboard: Tensorboard = False,
+) -> None:
+    """Learn KV heads of a real 135M model on Python's own sources, in 10 to 20 minutes on 2 CPU cores."""
+    config = replace(DEMO_LEARN, seed=seed)
+    folder = out or Path("runs") / ("demo" if seed == 0 else f"demo-seed{seed}")
+    _run(DEMO_RUN, config, folder, f"consa demo --seed {seed}", tensorboard)
+
+
+@with_fields_of(RunConfig, AdaptConfig)
+def adapt(
+    *,
+    allocation: Kept,
+    out: Out = None,
+    tensorboard: Tensorboard = False,
+    **options: Any,
+) -> None:
+    """Continue training MODEL under a fixed allocation, and compare with the hybrid before training."""
+    where, config = from_options(options, RunConfig, AdaptConfig)
+    command = f"{command_line('adapt', where, config)} --allocation {shlex.quote(str(allocation))}"
+    folder = out or Path("runs") / f"adapt-{model_name(where)}-{config.method}-seed{config.seed}"
+    from consa.allocation import Allocation
+
+    kept = Allocation.load(allocation)
+    from consa.runs.runs import run_adaptation
+
+    summary = run_adaptation(where, kept, config, folder, command=command, tensorboard=tensorboard)
+    _show_losses(summary, folder, "model", "summary.md")
+
+
+def _name_of(where: RunConfig, config: LearnConfig) -> str:
+    """The name of a run's folder: the same command finds its folder again."""
+    model = model_name(where)
+    size = f"{config.sparsity:g}" if config.kv_budget is None else f"{config.kv_budget}B"
+    return f"{model}-{config.granularity}-{size}-w{config.window}-seed{config.seed}"
+
+
+def _run(where: RunConfig, config: LearnConfig, folder: Path, command: str, tensorboard: bool) -> None:
+    """Learn, then show the table of losses."""
+    where.start_for(config)  # bad settings raise before heavy imports
+    from consa.runs.runs import run_learning
+
+    summary = run_learning(where, config, folder, command=command, tensorboard=tensorboard)
+    made = ("model",) if config.mode == "joint" else ()
+    _show_losses(summary, folder, "allocation.json", *made, "heatmap.png", "summary.md")
+
+
+def _show_losses(summary: dict[str, Any], folder: Path, *names: str) -> None:
+    """Print the losses of a run and the paths of its files; processes other than the main one print nothing."""
+    if not summary:
+        return
+    from consa.runs.summary import losses
+
+    print(
+        f"Held-out loss (nats) from position {summary['start']} on, and the share of the gap from all-SWA to dense"
+        " that is recovered:"
+    )
+    show(*losses(summary))
+    for name in names:
+        print(folder / name)

@@ -1,0 +1,212 @@
+"""Verbs that measure and show: quality, speed and memory, what heads attend to, a report."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from consa.cli.options import (
+    Converted,
+    Out,
+    command_line,
+    from_options,
+    model_name,
+    number,
+    was_given,
+    with_fields_of,
+)
+from consa.cli.terminal import show
+from consa.config import EvalConfig, LearnConfig, RunConfig
+from consa.errors import ConsaError
+from consa.files import check_writable
+
+
+@with_fields_of(RunConfig, EvalConfig)
+def evaluate(
+    *,
+    allocation: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Allocation to measure besides dense and all-SWA: an allocation.json, the folder of a run, the name of"
+            " a published allocation or of a rule, or a .tsv of DuoAttention or PruLong. May be repeated.",
+        ),
+    ] = None,
+    out: Out = None,
+    **options: Any,
+) -> None:
+    """Measure allocations of MODEL beside dense and all-SWA: held-out loss, retrieval, lm-eval tasks."""
+    where, config = from_options(options, RunConfig, EvalConfig)
+    command = command_line("eval", where, config)
+    for name in allocation or ():
+        command += f" --allocation {shlex.quote(name)}"
+    from consa.evaluation import suite
+
+    table, paths = suite.run(
+        where, config, allocation or [], out or Path("runs") / f"eval-{model_name(where)}", command=command
+    )
+    for title, columns, rows in table.sections():
+        print(f"{title}:")
+        show(columns, rows)
+    for path in paths:
+        print(path)
+
+
+def bench(
+    folder: Converted,
+    *,
+    contexts: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Tokens in the KV cache. Separated by commas.")
+    ] = "1024,4096",
+    batch_sizes: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Batch sizes, in sequences. Separated by commas.")
+    ] = "1",
+    decode_tokens: Annotated[int, number(help="Decoding steps after each prefill.")] = 32,
+    repeats: Annotated[int, number(help="Repeats of each measurement. The median counts.")] = 3,
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="transformers|vllm",
+            help="Engine that is measured. With vllm, the KV cache is the one that vLLM plans.",
+        ),
+    ] = "transformers",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder for bench.json and bench.png. Default: FOLDER-bench.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Measure prefill, decoding, KV cache and peak memory of a converted model, beside the dense one."""
+    lists = []
+    for name, text in (("contexts", contexts), ("batch_sizes", batch_sizes)):
+        try:
+            lists.append([int(number) for number in text.split(",")])
+        except ValueError:
+            raise ConsaError(f"{name} must be integers separated by commas, got {text!r}") from None
+    if engine not in ("transformers", "vllm"):
+        raise ConsaError(f"engine must be transformers or vllm, got {engine!r}")
+    from consa.bench import measure as stock
+    from consa.bench import vllm
+    from consa.model.convert import load
+    from consa.progress import progress
+
+    out = out or Path(f"{folder if folder.name.strip('.') else folder.resolve()}-bench")
+    check_writable(out)
+    measure: Any = vllm.benchmark if engine == "vllm" else stock.benchmark
+    model = folder if engine == "vllm" else load(folder)
+    with progress("measuring", len(lists[0]) * len(lists[1]) * repeats * 2) as tell:
+        result = measure(
+            model,
+            contexts=lists[0],
+            batch_sizes=lists[1],
+            decode_tokens=decode_tokens,
+            repeats=repeats,
+            on_run=tell,
+        )
+    show(*result.table())
+    if engine == "vllm":
+        print(vllm.requests_line(result))
+    for path in stock.write(result, out):
+        print(path)
+
+
+@with_fields_of(RunConfig, only=("model", "data", "text_field", "max_tokens", "device", "dtype"))
+@with_fields_of(LearnConfig, only=("window", "num_sink_tokens"))
+def behaviour(
+    *,
+    seq_len: Annotated[int, number(help="Length of a held-out sequence, in tokens.")] = LearnConfig.seq_len,
+    seed: Annotated[int, number(help="Random seed of the random sequence and the needles.")] = 0,
+    sequences: Annotated[int, number(help="Held-out sequences to measure on.")] = 1,
+    causal_sequences: Annotated[
+        int,
+        number(help="Sequences of these to measure each KV head's effect on the loss on. Slow; 0 for none."),
+    ] = 0,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder of a run of MODEL. Its window and sink tokens are used, and the measures are compared with its"
+            " allocation.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="File for the result. Default: behaviour.safetensors in the folder of --run."
+        ),
+    ] = None,
+    ctx: typer.Context,
+    **options: Any,
+) -> None:
+    """Measure what each KV head of MODEL attends to: spans, sinks, induction, copying, needles and more."""
+    if out is None and run is None:
+        raise ConsaError("give --out FILE or --run FOLDER, so that there is a place to write to")
+    from consa.allocation import Allocation
+
+    limits = {name: options.pop(name) for name in ("window", "num_sink_tokens")}
+    limits |= {"seq_len": seq_len, "seed": seed}
+    LearnConfig(**limits)  # checks the values
+    allocation = None if run is None else Allocation.load(run / "allocation.json")
+    for name in ("window", "num_sink_tokens"):
+        if allocation and not was_given(ctx, name):
+            limits[name] = getattr(allocation, name)
+    where = RunConfig(**options)
+    from consa.behaviour import measure as verb
+    from consa.behaviour.relate import MEASURES, relate
+    from consa.model.layout import check_fits
+    from consa.model.load import read_layout
+
+    path = out or cast(Path, run) / "behaviour.safetensors"
+    if path.is_dir():
+        raise ConsaError(f"out must be a file, got the folder {path}")
+    if allocation:
+        check_fits(allocation, read_layout(where.model), where.model)
+    found = verb.run(where, path, num_sequences=sequences, causal_sequences=causal_sequences, **limits)
+    columns, rows = ["measure", "lowest", "mean", "highest"], []
+    for name in filter(found.measures.__contains__, MEASURES):
+        values = found.measures[name]
+        rows.append([name, *(f"{value:.4g}" for value in (values.min(), values.mean(), values.max()))])
+    if allocation:
+        columns += ["AUC", "with score"]
+        for row, relation in zip(rows, relate(found, allocation), strict=True):
+            pair = (relation.auc, relation.with_scores)
+            row += ["-" if value is None else f"{value:.3f}" for value in pair]
+    show(columns, rows)
+    print(path)
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of learn, adapt, eval or bench, or allocations."),
+    ],
+    *,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File for the page.")] = Path("report.html"),
+    behaviour: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="File that `consa behaviour` wrote, for runs without one of their own."
+        ),
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Folder for every chart as SVG and PNG. Default: none are written."
+        ),
+    ] = None,
+) -> None:
+    """Write one HTML page about runs: allocations, losses, behaviour, memory and speed. It needs no network."""
+    from consa.behaviour.relate import Behaviour
+    from consa.report import page
+
+    words = ["consa", "report", *map(str, runs), "--out", str(out)]
+    words += ["--behaviour", str(behaviour)] if behaviour else []
+    found = Behaviour.load(behaviour) if behaviour else None
+    for path in page.write(runs, out, command=shlex.join(words), behaviour=found, figures=figures):
+        print(path)

@@ -1,0 +1,103 @@
+"""Verbs that use an allocation: convert a model, generate text, serve."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from consa.cli.options import Converted, Kept, number
+from consa.errors import ConsaError
+from consa.files import read_text
+
+
+def convert(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model, as for `consa learn`.")],
+    *,
+    allocation: Kept,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder for the checkpoint.")],
+    kind: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|plain|hybrid",
+            help="Kind of checkpoint. A plain one loads without consa; some model families allow it for whole layers"
+            " without sink tokens. auto writes a plain checkpoint whenever it is equivalent.",
+        ),
+    ] = "auto",
+) -> None:
+    """Write MODEL with an allocation as a checkpoint that generates with a small KV cache."""
+    from consa.allocation import Allocation
+
+    chosen = Allocation.load(allocation)
+    from consa.model import convert
+    from consa.model.layout import check_fits
+    from consa.model.load import load_model, read_layout
+    from consa.progress import note
+
+    convert.check_wish(out, kind)
+    check_fits(chosen, read_layout(model), model)
+    loaded = load_model(model, device="cpu", dtype="auto")
+    match chosen.provenance.get("config"):
+        case {"mode": "joint"}:
+            note(
+                "Mode joint trained weights along with this allocation; they are in the folder `model` of its run"
+            )
+    written = convert.convert(loaded.model, chosen, out, tokenizer=loaded.tokenizer, kind=cast(Any, kind))
+    print(f"{written.folder}: {written.kind} checkpoint ({written.reason})")
+
+
+def generate(
+    folder: Converted,
+    *,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Prompt to continue.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", metavar="FILE", help="File with the prompt, instead of --prompt."),
+    ] = None,
+    max_new_tokens: Annotated[int, number(help="Maximum number of tokens to generate.")] = 256,
+    temperature: Annotated[
+        float, number(kind=float, help="Sampling temperature. 0 always takes the most likely token.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, number(kind=float, help="Nucleus sampling: share of probability to sample from.")
+    ] = 1.0,
+    seed: Annotated[int, number(help="Random seed of the sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
+) -> None:
+    """Continue a prompt with a converted model, and print the text as it is generated."""
+    if (prompt is None) == (file is None):
+        raise ConsaError("give either --prompt or --file")
+    if file is not None:
+        prompt = read_text(file, max_bytes=2**28)
+    assert prompt is not None
+    from consa.model.generate import Sampling, generate_text, load_with_tokenizer
+
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    model, tokenizer = load_with_tokenizer(folder)
+    generate_text(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        chat=chat,
+        on_text=lambda text: print(text, end="", flush=True),
+    )
+    print()
+
+
+def serve(
+    folder: Converted,
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- OPTION...]", help="Options of `vllm serve`, after --.")
+    ] = None,
+) -> None:
+    """Serve a converted model with vLLM behind an OpenAI-compatible API. See docs/SERVING.md."""
+    from consa.serving import server
+
+    command = server.command(folder, options or [])
+    print(shlex.join(command), flush=True)
+    os.execv(command[0], command)

@@ -1,0 +1,177 @@
+"""Which methods choose what: methods by name, their settings from text, and runs that several choices share."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from consa import rules
+from consa.allocation import Allocation
+from consa.config import ChoiceConfig, EvalConfig, SweepConfig
+from consa.errors import ConsaError, first_line
+from consa.methods import METHODS, Method
+from consa.methods.problem import Problem
+from consa.methods.rule import Rule
+from consa.model.load import LoadedModel
+from consa.provenance import hardware
+from consa.settings import kinds, parse, words_of
+
+
+def method_named(name: str, **settings: Any) -> Method:
+    """A method by its name, a rule by its name, or the class that `package.module:Class` names.
+
+    Modules are found as Python finds them, and in the working directory.
+
+    Args:
+        name: of the method.
+        settings: fields of the method; those that it does not have are left out.
+
+    Raises:
+        ConsaError: there is no such method, its module cannot be imported, or a setting is out of range.
+    """
+    if name in rules.RULES:
+        return Rule(name=name)
+    if name not in METHODS and ":" not in name:
+        known = ", ".join(["rules", *METHODS, *rules.RULES])
+        raise ConsaError(f"method must be one of {known}, or package.module:Class, got {name!r}")
+    method = _class_of(METHODS.get(name, name))
+    return method(**{key: value for key, value in settings.items() if key in kinds(method)})
+
+
+def _class_of(place: str) -> type[Method]:
+    module, _, name = place.partition(":")
+    before = list(sys.path)
+    sys.path.append("")
+    try:
+        found = getattr(import_module(module), name)
+    except Exception as error:  # whatever a user's module raises
+        raise ConsaError(f"cannot import the method {place!r}: {first_line(error)}") from error
+    finally:
+        sys.path[:] = before
+    if not isinstance(found, type) or not issubclass(found, Method):
+        raise ConsaError(f"{place!r} is not a method; derive the class from consa.methods.Method")
+    if not re.fullmatch(r"\w+", getattr(found, "name", "")):
+        raise ConsaError(f"{place!r} needs a class attribute `name` of letters, digits and underscores")
+    return found
+
+
+def choose(
+    method: Method,
+    loaded: LoadedModel,
+    sequences: np.ndarray,
+    config: ChoiceConfig,
+    sparsities: Iterable[float],
+) -> dict[float, Allocation]:
+    """The allocations of one method at several sparsities; that of the config does not count.
+
+    A method that ranks runs once, at the largest sparsity; the cost in each provenance is that of the one run. Other
+    methods run once for each sparsity.
+
+    Raises:
+        ConsaError: the method cannot work on this model, or there is no text.
+    """
+    method.check(loaded.layout, config)
+    problems = {
+        sparsity: Problem(loaded, sequences, replace(config, sparsity=sparsity)) for sparsity in sparsities
+    }
+    if not method.ranks:
+        return {sparsity: method.choose(problem) for sparsity, problem in problems.items()}
+    ranked = method.choose(problems[max(problems)])
+    return {sparsity: problem.cut(ranked) for sparsity, problem in problems.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One allocation to choose.
+
+    Attributes:
+        method: how.
+        config: what is asked for.
+    """
+
+    method: Method
+    config: ChoiceConfig
+
+    @property
+    def name(self) -> str:
+        """The name of its file and of its line in tables."""
+        config = self.config
+        return f"{self.method.name}-{config.granularity}-{config.sparsity:g}-seed{config.seed}"
+
+    @property
+    def origin(self) -> tuple[Method, ChoiceConfig]:
+        """Choices for which this is equal come from one run of the method."""
+        return self.method, replace(self.config, sparsity=0.0) if self.method.ranks else self.config
+
+
+def make(alike: Sequence[Choice], loaded: LoadedModel, sequences: np.ndarray) -> list[Allocation]:
+    """Choose by one run. The provenance says how many seconds that took, and on what hardware.
+
+    Args:
+        alike: choices of the same `origin`.
+        loaded: the model.
+        sequences: the text, int tokens `(num_sequences, seq_len)`.
+    """
+    began = time.monotonic()
+    sparsities = [choice.config.sparsity for choice in alike]
+    chosen = choose(alike[0].method, loaded, sequences, alike[0].config, sparsities)
+    spent = {"seconds": round(time.monotonic() - began, 2), "hardware": hardware()}
+    return [
+        replace(allocation, provenance=loaded.identity | dict(allocation.provenance) | spent)
+        for allocation in chosen.values()
+    ]
+
+
+def choices(config: SweepConfig, measured: EvalConfig) -> Iterator[Choice]:
+    """All allocations that a sweep compares.
+
+    Raises:
+        ConsaError: there is no such method, or a value is out of range.
+    """
+    methods = _methods(config)
+    for granularity in config.granularities:
+        for sparsity in config.sparsities:
+            for method in methods:
+                if isinstance(method, Rule) and method.name not in rules.names(granularity):
+                    continue
+                for seed in range(config.seeds if method.draws else 1):
+                    asked = ChoiceConfig(
+                        sparsity=sparsity,
+                        granularity=granularity,
+                        window=measured.window,
+                        num_sink_tokens=measured.num_sink_tokens,
+                        seed=seed,
+                        micro_batch=config.micro_batch or 1,
+                    )
+                    yield Choice(method=method, config=asked)
+
+
+def _methods(config: SweepConfig) -> list[Method]:
+    """The methods of a sweep, each once, with the settings that were given."""
+    methods: dict[str, Method] = {}
+    for word in words_of(config.methods):
+        for name in rules.RULES if word == "rules" else [word]:
+            method = method_named(name, **config.budget)
+            if type(methods.setdefault(method.name, method)) is not type(method):
+                raise ConsaError(f"methods must have different names, got two called {method.name!r}")
+    for setting in words_of(config.settings):
+        match = re.fullmatch(r"(\w+)\.(\w+)\s*=(.*)", setting)
+        if not match:
+            raise ConsaError(f"settings must look like method.setting=value, got {setting!r}")
+        name, field, text = match.groups()
+        if name not in methods:
+            raise ConsaError(f"settings must name methods of this sweep ({', '.join(methods)}), got {name!r}")
+        method = methods[name]
+        known = [item.name for item in fields(method) if item.metadata]
+        if field not in known:
+            raise ConsaError(f"{name} has the settings {', '.join(known) or 'none'}; got {field!r}")
+        value = parse(text.strip(), kinds(type(method))[field], f"{name}.{field}")
+        methods[name] = replace(method, **{field: value})
+    return list(methods.values())
