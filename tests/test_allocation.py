@@ -336,7 +336,7 @@ def _paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def _loads_or_refuses(content: str) -> None:
-    """Whatever is in the file: an allocation that survives a round trip, or a ConsaError."""
+    """Any file gives an allocation that survives a round trip, or a ConsaError."""
     try:
         allocation = Allocation.from_json(content)
     except ConsaError as error:

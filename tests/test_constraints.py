@@ -1,4 +1,4 @@
-"""Constraints for serving: the best choice under each, what violates them, and that learning keeps to them."""
+"""Constraints for serving: the best choice under each, violations, and learning under constraints."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CASES = [
 
 
 def allowed(mask: np.ndarray, constraint: Constraint) -> bool:
-    """What the constraint says, head by head."""
+    """The constraint, checked head by head."""
     width = mask.shape[1] // constraint.tensor_parallel
     counts = [[int(sum(row[i : i + width])) for i in range(0, len(row), width)] for row in mask]
     kinds = {

@@ -1,4 +1,4 @@
-"""What is said about the project outside the code agrees with itself."""
+"""Project metadata is consistent."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_direct_dependency_is_pinned_within_its_range(requirement: Require
 
 
 def test_the_oldest_versions_are_the_floors():
-    """Of what consa imports: tools, and what has an environment of its own, are free."""
+    """Except for tools and for extras with their own environment."""
     oldest, others = pins("constraints-oldest.txt"), {"browser", "dev", "vllm"}
     extras = PROJECT["optional-dependencies"]
     lines = [*PROJECT["dependencies"], *(line for name in extras.keys() - others for line in extras[name])]

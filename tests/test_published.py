@@ -1,4 +1,4 @@
-"""Allocations that come with consa: found by name, and what the name says."""
+"""Published allocations load by name and match their name."""
 
 from __future__ import annotations
 

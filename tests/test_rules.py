@@ -22,7 +22,7 @@ sizes = st.tuples(st.integers(1, 40), st.integers(1, 9))
 
 
 def full_units(allocation: Allocation) -> list[int]:
-    """The numbers of the FA units, counted from the input over the layers that the allocation decides about."""
+    """The numbers of the FA units, counted from the input over the layers that the allocation decides."""
     rows = allocation.full_attention[allocation.layers]
     return np.flatnonzero(rows[:, 0] if allocation.granularity == "layer" else rows).tolist()
 

@@ -233,7 +233,7 @@ def padded(draw: Any) -> tuple[Case, Tensor]:
 @given(padded(), st.booleans())
 @settings(max_examples=100)
 def test_a_layer_with_left_padding_and_gates_per_sequence(padded: tuple[Case, Tensor], decided: bool):
-    """The function that a model's layer calls, also with rows that are all padding. Padding is NaN and must not spread."""
+    """The function that a model's layer calls, also for rows of padding alone. Padding is NaN and must not spread."""
     case, first = padded
     z = (case.z[:1] >= 0.5).float().expand_as(case.z) if decided else case.z
     q, k, v, upstream = case.draw()

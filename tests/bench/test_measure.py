@@ -1,4 +1,4 @@
-"""What is measured is what is there: bytes of the cache, pairs of the same weights, one row for each."""
+"""The benchmark measures the bytes of the cache, and dense and hybrid with the same weights."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_bad_settings_are_refused_before_any_run(hybrid, changes, message):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the mark cannot be reset")
 def test_a_peak_is_that_of_one_run():
-    """What was freed before does not count, whether the system has it back or the allocator keeps it."""
+    """Memory freed before does not count, whether the allocator has returned it or keeps it."""
     cpu = torch.device("cpu")
     del [torch.ones(2**22)][0]  # 16 MB: from here on, glibc takes smaller blocks from its heap
     blocks = [torch.ones(2**18) for _ in range(256)]  # 1 MB each

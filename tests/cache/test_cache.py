@@ -438,7 +438,7 @@ def test_what_would_not_be_exact_is_refused(model):
             )
         with pytest.raises(ConsaError, match="room for 15 tokens, but 20 are needed"):
             model(ids, **{CACHE: HybridCache(allocation, max_length=15)})
-        with pytest.raises(ConsaError, match="made for 20 tokens, and 21 are needed"):
+        with pytest.raises(ConsaError, match="room for 20 tokens, but 21 are needed"):
             decode(model, HybridCache(allocation, max_length=20), tokens(1, 21), [20, 1])
         with pytest.raises(ConsaError, match=r"StaticCache of transformers is not supported"):
             model(ids, **{CACHE: StaticCache(model.config, max_cache_len=30)})

@@ -57,9 +57,9 @@ def test_a_compiled_prefill_token_by_token_is_exact(padded: bool):
         wanted = model(ids, attention_mask=mask, position_ids=position, use_cache=False).logits
         compiled = torch.compile(model, backend="eager")
         cache = HybridCache(allocation, max_length=16)
-        found = token_by_token(compiled, cache, ids, mask, position)
+        actual = token_by_token(compiled, cache, ids, mask, position)
     real = mask.bool()
-    torch.testing.assert_close(found[real], wanted[real], atol=1e-4, rtol=0)
+    torch.testing.assert_close(actual[real], wanted[real], atol=1e-4, rtol=0)
 
 
 def test_a_growing_cache_compiles():
@@ -132,16 +132,16 @@ def test_a_compiled_prefill_into_a_cache_that_was_reset_is_exact():
         cache = HybridCache(allocation, max_length=16)
         model(tokens(2, 8, seed=1), **{CACHE: cache})
         cache.reset()
-        found = token_by_token(compiled, cache, ids, mask, position)
+        actual = token_by_token(compiled, cache, ids, mask, position)
     real = mask.bool()
-    torch.testing.assert_close(found[real], wanted[real], atol=1e-4, rtol=0)
+    torch.testing.assert_close(actual[real], wanted[real], atol=1e-4, rtol=0)
 
 
 def test_autocast_leaves_float64_as_it_is():
     with torch.autocast("cpu", torch.bfloat16):
-        found = [
+        actual = [
             x.dtype
             for kind in (torch.float64, torch.float32)
             for x in as_computed(torch.zeros(1, dtype=kind))
         ]
-    assert found == [torch.float64, torch.bfloat16]
+    assert actual == [torch.float64, torch.bfloat16]

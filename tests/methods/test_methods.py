@@ -384,8 +384,8 @@ def test_published_patterns_are_read(tmp_path: Path):
     ("text", "message"),
     [
         ("1.0\t0.0\n0.0\n1.0\t1.0\n", "line 2: must hold 2 finite numbers"),
-        ("1.0\t0.0\n0.0\tx\n1.0\t1.0\n", "line 2: not numbers with tabs between"),
-        ("1.0 0.0\n0.0 1.0\n1.0 1.0\n", "line 1: not numbers with tabs between"),
+        ("1.0\t0.0\n0.0\tx\n1.0\t1.0\n", "line 2: not tab-separated numbers"),
+        ("1.0 0.0\n0.0 1.0\n1.0 1.0\n", "line 1: not tab-separated numbers"),
         ("1.0\tnan\n0.0\t1.0\n1.0\t1.0\n", "line 1: must hold 2 finite numbers"),
         ("1.0\t0.0\n", "has 1 lines, but the model has 3 layers"),
         ("", "has 0 lines, but the model has 3 layers"),

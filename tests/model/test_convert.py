@@ -124,18 +124,18 @@ def test_importing_consa_alone_registers_nothing():
 
 
 def test_another_attention_than_the_hybrid_is_refused(folder):
-    said = "attn_implementation='sdpa' would run it as full attention"
-    with pytest.raises(ConsaError, match=said):
+    message = "attn_implementation='sdpa' would run it as full attention"
+    with pytest.raises(ConsaError, match=message):
         AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     model = AutoModelForCausalLM.from_pretrained(folder)
     wanted = model(tokens(1, 5), use_cache=False).logits
-    with pytest.raises(ConsaError, match=said):
+    with pytest.raises(ConsaError, match=message):
         model.set_attn_implementation("sdpa")
     assert torch.equal(model(tokens(1, 5), use_cache=False).logits, wanted)
     model.config._attn_implementation = "sdpa"
-    with pytest.raises(ConsaError, match=said):
+    with pytest.raises(ConsaError, match=message):
         model.generate(tokens(1, 5), max_new_tokens=2)
-    with pytest.raises(ConsaError, match=said):
+    with pytest.raises(ConsaError, match=message):
         model(tokens(1, 5))
 
 
@@ -384,7 +384,9 @@ def test_an_allocation_of_another_shape_in_a_config_is_refused():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize(("device", "said"), [("cuda", "torch sees no GPU"), ("gpu", "got 'gpu'")])
-def test_a_device_that_is_not_there_is_said_before_anything_is_read(device: str, said: str, tmp_path: Path):
-    with pytest.raises(ConsaError, match=said):
+@pytest.mark.parametrize(("device", "message"), [("cuda", "torch sees no GPU"), ("gpu", "got 'gpu'")])
+def test_a_device_that_is_not_there_is_said_before_anything_is_read(
+    device: str, message: str, tmp_path: Path
+):
+    with pytest.raises(ConsaError, match=message):
         load(tmp_path / "nothing", device=device)

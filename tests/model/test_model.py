@@ -469,7 +469,7 @@ def test_what_is_around_a_model_is_refused_by_name():
     wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"]))
     for outer in (wrapped, torch.compile(model)):
         with (
-            pytest.raises(UnsupportedModelError, match=r"the one inside: get_base_model\(\)"),
+            pytest.raises(UnsupportedModelError, match=r"the model inside: get_base_model\(\)"),
             attached(outer, allocate(model)),
         ):
             pass
@@ -477,11 +477,11 @@ def test_what_is_around_a_model_is_refused_by_name():
 
 def test_a_mask_that_leaves_out_keys_is_refused():
     model = tiny()
-    said = "the attention mask covers 10 of 20 keys; it must cover all"
+    message = "the attention mask covers 10 of 20 keys; it must cover all"
     with (
         torch.no_grad(),
         attached(model, allocation := allocate(model)),
-        pytest.raises(ConsaError, match=said),
+        pytest.raises(ConsaError, match=message),
     ):
         model(tokens(2, 20), attention_mask=torch.ones(2, 10).long(), **{CACHE: HybridCache(allocation)})
 
