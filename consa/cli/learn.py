@@ -63,13 +63,7 @@ def demo(
 
 
 @with_fields_of(RunConfig, AdaptConfig)
-def adapt(
-    *,
-    allocation: Kept,
-    out: Out = None,
-    tensorboard: Tensorboard = False,
-    **options: Any,
-) -> None:
+def adapt(*, allocation: Kept, out: Out = None, tensorboard: Tensorboard = False, **options: Any) -> None:
     """Continue training MODEL under a fixed allocation, and compare with the hybrid before training."""
     where, config = from_options(options, RunConfig, AdaptConfig)
     command = f"{command_line('adapt', where, config)} --allocation {shlex.quote(str(allocation))}"

@@ -15,12 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from consa import rules
-from consa.allocation import (
-    Allocation,
-    Granularity,
-    num_full_units,
-    num_full_units_within,
-)
+from consa.allocation import Allocation, Granularity, num_full_units, num_full_units_within
 from consa.config import LearnConfig
 from consa.constraints import choose
 from consa.errors import ConsaError
@@ -30,7 +25,7 @@ from consa.model.layout import AttentionLayout, attention_layout
 from consa.provenance import versions
 from consa.training import distributed, gates, loop, refinement
 from consa.training.gates import Units
-from consa.training.lagrangian import AugmentedLagrangian, SparsityConstraint, ramp, target_at
+from consa.training.lagrangian import AugmentedLagrangian, ramp, target_at
 from consa.training.objective import Dense, Gradients, Objective, order
 from consa.training.refinement import Exchange
 from consa.training.weights import Weights
@@ -63,7 +58,7 @@ def learn(
     on_step: Callable[[loop.Record], None] | None = None,
     on_exchange: Callable[[Exchange], None] | None = None,
     objective: Objective | None = None,
-    constraint: SparsityConstraint | None = None,
+    constraint: AugmentedLagrangian | None = None,
     draws: Draws | None = None,
     refine: Callable[..., Allocation] | None = None,
 ) -> LearnResult:
@@ -168,19 +163,8 @@ def target_units(layout: AttentionLayout, config: LearnConfig) -> int:
     return found
 
 
-class _Learning:
-    """The gates in training, and in joint mode the weights; see `loop.Training`.
-
-    Args:
-        model: what is trained.
-        sequences: the training text.
-        units: what there is to decide.
-        target: the sparsity to end at.
-        config: the run's settings.
-        objective: what is minimised.
-        constraint: what holds the target; the config's augmented Lagrangian if None.
-        draws: the random numbers of a step's gates.
-    """
+class _Learning(loop.Training):
+    """The gates in training, and in joint mode the weights, with `target` as the sparsity to end at."""
 
     def __init__(
         self,
@@ -191,7 +175,7 @@ class _Learning:
         config: LearnConfig,
         *,
         objective: Objective,
-        constraint: SparsityConstraint | None = None,
+        constraint: AugmentedLagrangian | None = None,
         draws: Draws = gates.stratified_uniform,
     ) -> None:
         self.model, self.sequences, self.units, self.target, self.config = (
@@ -258,7 +242,6 @@ class _Learning:
         return {"loss": float(summed[-1]), **parts}
 
     def update(self, step: int, losses: loop.Record) -> loop.Record:
-        """Constraint, optimizer step, multiplier."""
         config, done = self.config, step + 1
         target = target_at(done, config.num_steps, self.target, config.warmup)
         growth = config.penalty_growth ** ramp(done, config.num_steps, config.warmup)
@@ -284,12 +267,7 @@ class _Learning:
             **joint,
         }
 
-    def evaluate(self, step: int) -> loop.Record:
-        """Nothing is measured between steps."""
-        return {}
-
     def tensors(self) -> dict[str, Tensor]:
-        """All of the state by name; of weights only in the main process, but every one must call it."""
         found = {"log_alpha": self.log_alpha, "score_sum": self.score_sum, **self.constraint.tensors()}
         slots = self.optimizer.state[self.log_alpha]
         found |= {f"gate_optimizer.{slot}": value for slot, value in slots.items()}
@@ -299,7 +277,6 @@ class _Learning:
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` returned."""
         self.refined = tensors.get("refined")
         self.log_alpha.copy_(tensors["log_alpha"])
         self.score_sum.copy_(tensors["score_sum"])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,28 +32,28 @@ Record = dict[str, float]
 """The numbers of one step, by name; `step` counts from 1."""
 
 
-class Training(Protocol):
+class Training:
     """What is trained, and how; `train` runs its steps."""
 
     def accumulate(self, step: int) -> Record:
         """Add up the gradients of a step, counted from 0; returns its loss and the parts of it."""
-        ...
+        raise NotImplementedError
 
     def update(self, step: int, losses: Record) -> Record:
         """Change what is trained by these gradients; returns the step's record."""
-        ...
+        raise NotImplementedError
 
     def evaluate(self, step: int) -> Record:
-        """What is measured after a step, to join its record; may be empty."""
-        ...
+        """What is measured after a step, to join its record."""
+        return {}
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state by name; the main process gets all of it, and every process must call it."""
-        ...
+        raise NotImplementedError
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `tensors` returned in an earlier process."""
-        ...
+        raise NotImplementedError
 
 
 def train(

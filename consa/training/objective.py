@@ -121,11 +121,7 @@ class Mixture(Objective):
     def __init__(
         self, *, cross_entropy: float = 1.0, distillation: float = 0.0, hidden_loss: float = 0.0
     ) -> None:
-        factors = {
-            "cross_entropy": cross_entropy,
-            "distillation": distillation,
-            "hidden_loss": hidden_loss,
-        }
+        factors = {"cross_entropy": cross_entropy, "distillation": distillation, "hidden_loss": hidden_loss}
         self.factors = {name: factor for name, factor in factors.items() if factor}
         self.needs_dense = bool(distillation or hidden_loss)
 
