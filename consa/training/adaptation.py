@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -87,21 +88,17 @@ def adapt(
         )
 
 
+@dataclass
 class _Adaptation(loop.Training):
     """The weights in training."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        sequences: np.ndarray,
-        config: AdaptConfig,
-        weights: Weights,
-        objective: Objective,
-        dense: Dense | None,
-        evaluate: Callable[[PreTrainedModel], loop.Record] | None,
-    ) -> None:
-        self.model, self.sequences, self.config = model, sequences, config
-        self.weights, self.objective, self.dense, self.measure = weights, objective, dense, evaluate
+    model: PreTrainedModel
+    sequences: np.ndarray
+    config: AdaptConfig
+    weights: Weights
+    objective: Objective
+    dense: Dense | None
+    measure: Callable[[PreTrainedModel], loop.Record] | None
 
     def accumulate(self, step: int) -> loop.Record:
         batches = self.objective.batches(self.sequences, self.config, step)

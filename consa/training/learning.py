@@ -130,7 +130,7 @@ def learn(
 
 
 def units_of(layout: AttentionLayout, granularity: Granularity) -> Units:
-    """What there is to decide in a model of this layout."""
+    """The units of a model with this layout."""
     layers = tuple(layer for layer in range(layout.num_layers) if layer not in layout.native_windows)
     return Units(
         layout.num_layers, layout.num_kv_heads, layers, layout.num_kv_heads if granularity == "kv_head" else 1
@@ -149,18 +149,18 @@ def target_units(layout: AttentionLayout, config: LearnConfig) -> int:
     units = units_of(layout, config.granularity)
     step = config.constraint.step(len(units.layers), units.per_layer)
     if config.kv_budget is None or config.context is None:
-        found = step * num_full_units(units.count // step, config.sparsity)
+        num_full = step * num_full_units(units.count // step, config.sparsity)
     else:
         affordable = num_full_units_within(
             config.kv_budget, config.context, example=_dense_start(layout, config), head_dim=layout.head_dim
         )
-        found = affordable // step * step
-    if config.mode == "joint" and found in (0, units.count):
+        num_full = affordable // step * step
+    if config.mode == "joint" and num_full in (0, units.count):
         raise ConsaError(
-            f"mode must be frozen where {found} of {units.count} units keep full attention and none is to be chosen;"
+            f"mode must be frozen where {num_full} of {units.count} units keep full attention and none is to be chosen;"
             " to train the weights, use adapt"
         )
-    return found
+    return num_full
 
 
 class _Learning(loop.Training):
@@ -222,21 +222,21 @@ class _Learning(loop.Training):
         uniform = uniform[distributed.share(len(uniform))]
         batches = self.objective.batches(self.sequences, config, step)
         gradients = Gradients(self.model, self.objective, batches)
-        found = []
-        for batch, rows in zip(batches, uniform.split([len(b.tokens) for b in batches]), strict=True):
+        rows = []
+        for batch, own in zip(batches, uniform.split([len(b.tokens) for b in batches]), strict=True):
             batch = batch.to(self.model.device)
             losses = self.objective.losses(batch, self.dense)
             # (layers, sequences, kv_heads)
-            z = self.units.spread(gates.sample(self.log_alpha, rows), elsewhere=1.0)
+            z = self.units.spread(gates.sample(self.log_alpha, own), elsewhere=1.0)
             with self.plan.gated(z, self.model.device) as leaf:
                 value = gradients.add(batch, losses)
             if leaf.grad is not None and z.requires_grad:
                 (gradient,) = torch.autograd.grad(z, self.log_alpha, leaf.grad.cpu())
             else:
                 gradient = torch.zeros(count)
-            found.append([*gradient.tolist(), value])
+            rows.append([*gradient.tolist(), value])
         # Added up in the order of the step's sequences, so that any number of processes ends with the same bits.
-        summed = distributed.all_gather(torch.tensor(found, dtype=torch.float64)).sum(0)
+        summed = distributed.all_gather(torch.tensor(rows, dtype=torch.float64)).sum(0)
         self.log_alpha.grad = summed[:-1].float()
         parts = gradients.parts() if len(self.objective.factors) > 1 else {}
         return {"loss": float(summed[-1]), **parts}
@@ -268,12 +268,12 @@ class _Learning(loop.Training):
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {"log_alpha": self.log_alpha, "score_sum": self.score_sum, **self.constraint.tensors()}
+        state = {"log_alpha": self.log_alpha, "score_sum": self.score_sum, **self.constraint.tensors()}
         slots = self.optimizer.state[self.log_alpha]
-        found |= {f"gate_optimizer.{slot}": value for slot, value in slots.items()}
+        state |= {f"gate_optimizer.{slot}": value for slot, value in slots.items()}
         if self.refined is not None:
-            found["refined"] = self.refined
-        return found | (self.weights.tensors() if self.weights else {})
+            state["refined"] = self.refined
+        return state | (self.weights.tensors() if self.weights else {})
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:

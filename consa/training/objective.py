@@ -156,10 +156,10 @@ def next_token_loss(logits: Tensor, batch: Batch, chunk: slice) -> Tensor:
 def divergence(logits: Tensor, target_logits: Tensor, batch: Batch, chunk: slice) -> Tensor:
     """KL(target || model) of the tokens that a chunk of positions predicts, weighted and summed, in nats."""
     target = target_logits.float().log_softmax(-1)
-    found = logits.float().log_softmax(-1)
+    predicted = logits.float().log_softmax(-1)
     if batch.weights is None:
-        return torch.nn.functional.kl_div(found, target, reduction="sum", log_target=True)
-    each = torch.nn.functional.kl_div(found, target, reduction="none", log_target=True).sum(-1)
+        return torch.nn.functional.kl_div(predicted, target, reduction="sum", log_target=True)
+    each = torch.nn.functional.kl_div(predicted, target, reduction="none", log_target=True).sum(-1)
     return _weighted(each, batch, chunk)
 
 
