@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 from consa.allocation import NUM_SINK_TOKENS, WINDOW, Granularity
@@ -11,6 +12,8 @@ from consa.constraints import ANY, Constraint, FullHeadsPerLayer
 from consa.data.questions import TASKS
 from consa.errors import ConsaError
 from consa.settings import check, option, words_of
+
+_data, _speed, _solver = (partial(option, group=group) for group in ("data", "speed", "solver"))
 
 WINDOW_HELP = "Sliding window in tokens: how many a query sees, itself included."
 SINKS_HELP = "Sink tokens: first tokens of a sequence that stay visible besides the window."
@@ -40,90 +43,72 @@ class LearnConfig:
     )
     context: int | None = option(None, "Tokens in the KV cache that --kv-budget limits.", ge=1)
     granularity: Granularity = option("kv_head", GRANULARITY_HELP)
-    full_heads_per_layer: FullHeadsPerLayer = option(
+    full_heads_per_layer: FullHeadsPerLayer = _solver(
         "any",
         "Numbers of FA heads that a layer may have: any, even numbers only, or the same in every layer. For serving"
         " engines.",
-        group="solver",
     )
-    tensor_parallel: int = option(
+    tensor_parallel: int = _solver(
         1,
         "Ranks that the KV heads of a layer are split over, each with the same number of FA heads. For serving"
         " engines.",
         ge=1,
-        group="solver",
     )
     window: int = option(WINDOW, WINDOW_HELP, ge=1)
     num_sink_tokens: int = option(NUM_SINK_TOKENS, SINKS_HELP, ge=0)
     seq_len: int = option(8192, SEQ_LEN_HELP, ge=2)
     num_steps: int = option(200, "Optimizer steps.", ge=1)
     sequences_per_step: int = option(4, BATCH_HELP, ge=1)
-    micro_batch: int = option(1, MICRO_BATCH_HELP, ge=1, group="speed")
+    micro_batch: int = _speed(1, MICRO_BATCH_HELP, ge=1)
     seed: int = option(0, "Random seed of the gates and of the order of the text.", ge=0)
     mode: Literal["frozen", "joint"] = option(
         "frozen", "Whether the model's weights stay frozen or are trained jointly with the gates."
     )
-    weight_lr: float = option(
-        1e-5, "Learning rate of AdamW for the weights in joint mode.", gt=0, group="solver"
+    weight_lr: float = _solver(1e-5, "Learning rate of AdamW for the weights in joint mode.", gt=0)
+    gate_lr: float | None = _solver(
+        None, "Learning rate of Adam for the gates. Default: min(1, 60 / num_steps).", gt=0
     )
-    gate_lr: float | None = option(
-        None, "Learning rate of Adam for the gates. Default: min(1, 60 / num_steps).", gt=0, group="solver"
+    initial_log_alpha: float = _solver(
+        2.0, "Initial log_alpha of the gates. At 2 a gate is open with probability 0.97."
     )
-    initial_log_alpha: float = option(
-        2.0, "Initial log_alpha of the gates. At 2 a gate is open with probability 0.97.", group="solver"
+    log_alpha_min: float = _solver(
+        -7.0, "Lower bound of log_alpha. At -7 a gate is open with probability 0.005."
     )
-    log_alpha_min: float = option(
-        -7.0, "Lower bound of log_alpha. At -7 a gate is open with probability 0.005.", group="solver"
+    log_alpha_max: float = _solver(
+        3.0, "Upper bound of log_alpha. Beyond 3 the constraint hardly moves a gate."
     )
-    log_alpha_max: float = option(
-        3.0, "Upper bound of log_alpha. Beyond 3 the constraint hardly moves a gate.", group="solver"
+    warmup: float = _solver(
+        0.7, "Share of the steps over which the target sparsity rises from 0.", ge=0, le=1
     )
-    warmup: float = option(
-        0.7, "Share of the steps over which the target sparsity rises from 0.", ge=0, le=1, group="solver"
+    penalty: float = _solver(300.0, "Quadratic coefficient (rho) of the sparsity constraint, in nats.", gt=0)
+    multiplier_step: float = _solver(
+        3.0, "Step size (eta) of the sparsity constraint's Lagrange multiplier, in nats.", gt=0
     )
-    penalty: float = option(
-        300.0, "Quadratic coefficient (rho) of the sparsity constraint, in nats.", gt=0, group="solver"
-    )
-    multiplier_step: float = option(
-        3.0,
-        "Step size (eta) of the sparsity constraint's Lagrange multiplier, in nats.",
-        gt=0,
-        group="solver",
-    )
-    penalty_growth: float = option(
+    penalty_growth: float = _solver(
         10.0,
         "Factor by which penalty and multiplier step have grown at the last step. Growth starts after the warm-up.",
         gt=0,
-        group="solver",
     )
-    sharpening: float = option(
-        3.0,
-        "Largest coefficient of the term P(1 - P), in nats. It drives every gate to a decision.",
-        ge=0,
-        group="solver",
+    sharpening: float = _solver(
+        3.0, "Largest coefficient of the term P(1 - P), in nats. It drives every gate to a decision.", ge=0
     )
-    sharpening_start: float = option(
-        0.75, "Share of the steps after which the sharpening rises from 0.", ge=0, le=1, group="solver"
+    sharpening_start: float = _solver(
+        0.75, "Share of the steps after which the sharpening rises from 0.", ge=0, le=1
     )
-    averaged: float = option(
-        0.2, "Last share of the steps whose average log_alpha ranks the units.", gt=0, le=1, group="solver"
+    averaged: float = _solver(
+        0.2, "Last share of the steps whose average log_alpha ranks the units.", gt=0, le=1
     )
-    refine_evaluations: int = option(
-        40, "Evaluations that the final refinement may use. 0 turns it off.", ge=0, group="solver"
+    refine_evaluations: int = _solver(
+        40, "Evaluations that the final refinement may use. 0 turns it off.", ge=0
     )
-    refine_sequences: int = option(
-        8, "Training sequences of each evaluation of the refinement.", ge=1, group="solver"
-    )
-    gradient_checkpointing: bool = option(
-        False, RECOMPUTE_HELP, group="speed", alias="activation_checkpointing"
-    )
-    compile: bool = option(False, COMPILE_HELP, group="speed")
-    parallel: Literal["ddp", "fsdp"] = option(
+    refine_sequences: int = _solver(8, "Training sequences of each evaluation of the refinement.", ge=1)
+    gradient_checkpointing: bool = _speed(False, RECOMPUTE_HELP, alias="activation_checkpointing")
+    compile: bool = _speed(False, COMPILE_HELP)
+    parallel: Literal["ddp", "fsdp"] = _speed(
         "ddp",
         "Parallelism over several processes in joint mode: copies of all weights, or layers sharded with FSDP.",
-        group="speed",
     )
-    checkpoint_every: int = option(10, "Steps between checkpoints.", ge=1, group="speed")
+    checkpoint_every: int = _speed(10, "Steps between checkpoints.", ge=1)
 
     def __post_init__(self) -> None:
         check(self)
@@ -167,57 +152,41 @@ class AdaptConfig:
         "full",
         "Weights that are trained: all, or low-rank adapters of the linear layers (needs consa[lora]).",
     )
-    cross_entropy: float = option(1.0, "Weight of the next-token loss.", ge=0, group="solver")
-    distillation: float = option(
-        0.0,
-        "Weight of the KL divergence from the dense model's next-token distribution.",
-        ge=0,
-        group="solver",
+    cross_entropy: float = _solver(1.0, "Weight of the next-token loss.", ge=0)
+    distillation: float = _solver(
+        0.0, "Weight of the KL divergence from the dense model's next-token distribution.", ge=0
     )
-    hidden_loss: float = option(
+    hidden_loss: float = _solver(
         0.0,
         "Weight of the squared distance of the last hidden states from the dense model's, relative to their norm.",
         ge=0,
-        group="solver",
     )
     seq_len: int = option(LearnConfig.seq_len, SEQ_LEN_HELP, ge=2)
     num_steps: int = option(200, "Optimizer steps.", ge=1)
     sequences_per_step: int = option(8, BATCH_HELP, ge=1)
-    micro_batch: int = option(1, MICRO_BATCH_HELP, ge=1, group="speed")
+    micro_batch: int = _speed(1, MICRO_BATCH_HELP, ge=1)
     seed: int = option(0, "Random seed of the order of the text and of LoRA's initial weights.", ge=0)
     learning_rate: float | None = option(
         None, "Peak learning rate of AdamW. Default: 1e-5 for full, 2e-4 for lora.", gt=0
     )
-    warmup: float = option(
-        0.05,
-        "Share of the steps over which the learning rate rises. It then falls as a cosine.",
-        ge=0,
-        le=1,
-        group="solver",
+    warmup: float = _solver(
+        0.05, "Share of the steps over which the learning rate rises. It then falls as a cosine.", ge=0, le=1
     )
-    max_grad_norm: float = option(1.0, "Norm to which larger gradients are clipped.", gt=0, group="solver")
-    lora_rank: int = option(16, "Rank of the LoRA adapters.", ge=1, group="solver")
-    lora_alpha: float = option(
-        32.0, "Scale of the LoRA adapters, which is divided by their rank.", gt=0, group="solver"
-    )
-    lora_targets: str = option(
-        "all-linear",
-        "Linear layers that get LoRA adapters, for example q_proj,v_proj. Separated by commas.",
-        group="solver",
+    max_grad_norm: float = _solver(1.0, "Norm to which larger gradients are clipped.", gt=0)
+    lora_rank: int = _solver(16, "Rank of the LoRA adapters.", ge=1)
+    lora_alpha: float = _solver(32.0, "Scale of the LoRA adapters, which is divided by their rank.", gt=0)
+    lora_targets: str = _solver(
+        "all-linear", "Linear layers that get LoRA adapters, for example q_proj,v_proj. Separated by commas."
     )
     evaluate_every: int = option(
         20, "Steps between evaluations on held-out text. The last step is always evaluated.", ge=1
     )
-    gradient_checkpointing: bool = option(
-        False, RECOMPUTE_HELP, group="speed", alias="activation_checkpointing"
+    gradient_checkpointing: bool = _speed(False, RECOMPUTE_HELP, alias="activation_checkpointing")
+    compile: bool = _speed(False, COMPILE_HELP)
+    parallel: Literal["ddp", "fsdp"] = _speed(
+        "ddp", "Parallelism over several processes: copies of all weights, or layers sharded with FSDP."
     )
-    compile: bool = option(False, COMPILE_HELP, group="speed")
-    parallel: Literal["ddp", "fsdp"] = option(
-        "ddp",
-        "Parallelism over several processes: copies of all weights, or layers sharded with FSDP.",
-        group="speed",
-    )
-    checkpoint_every: int = option(50, "Steps between checkpoints.", ge=1, group="speed")
+    checkpoint_every: int = _speed(50, "Steps between checkpoints.", ge=1)
 
     def __post_init__(self) -> None:
         check(self)
@@ -263,40 +232,28 @@ class RunConfig:
         ...,
         "Model: a folder, a .gguf file, a Hugging Face name, or smollm2-135m (from an installed package).",
     )
-    data: str = option(
+    data: str = _data(
         "stdlib",
         "Training text: file, folder, glob, hf:owner/name, or stdlib (Python's own sources). Separated by commas.",
-        group="data",
     )
-    heldout_data: str | None = option(
+    heldout_data: str | None = _data(
         None,
         "Text to measure on. Default: a tenth of the documents of --data, which are kept out of training.",
-        group="data",
     )
-    text_field: str = option(
-        "text", "Field that holds the text in a JSONL record or dataset row.", group="data"
+    text_field: str = _data("text", "Field that holds the text in a JSONL record or dataset row.")
+    max_tokens: int | None = _data(
+        None, "Maximum number of tokens to read of training and of held-out text. Default: all.", ge=1
     )
-    max_tokens: int | None = option(
-        None,
-        "Maximum number of tokens to read of training and of held-out text. Default: all.",
-        ge=1,
-        group="data",
-    )
-    num_heldout: int = option(
-        16, "Held-out sequences to measure on, spread over all documents.", ge=1, group="data"
-    )
-    start: int | None = option(
+    num_heldout: int = _data(16, "Held-out sequences to measure on, spread over all documents.", ge=1)
+    start: int | None = _data(
         None,
         "First position whose loss counts. Default: max(4 * window, seq_len / 8), at most seq_len / 2, from where most"
         " of the text lies beyond the window.",
         ge=0,
-        group="data",
     )
-    device: str | None = option(
-        None, "Device, for example cpu or cuda:1. Default: the GPU if there is one.", group="speed"
-    )
-    dtype: Literal["float32", "bfloat16"] | None = option(
-        None, "Dtype of the model's weights. Default: bfloat16 on a GPU, float32 on a CPU.", group="speed"
+    device: str | None = _speed(None, "Device, for example cpu or cuda:1. Default: the GPU if there is one.")
+    dtype: Literal["float32", "bfloat16"] | None = _speed(
+        None, "Dtype of the model's weights. Default: bfloat16 on a GPU, float32 on a CPU."
     )
 
     def __post_init__(self) -> None:
@@ -343,7 +300,7 @@ class EvalConfig:
     examples: int = option(20, "Prompts of each retrieval task at each length.", ge=1)
     tasks: str | None = option(None, "Tasks of lm-eval to run. Separated by commas. Default: none.")
     limit: int | None = option(None, "Documents of each lm-eval task to use. Default: all.", ge=1)
-    batch_size: int = option(1, "Batch size of all measurements, in sequences.", ge=1, group="speed")
+    batch_size: int = _speed(1, "Batch size of all measurements, in sequences.", ge=1)
     cache_tokens: int = option(32768, "Tokens in the KV cache whose size the tables show.", ge=1)
     seed: int = option(
         0, "Random seed of retrieval prompts, confidence intervals and random allocations.", ge=0
@@ -396,27 +353,26 @@ class SweepConfig:
         " package.module:Class for your own. Separated by commas.",
     )
     seeds: int = option(1, "Runs of each method that uses randomness, from seed 0 on.", ge=1)
-    settings: str | None = option(
+    settings: str | None = _solver(
         None,
         "Settings of single methods, for example prulong.learning_rate=0.5,bosch.num_buckets=4. Separated by commas.",
-        group="solver",
     )
-    num_steps: int | None = option(
-        None, "Optimizer steps of methods that train. Default: each method's own.", ge=1, group="solver"
+    num_steps: int | None = _solver(
+        None, "Optimizer steps of methods that train. Default: each method's own.", ge=1
     )
-    sequences_per_step: int | None = option(
-        None, "Global batch size of methods that train. Default: each method's own.", ge=1, group="solver"
+    sequences_per_step: int | None = _solver(
+        None, "Global batch size of methods that train. Default: each method's own.", ge=1
     )
-    evaluations: int | None = option(
-        None, "Forward evaluations of methods that search. Default: each method's own.", ge=1, group="solver"
+    evaluations: int | None = _solver(
+        None, "Forward evaluations of methods that search. Default: each method's own.", ge=1
     )
-    evaluation_sequences: int | None = option(
-        None, "Sequences of each of these evaluations. Default: each method's own.", ge=1, group="solver"
+    evaluation_sequences: int | None = _solver(
+        None, "Sequences of each of these evaluations. Default: each method's own.", ge=1
     )
-    micro_batch: int | None = option(
-        None, "Micro-batch size while choosing: sequences computed at once. Default: 1.", ge=1, group="speed"
+    micro_batch: int | None = _speed(
+        None, "Micro-batch size while choosing: sequences computed at once. Default: 1.", ge=1
     )
-    compile: bool = option(False, f"{COMPILE_HELP} Applies to methods that train gates.", group="speed")
+    compile: bool = _speed(False, f"{COMPILE_HELP} Applies to methods that train gates.")
 
     def __post_init__(self) -> None:
         check(self)
@@ -461,7 +417,7 @@ class ChoiceConfig:
     window: int = option(WINDOW, WINDOW_HELP, ge=1)
     num_sink_tokens: int = option(NUM_SINK_TOKENS, SINKS_HELP, ge=0)
     seed: int = option(0, "Random seed of the method.", ge=0)
-    micro_batch: int = option(1, "Sequences of one length that are computed at once.", ge=1, group="speed")
+    micro_batch: int = _speed(1, "Sequences of one length that are computed at once.", ge=1)
 
     def __post_init__(self) -> None:
         check(self)

@@ -226,6 +226,8 @@ def test_blocks_run(path: Path, folder: Path, servers: list[Any]):
                 else:
                     output += run(words_of(command, folder), servers)
         elif block.kind == "python":
+            if named := re.match(r"# (\w+\.py)\n", block.text):  # commands may import it
+                (folder / named[1]).write_text(block.text)
             exec(compile(block.text, where, "exec"), names)
         else:
             assert block.kind == "text", f"{where}: say what this is: sh, python or text"

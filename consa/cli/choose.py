@@ -69,13 +69,13 @@ MEASURED = tuple(field.name for field in fields(EvalConfig) if field.name not in
 @with_fields_of(EvalConfig, only=MEASURED)
 def sweep(*, out: Out = None, **options: Any) -> None:
     """Choose allocations of MODEL by several methods at several sparsities, and plot quality over KV cache."""
-    where, config = from_options(options, RunConfig, SweepConfig)
+    run_config, config = from_options(options, RunConfig, SweepConfig)
     measured = EvalConfig(**{name: options[name] for name in MEASURED})
-    command = command_line("sweep", where, config, measured)
-    folder = out or Path("runs") / f"sweep-{model_name(where)}"
+    command = command_line("sweep", run_config, config, measured)
+    folder = out or Path("runs") / f"sweep-{model_name(run_config)}"
     from consa.runs.sweep import sweep as run_sweep
 
-    frontier, paths = run_sweep(where, config, measured, folder, command=command)
+    frontier, paths = run_sweep(run_config, config, measured, folder, command=command)
     show(*frontier.for_terminal())
     for path in paths:
         print(path)

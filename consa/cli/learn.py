@@ -30,9 +30,9 @@ def learn(*, out: Out = None, tensorboard: Tensorboard = False, ctx: typer.Conte
     """Learn which layers or KV heads of MODEL keep full attention, and compare with every rule."""
     if options["kv_budget"] is not None and was_given(ctx, "sparsity"):
         raise ConsaError("sparsity and kv_budget set the same thing; give only one of them")
-    where, config = from_options(options, RunConfig, LearnConfig)
-    folder = out or Path("runs") / _name_of(where, config)
-    _run(where, config, folder, command_line("learn", where, config), tensorboard)
+    run_config, config = from_options(options, RunConfig, LearnConfig)
+    folder = out or Path("runs") / _name_of(run_config, config)
+    _run(run_config, config, folder, command_line("learn", run_config, config), tensorboard)
 
 
 DEMO_RUN = RunConfig(model="smollm2-135m", data="stdlib", max_tokens=2**22, num_heldout=7)
@@ -63,39 +63,33 @@ def demo(
 
 
 @with_fields_of(RunConfig, AdaptConfig)
-def adapt(
-    *,
-    allocation: Kept,
-    out: Out = None,
-    tensorboard: Tensorboard = False,
-    **options: Any,
-) -> None:
+def adapt(*, allocation: Kept, out: Out = None, tensorboard: Tensorboard = False, **options: Any) -> None:
     """Continue training MODEL under a fixed allocation, and compare with the hybrid before training."""
-    where, config = from_options(options, RunConfig, AdaptConfig)
-    command = f"{command_line('adapt', where, config)} --allocation {shlex.quote(str(allocation))}"
-    folder = out or Path("runs") / f"adapt-{model_name(where)}-{config.method}-seed{config.seed}"
+    run_config, config = from_options(options, RunConfig, AdaptConfig)
+    command = f"{command_line('adapt', run_config, config)} --allocation {shlex.quote(str(allocation))}"
+    folder = out or Path("runs") / f"adapt-{model_name(run_config)}-{config.method}-seed{config.seed}"
     from consa.allocation import Allocation
 
     kept = Allocation.load(allocation)
     from consa.runs.runs import run_adaptation
 
-    summary = run_adaptation(where, kept, config, folder, command=command, tensorboard=tensorboard)
+    summary = run_adaptation(run_config, kept, config, folder, command=command, tensorboard=tensorboard)
     _show_losses(summary, folder, "model", "summary.md")
 
 
-def _name_of(where: RunConfig, config: LearnConfig) -> str:
+def _name_of(run_config: RunConfig, config: LearnConfig) -> str:
     """The name of a run's folder: the same command finds its folder again."""
-    model = model_name(where)
+    model = model_name(run_config)
     size = f"{config.sparsity:g}" if config.kv_budget is None else f"{config.kv_budget}B"
     return f"{model}-{config.granularity}-{size}-w{config.window}-seed{config.seed}"
 
 
-def _run(where: RunConfig, config: LearnConfig, folder: Path, command: str, tensorboard: bool) -> None:
+def _run(run_config: RunConfig, config: LearnConfig, folder: Path, command: str, tensorboard: bool) -> None:
     """Learn, then show the table of losses."""
-    where.start_for(config)  # bad settings raise before heavy imports
+    run_config.start_for(config)  # bad settings raise before heavy imports
     from consa.runs.runs import run_learning
 
-    summary = run_learning(where, config, folder, command=command, tensorboard=tensorboard)
+    summary = run_learning(run_config, config, folder, command=command, tensorboard=tensorboard)
     made = ("model",) if config.mode == "joint" else ()
     _show_losses(summary, folder, "allocation.json", *made, "heatmap.png", "summary.md")
 

@@ -39,14 +39,18 @@ def evaluate(
     **options: Any,
 ) -> None:
     """Measure allocations of MODEL beside dense and all-SWA: held-out loss, retrieval, lm-eval tasks."""
-    where, config = from_options(options, RunConfig, EvalConfig)
-    command = command_line("eval", where, config)
+    run_config, config = from_options(options, RunConfig, EvalConfig)
+    command = command_line("eval", run_config, config)
     for name in allocation or ():
         command += f" --allocation {shlex.quote(name)}"
     from consa.evaluation import suite
 
     table, paths = suite.run(
-        where, config, allocation or [], out or Path("runs") / f"eval-{model_name(where)}", command=command
+        run_config,
+        config,
+        allocation or [],
+        out or Path("runs") / f"eval-{model_name(run_config)}",
+        command=command,
     )
     for title, columns, rows in table.sections():
         print(f"{title}:")
@@ -156,7 +160,7 @@ def behaviour(
     for name in ("window", "num_sink_tokens"):
         if allocation and not was_given(ctx, name):
             limits[name] = getattr(allocation, name)
-    where = RunConfig(**options)
+    run_config = RunConfig(**options)
     from consa.behaviour import measure as verb
     from consa.behaviour.relate import MEASURES, relate
     from consa.model.layout import check_fits
@@ -166,15 +170,17 @@ def behaviour(
     if path.is_dir():
         raise ConsaError(f"out must be a file, got the folder {path}")
     if allocation:
-        check_fits(allocation, read_layout(where.model), where.model)
-    found = verb.run(where, path, num_sequences=sequences, causal_sequences=causal_sequences, **limits)
+        check_fits(allocation, read_layout(run_config.model), run_config.model)
+    measured = verb.run(
+        run_config, path, num_sequences=sequences, causal_sequences=causal_sequences, **limits
+    )
     columns, rows = ["measure", "lowest", "mean", "highest"], []
-    for name in filter(found.measures.__contains__, MEASURES):
-        values = found.measures[name]
+    for name in filter(measured.measures.__contains__, MEASURES):
+        values = measured.measures[name]
         rows.append([name, *(f"{value:.4g}" for value in (values.min(), values.mean(), values.max()))])
     if allocation:
         columns += ["AUC", "with score"]
-        for row, relation in zip(rows, relate(found, allocation), strict=True):
+        for row, relation in zip(rows, relate(measured, allocation), strict=True):
             pair = (relation.auc, relation.with_scores)
             row += ["-" if value is None else f"{value:.3f}" for value in pair]
     show(columns, rows)
@@ -207,6 +213,6 @@ def report(
 
     words = ["consa", "report", *map(str, runs), "--out", str(out)]
     words += ["--behaviour", str(behaviour)] if behaviour else []
-    found = Behaviour.load(behaviour) if behaviour else None
-    for path in page.write(runs, out, command=shlex.join(words), behaviour=found, figures=figures):
+    loaded = Behaviour.load(behaviour) if behaviour else None
+    for path in page.write(runs, out, command=shlex.join(words), behaviour=loaded, figures=figures):
         print(path)

@@ -176,6 +176,6 @@ def was_given(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def model_name(where: RunConfig) -> str:
+def model_name(run_config: RunConfig) -> str:
     """A name for the model in names of folders."""
-    return re.sub(r"[^\w.-]+", "-", Path(where.model).name) or "model"
+    return re.sub(r"[^\w.-]+", "-", Path(run_config.model).name) or "model"

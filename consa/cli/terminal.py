@@ -117,9 +117,9 @@ def _usage(message: str) -> str:
 
 def _is_out_of_memory(error: Exception) -> bool:
     # torch.OutOfMemoryError by name, since torch is not imported here; other allocators have no class of their own.
-    said = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    messages = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
-    return named or any(text in str(error) for text in said)
+    return named or any(text in str(error) for text in messages)
 
 
 def _quieten() -> None:

@@ -50,16 +50,16 @@ def _class_of(place: str) -> type[Method]:
     before = list(sys.path)
     sys.path.append("")
     try:
-        found = getattr(import_module(module), name)
+        method = getattr(import_module(module), name)
     except Exception as error:  # whatever a user's module raises
         raise ConsaError(f"cannot import the method {place!r}: {first_line(error)}") from error
     finally:
         sys.path[:] = before
-    if not isinstance(found, type) or not issubclass(found, Method):
+    if not isinstance(method, type) or not issubclass(method, Method):
         raise ConsaError(f"{place!r} is not a method; derive the class from consa.methods.Method")
-    if not re.fullmatch(r"\w+", getattr(found, "name", "")):
+    if not re.fullmatch(r"\w+", getattr(method, "name", "")):
         raise ConsaError(f"{place!r} needs a class attribute `name` of letters, digits and underscores")
-    return found
+    return method
 
 
 def choose(

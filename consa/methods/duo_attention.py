@@ -69,8 +69,8 @@ class DuoAttention(Method):
                         wanted = loss.hidden_states(model, tokens)[:, answer].float()
                     rows = units.spread(gate.detach().clamp(INSIDE, 1 - INSIDE)[None], elsewhere=1)
                     with plan.gated(rows, model.device) as leaf:
-                        found = loss.hidden_states(model, tokens)[:, answer].float()
-                        ((found - wanted).pow(2).mean() / self.sequences_per_step).backward()
+                        hidden = loss.hidden_states(model, tokens)[:, answer].float()
+                        ((hidden - wanted).pow(2).mean() / self.sequences_per_step).backward()
                     assert leaf.grad is not None  # no gate reaches a bound
                     units.spread(gate[None], elsewhere=1).backward(leaf.grad.cpu())
                     problem.forward_tokens += 2 * tokens.numel()

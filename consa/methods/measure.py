@@ -1,4 +1,4 @@
-"""What the dense model attends to, measured a block of queries at a time: no scores of queries x keys exist at once."""
+"""What the dense model attends to, measured for a block of queries at a time to bound the memory of the scores."""
 
 from __future__ import annotations
 

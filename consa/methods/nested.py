@@ -27,10 +27,7 @@ class Nested(TrainingMethod):
         most = 1 - 1 / problem.units.count  # where no unit is left to keep FA, there is nothing to learn
         schedule = {"warmup": 1.0, "averaged": 1.0}
         learning = self.learning(
-            problem.config,
-            sparsity=min(problem.config.sparsity, most),
-            refine_evaluations=0,
-            **schedule,
+            problem.config, sparsity=min(problem.config.sparsity, most), refine_evaluations=0, **schedule
         )
         result = learn(problem.loaded.model, problem.sequences, learning)
         assert result.allocation.scores is not None

@@ -1,4 +1,4 @@
-"""What every method works on: the units of a model, text to judge them by, and a count of what that cost."""
+"""What every method works on: the units of a model, text to evaluate them on, and a count of the tokens used."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ class Problem:
         return list(islice(self.stream(), min(number, len(self.sequences))))
 
     def questions(self, number: int, length: int | None = None) -> list[Text]:
-        """Questions about what lies in a text of `length` tokens (as long as the sequences unless given), answered."""
+        """Questions about what lies in a text of `length` tokens (by default as long as the sequences), answered."""
         tokenizer: Any = self.loaded.tokenizer
-        found = []
+        texts = []
         for example in questions.examples(
             QUESTIONS,
             tokenizer,
@@ -103,8 +103,8 @@ class Problem:
         ):
             prompt = tokenizer(example.prompt)["input_ids"]
             answer = tokenizer(" " + ", ".join(example.answers), add_special_tokens=False)["input_ids"]
-            found.append(Text(np.array(prompt + answer), len(prompt)))
-        return found
+            texts.append(Text(np.array(prompt + answer), len(prompt)))
+        return texts
 
     def tensor(self, *texts: Text) -> Tensor:
         """The tokens of texts of one length, int64 `(texts, seq_len)` on the model's device."""
@@ -195,5 +195,5 @@ class Problem:
 
 
 def cost(forward_tokens: int, backward_tokens: int) -> dict[str, int]:
-    """What a choice cost, for its provenance: the same on every machine, as seconds are not."""
+    """The cost of a choice for its provenance, in tokens: the same on every machine, unlike seconds."""
     return {"forward_tokens": forward_tokens, "backward_tokens": backward_tokens}

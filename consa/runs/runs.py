@@ -17,24 +17,30 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from consa.training import distributed, loop
-from consa.runs import inputs, summary
 from consa import rules
-from consa.training.adaptation import adapt
-from consa.training.lora import check_lora
 from consa.allocation import Allocation
-from consa.model.convert import convert
 from consa.config import AdaptConfig, LearnConfig, RunConfig
 from consa.errors import ConsaError, missing_extra
-from consa.evaluation.losses import compare, heldout_losses, load_losses, recovered, sampled_losses, save_losses
+from consa.evaluation.losses import (
+    compare,
+    heldout_losses,
+    load_losses,
+    recovered,
+    sampled_losses,
+    save_losses,
+)
 from consa.files import write_atomically, write_json
-from consa.training.learning import LearnResult, learn, target_units, units_of
-from consa.model.load import LoadedModel, read_layout
+from consa.model.convert import convert
 from consa.model.layout import check_fits
+from consa.model.load import LoadedModel, read_layout
 from consa.progress import Display, note, progress
 from consa.provenance import hardware, versions
-from consa.runs import figures
+from consa.runs import figures, inputs, summary
 from consa.runs.folder import CONFIG, check_same, claimed
+from consa.training import distributed, loop
+from consa.training.adaptation import adapt
+from consa.training.learning import LearnResult, learn, target_units, units_of
+from consa.training.lora import check_lora
 
 # What may differ when a run is continued: none of these changes what is learned.
 FREE = {"num_heldout", "start", *loop.FREE}

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from consa.runs import inputs
 from consa import rules
 from consa.allocation import Allocation
 from consa.config import EvalConfig, RunConfig, SweepConfig
@@ -22,6 +21,7 @@ from consa.files import png, write_atomically, write_json
 from consa.methods.choice import Choice, choices, make
 from consa.model.load import LoadedModel, read_layout
 from consa.progress import note
+from consa.runs import inputs
 from consa.runs.folder import CONFIG, check_same, claimed
 
 

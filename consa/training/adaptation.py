@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +62,7 @@ def adapt(
         run_dir, config, sequences, identity, objective, allocation=allocation.decision()
     )
     objective = objective or Mixture(
-        cross_entropy=config.cross_entropy,
-        distillation=config.distillation,
-        hidden_loss=config.hidden_loss,
+        cross_entropy=config.cross_entropy, distillation=config.distillation, hidden_loss=config.hidden_loss
     )
     full = config.method == "full"
     with ExitStack() as stack:
@@ -89,24 +88,19 @@ def adapt(
         )
 
 
-class _Adaptation:
-    """The weights in training; see `loop.Training`."""
+@dataclass
+class _Adaptation(loop.Training):
+    """The weights in training."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        sequences: np.ndarray,
-        config: AdaptConfig,
-        weights: Weights,
-        objective: Objective,
-        dense: Dense | None,
-        evaluate: Callable[[PreTrainedModel], loop.Record] | None,
-    ) -> None:
-        self.model, self.sequences, self.config = model, sequences, config
-        self.weights, self.objective, self.dense, self.measure = weights, objective, dense, evaluate
+    model: PreTrainedModel
+    sequences: np.ndarray
+    config: AdaptConfig
+    weights: Weights
+    objective: Objective
+    dense: Dense | None
+    measure: Callable[[PreTrainedModel], loop.Record] | None
 
     def accumulate(self, step: int) -> loop.Record:
-        """The gradients of this process."""
         batches = self.objective.batches(self.sequences, self.config, step)
         gradients = Gradients(self.model, self.objective, batches)
         for batch in batches:
@@ -116,21 +110,17 @@ class _Adaptation:
         return {"loss": sum(self.objective.factors[name] * part for name, part in parts.items()), **parts}
 
     def update(self, step: int, losses: loop.Record) -> loop.Record:
-        """One step of AdamW."""
         rate = self.config.learning_rate_at(step)
         norm = self.weights.update(max_norm=self.config.max_grad_norm, learning_rate=rate)
         return {"step": step + 1, **losses, "learning_rate": rate, "grad_norm": norm}
 
     def evaluate(self, step: int) -> loop.Record:
-        """What the caller measures every `evaluate_every` steps and after the last."""
         done = step + 1
         due = done % self.config.evaluate_every == 0 or done == self.config.num_steps
         return self.measure(self.model) if self.measure and due else {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Master weights and the state of their optimizer."""
         return self.weights.tensors()
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` returned."""
         self.weights.restore(tensors)

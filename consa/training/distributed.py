@@ -1,4 +1,4 @@
-"""The same run on several processes, started by `torchrun` or `accelerate launch`: N of them do what one would.
+"""The same run on several processes, started by `torchrun` or `accelerate launch`, with the result of one process.
 
 Without such a launcher there is one process, and nothing here costs anything. With several, each computes its share of
 every step's sequences and gradients are added up, so that all hold the same weights and gates. Only the main process
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from consa.errors import ConsaError
 from consa.model.layout import decoder_layers
 
-PATIENCE = timedelta(hours=2)  # others wait while the main process measures; the launcher notices the dead
+PATIENCE = timedelta(hours=2)  # others wait while the main process measures; the launcher notices crashes
 
 
 @contextmanager
@@ -44,7 +44,9 @@ def group(device: str | None = None) -> Iterator[None]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if kind.index is not None:
-        raise ConsaError(f"device must name no single GPU for {num_processes} processes, got {device!r}")
+        raise ConsaError(
+            f"device must not name a single GPU for {num_processes} processes, got {device!r}; use 'cuda'"
+        )
     if kind.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ConsaError(
@@ -52,7 +54,7 @@ def group(device: str | None = None) -> Iterator[None]:
                 " start fewer processes"
             )
         torch.cuda.set_device(local_rank)
-    # Both, in words: some versions of torch give GPUs a backend and leave tensors on the CPU without one.
+    # Name both backends: some versions of torch leave tensors on the CPU without one.
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield
@@ -60,14 +62,14 @@ def group(device: str | None = None) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and not any(word in str(error) for word in _LOST):
             raise
         raise ConsaError(
-            f"process {rank()} lost the others of this job: one of them ended, and may have said why;"
-            " the same command continues where it was"
+            f"process {rank()} lost the other processes of this job: one of them ended, see its message;"
+            " the same command resumes from its last checkpoint"
         ) from error
     finally:
         dist.destroy_process_group()
 
 
-# What gloo says, without a class of its own.
+# Messages of gloo, which has no exception class of its own.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
@@ -87,7 +89,7 @@ def is_main() -> bool:
 
 
 def share(count: int) -> slice:
-    """This process's part of `count` things, which the processes divide evenly."""
+    """The indices of this process among `count` items, which the processes share evenly."""
     each = count // world_size()
     return slice(rank() * each, (rank() + 1) * each)
 
@@ -135,7 +137,7 @@ def from_main(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The others run the block after the main process has, and so find what that one left in a cache."""
+    """Run the block in the main process first, so that the others find its result in a cache."""
     if world_size() > 1 and not is_main():
         dist.barrier()
     yield
@@ -163,14 +165,14 @@ def sharded(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     for layer in decoder_layers(trained):
         fully_shard(layer.float(), mp_policy=policy)
         layer.set_gradient_divide_factor(1.0)  # a sum, as of the gradients that are not sharded
-        layer.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+        layer.set_force_sum_reduction_for_comms(True)  # gloo has no other
     whole = {parameter for parameter in trained.parameters() if not isinstance(parameter, DTensor)}
     fully_shard(trained.base_model, ignored_params=whole)  # lets the layers gather ahead of time
     yield trained
-    found = dict(trained.named_parameters())
+    parameters = dict(trained.named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(gathered(found[name]))
+            parameter.copy_(gathered(parameters[name]))
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -184,7 +186,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def like(whole: Tensor, example: Tensor) -> Tensor:
-    """`whole`, which every process has, placed and sharded as `example` is."""
+    """`whole`, which every process has, on the device and with the sharding of `example`."""
     whole = whole.to(example.device)
     if not isinstance(example, DTensor):
         return whole

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -21,47 +19,12 @@ def ramp(step: int, num_steps: int, start: float) -> float:
     return max(0.0, (step / num_steps - start) / (1 - start)) if start < 1 else 0.0
 
 
-class SparsityConstraint(Protocol):
-    """What holds the gates at the target sparsity. `learn` takes any; `AugmentedLagrangian` is the default."""
-
-    @property
-    def multiplier(self) -> float:
-        """The linear multiplier in nats, for the record."""
-        ...
-
-    def is_open(self, log_alpha: Tensor) -> Tensor:
-        """How open each gate counts as, in [0, 1] and differentiable; `(units,)` like `log_alpha`."""
-        ...
-
-    def loss(self, is_open: Tensor, target: float, growth: float = 1.0) -> Tensor:
-        """The term to add to the loss, for what `is_open` returned.
-
-        Args:
-            is_open: `(units,)`.
-            target: sparsity to hold at this step.
-            growth: factor by which the run lets its coefficients grow.
-        """
-        ...
-
-    def update(self, log_alpha: Tensor, target: float, growth: float = 1.0) -> float:
-        """Called once after each optimizer step; returns the sparsity that it saw."""
-        ...
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The state to keep in a checkpoint, by name."""
-        ...
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` returned before."""
-        ...
-
-
 class AugmentedLagrangian:
     """Adds `multiplier * h + penalty / 2 * h^2` to the loss, with `h` the target minus the expected sparsity.
 
     The multiplier moves by `step_size * h` once per optimizer step and may take either sign: it remembers how hard the
     loss pulls at the target, so that the quadratic term need not (Bertsekas 1982, ch. 2). It has no momentum, decay or
-    schedule, which would forget the size of the violation.
+    schedule, which would forget the size of the violation. Subclass it for another way to hold the sparsity.
 
     Both coefficients may grow by a common factor late in a run, as the method of multipliers does when a violation
     persists: where few units are left open, each is worth much and pulls hard at the target.
@@ -78,24 +41,33 @@ class AugmentedLagrangian:
         self.multiplier = multiplier
 
     def is_open(self, log_alpha: Tensor) -> Tensor:
-        """P(z > 0) of each gate, so that the constraint is on the expected sparsity, not on a sampled one."""
+        """How open each gate counts as, `(units,)` in [0, 1] like `log_alpha` and differentiable.
+
+        P(z > 0), so that the constraint is on the expected sparsity, not on a sampled one.
+        """
         return gates.probability_open(log_alpha)
 
     def loss(self, is_open: Tensor, target: float, growth: float = 1.0) -> Tensor:
-        """See `SparsityConstraint.loss`."""
+        """The term to add to the loss, for what `is_open` returned.
+
+        Args:
+            is_open: `(units,)`.
+            target: sparsity to hold at this step.
+            growth: factor by which both coefficients have grown.
+        """
         violation = target - (1 - is_open.mean())
         return self.multiplier * violation + growth * self.penalty / 2 * violation**2
 
     def update(self, log_alpha: Tensor, target: float, growth: float = 1.0) -> float:
-        """Move the multiplier; returns the expected sparsity."""
+        """Move the multiplier, once after each optimizer step; returns the expected sparsity."""
         expected = float(1 - self.is_open(log_alpha).mean())
         self.multiplier += growth * self.step_size * (target - expected)
         return expected
 
     def tensors(self) -> dict[str, Tensor]:
-        """The multiplier."""
+        """The state to keep in a checkpoint, by name."""
         return {"multiplier": torch.tensor(self.multiplier, dtype=torch.float64)}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the multiplier."""
+        """Take over what `tensors` returned."""
         self.multiplier = float(tensors["multiplier"])

@@ -15,12 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from consa import rules
-from consa.allocation import (
-    Allocation,
-    Granularity,
-    num_full_units,
-    num_full_units_within,
-)
+from consa.allocation import Allocation, Granularity, num_full_units, num_full_units_within
 from consa.config import LearnConfig
 from consa.constraints import choose
 from consa.errors import ConsaError
@@ -30,7 +25,7 @@ from consa.model.layout import AttentionLayout, attention_layout
 from consa.provenance import versions
 from consa.training import distributed, gates, loop, refinement
 from consa.training.gates import Units
-from consa.training.lagrangian import AugmentedLagrangian, SparsityConstraint, ramp, target_at
+from consa.training.lagrangian import AugmentedLagrangian, ramp, target_at
 from consa.training.objective import Dense, Gradients, Objective, order
 from consa.training.refinement import Exchange
 from consa.training.weights import Weights
@@ -63,7 +58,7 @@ def learn(
     on_step: Callable[[loop.Record], None] | None = None,
     on_exchange: Callable[[Exchange], None] | None = None,
     objective: Objective | None = None,
-    constraint: SparsityConstraint | None = None,
+    constraint: AugmentedLagrangian | None = None,
     draws: Draws | None = None,
     refine: Callable[..., Allocation] | None = None,
 ) -> LearnResult:
@@ -135,7 +130,7 @@ def learn(
 
 
 def units_of(layout: AttentionLayout, granularity: Granularity) -> Units:
-    """What there is to decide in a model of this layout."""
+    """The units of a model with this layout."""
     layers = tuple(layer for layer in range(layout.num_layers) if layer not in layout.native_windows)
     return Units(
         layout.num_layers, layout.num_kv_heads, layers, layout.num_kv_heads if granularity == "kv_head" else 1
@@ -154,33 +149,22 @@ def target_units(layout: AttentionLayout, config: LearnConfig) -> int:
     units = units_of(layout, config.granularity)
     step = config.constraint.step(len(units.layers), units.per_layer)
     if config.kv_budget is None or config.context is None:
-        found = step * num_full_units(units.count // step, config.sparsity)
+        num_full = step * num_full_units(units.count // step, config.sparsity)
     else:
         affordable = num_full_units_within(
             config.kv_budget, config.context, example=_dense_start(layout, config), head_dim=layout.head_dim
         )
-        found = affordable // step * step
-    if config.mode == "joint" and found in (0, units.count):
+        num_full = affordable // step * step
+    if config.mode == "joint" and num_full in (0, units.count):
         raise ConsaError(
-            f"mode must be frozen where {found} of {units.count} units keep full attention and none is to be chosen;"
+            f"mode must be frozen where {num_full} of {units.count} units keep full attention and none is to be chosen;"
             " to train the weights, use adapt"
         )
-    return found
+    return num_full
 
 
-class _Learning:
-    """The gates in training, and in joint mode the weights; see `loop.Training`.
-
-    Args:
-        model: what is trained.
-        sequences: the training text.
-        units: what there is to decide.
-        target: the sparsity to end at.
-        config: the run's settings.
-        objective: what is minimised.
-        constraint: what holds the target; the config's augmented Lagrangian if None.
-        draws: the random numbers of a step's gates.
-    """
+class _Learning(loop.Training):
+    """The gates in training, and in joint mode the weights, with `target` as the sparsity to end at."""
 
     def __init__(
         self,
@@ -191,7 +175,7 @@ class _Learning:
         config: LearnConfig,
         *,
         objective: Objective,
-        constraint: SparsityConstraint | None = None,
+        constraint: AugmentedLagrangian | None = None,
         draws: Draws = gates.stratified_uniform,
     ) -> None:
         self.model, self.sequences, self.units, self.target, self.config = (
@@ -238,27 +222,26 @@ class _Learning:
         uniform = uniform[distributed.share(len(uniform))]
         batches = self.objective.batches(self.sequences, config, step)
         gradients = Gradients(self.model, self.objective, batches)
-        found = []
-        for batch, rows in zip(batches, uniform.split([len(b.tokens) for b in batches]), strict=True):
+        rows = []
+        for batch, own in zip(batches, uniform.split([len(b.tokens) for b in batches]), strict=True):
             batch = batch.to(self.model.device)
             losses = self.objective.losses(batch, self.dense)
             # (layers, sequences, kv_heads)
-            z = self.units.spread(gates.sample(self.log_alpha, rows), elsewhere=1.0)
+            z = self.units.spread(gates.sample(self.log_alpha, own), elsewhere=1.0)
             with self.plan.gated(z, self.model.device) as leaf:
                 value = gradients.add(batch, losses)
             if leaf.grad is not None and z.requires_grad:
                 (gradient,) = torch.autograd.grad(z, self.log_alpha, leaf.grad.cpu())
             else:
                 gradient = torch.zeros(count)
-            found.append([*gradient.tolist(), value])
+            rows.append([*gradient.tolist(), value])
         # Added up in the order of the step's sequences, so that any number of processes ends with the same bits.
-        summed = distributed.all_gather(torch.tensor(found, dtype=torch.float64)).sum(0)
+        summed = distributed.all_gather(torch.tensor(rows, dtype=torch.float64)).sum(0)
         self.log_alpha.grad = summed[:-1].float()
         parts = gradients.parts() if len(self.objective.factors) > 1 else {}
         return {"loss": float(summed[-1]), **parts}
 
     def update(self, step: int, losses: loop.Record) -> loop.Record:
-        """Constraint, optimizer step, multiplier."""
         config, done = self.config, step + 1
         target = target_at(done, config.num_steps, self.target, config.warmup)
         growth = config.penalty_growth ** ramp(done, config.num_steps, config.warmup)
@@ -284,22 +267,16 @@ class _Learning:
             **joint,
         }
 
-    def evaluate(self, step: int) -> loop.Record:
-        """Nothing is measured between steps."""
-        return {}
-
     def tensors(self) -> dict[str, Tensor]:
-        """All of the state by name; of weights only in the main process, but every one must call it."""
-        found = {"log_alpha": self.log_alpha, "score_sum": self.score_sum, **self.constraint.tensors()}
+        state = {"log_alpha": self.log_alpha, "score_sum": self.score_sum, **self.constraint.tensors()}
         slots = self.optimizer.state[self.log_alpha]
-        found |= {f"gate_optimizer.{slot}": value for slot, value in slots.items()}
+        state |= {f"gate_optimizer.{slot}": value for slot, value in slots.items()}
         if self.refined is not None:
-            found["refined"] = self.refined
-        return found | (self.weights.tensors() if self.weights else {})
+            state["refined"] = self.refined
+        return state | (self.weights.tensors() if self.weights else {})
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` returned."""
         self.refined = tensors.get("refined")
         self.log_alpha.copy_(tensors["log_alpha"])
         self.score_sum.copy_(tensors["score_sum"])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,28 +32,28 @@ Record = dict[str, float]
 """The numbers of one step, by name; `step` counts from 1."""
 
 
-class Training(Protocol):
+class Training:
     """What is trained, and how; `train` runs its steps."""
 
     def accumulate(self, step: int) -> Record:
         """Add up the gradients of a step, counted from 0; returns its loss and the parts of it."""
-        ...
+        raise NotImplementedError
 
     def update(self, step: int, losses: Record) -> Record:
         """Change what is trained by these gradients; returns the step's record."""
-        ...
+        raise NotImplementedError
 
     def evaluate(self, step: int) -> Record:
-        """What is measured after a step, to join its record; may be empty."""
-        ...
+        """What is measured after a step, to join its record."""
+        return {}
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state by name; the main process gets all of it, and every process must call it."""
-        ...
+        raise NotImplementedError
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `tensors` returned in an earlier process."""
-        ...
+        raise NotImplementedError
 
 
 def train(
@@ -124,9 +124,9 @@ def prepared(
     settings: Any = torch.utils.deterministic
     fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    settings.fill_uninitialized_memory = False  # it costs time and guards against nothing
+    settings.fill_uninitialized_memory = False  # costs time and protects from nothing here
     try:
-        # No dropout: the model is to be trained as it will be used.
+        # No dropout: train the model as it will be used.
         with (
             evaluating(model),
             _recomputing(model) if gradient_checkpointing else nullcontext(),
@@ -142,7 +142,7 @@ def prepared(
 
 @contextmanager
 def _recomputing(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block layers keep their inputs alone and are computed again in the backward pass."""
+    """Within the block layers keep only their inputs and are computed again in the backward pass."""
     modules = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
     before = any(module.gradient_checkpointing for module in modules)
     # Before transformers 5.23 it was called gradient checkpointing, a name that 6 drops.
@@ -160,7 +160,7 @@ def _recomputing(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _compiled(layers: list[Any]) -> Iterator[None]:
-    """Within the block these modules run compiled; a forward of their own, as hooks give them, is put back."""
+    """Within the block these modules run compiled; a forward that a hook has set is put back afterwards."""
     own = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=False)
@@ -169,8 +169,8 @@ def _compiled(layers: list[Any]) -> Iterator[None]:
     except TorchDynamoException as error:
         cause = getattr(error, "inner_exception", None) or error
         raise ConsaError(
-            f"layers cannot be compiled: {first_line(cause)}; leave compile out, which on a CPU needs g++ and torch in"
-            " a path without spaces"
+            f"layers cannot be compiled: {first_line(cause)}; leave compile out. On a CPU it needs g++, and torch"
+            " in a path without spaces"
         ) from error
     finally:
         for layer, forward in zip(layers, own, strict=True):
@@ -181,7 +181,7 @@ def _compiled(layers: list[Any]) -> Iterator[None]:
 
 
 def generator(seed: int, purpose: str) -> torch.Generator:
-    """A generator that depends on nothing but its arguments, so that a resumed run draws what the first one would."""
+    """A generator that depends only on its arguments, so that a resumed run draws the same numbers."""
     digest = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(digest) % 2**63)
 
@@ -189,7 +189,7 @@ def generator(seed: int, purpose: str) -> torch.Generator:
 def check(
     config: LearnConfig | AdaptConfig, sequences: np.ndarray, *, window: int, num_sink_tokens: int
 ) -> None:
-    """Make sure that a loop can run.
+    """Check the text before training.
 
     Raises:
         ConsaError: there is no text, none of it beyond window and sinks, or a step's sequences do not divide among the

@@ -121,11 +121,7 @@ class Mixture(Objective):
     def __init__(
         self, *, cross_entropy: float = 1.0, distillation: float = 0.0, hidden_loss: float = 0.0
     ) -> None:
-        factors = {
-            "cross_entropy": cross_entropy,
-            "distillation": distillation,
-            "hidden_loss": hidden_loss,
-        }
+        factors = {"cross_entropy": cross_entropy, "distillation": distillation, "hidden_loss": hidden_loss}
         self.factors = {name: factor for name, factor in factors.items() if factor}
         self.needs_dense = bool(distillation or hidden_loss)
 
@@ -160,10 +156,10 @@ def next_token_loss(logits: Tensor, batch: Batch, chunk: slice) -> Tensor:
 def divergence(logits: Tensor, target_logits: Tensor, batch: Batch, chunk: slice) -> Tensor:
     """KL(target || model) of the tokens that a chunk of positions predicts, weighted and summed, in nats."""
     target = target_logits.float().log_softmax(-1)
-    found = logits.float().log_softmax(-1)
+    predicted = logits.float().log_softmax(-1)
     if batch.weights is None:
-        return torch.nn.functional.kl_div(found, target, reduction="sum", log_target=True)
-    each = torch.nn.functional.kl_div(found, target, reduction="none", log_target=True).sum(-1)
+        return torch.nn.functional.kl_div(predicted, target, reduction="sum", log_target=True)
+    each = torch.nn.functional.kl_div(predicted, target, reduction="none", log_target=True).sum(-1)
     return _weighted(each, batch, chunk)
 
 

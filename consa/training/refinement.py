@@ -1,4 +1,4 @@
-"""Refining an allocation by what it really costs: exchange units near the boundary while the loss falls."""
+"""Refine an allocation by measured losses: exchange units near the boundary while the loss falls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training loop: whole or absent, and continued only by the run that wrote them."""
+"""Checkpoints of a training loop: whole or absent, and resumed only by the run that wrote them."""
 
 from __future__ import annotations
 

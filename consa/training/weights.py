@@ -13,15 +13,14 @@ from consa.training import distributed
 
 
 class Weights:
-    """Parameters in training: float32 masters of those that compute in less, their AdamW, clipping and checkpoints.
+    """Parameters in training: float32 masters of those with lower precision, AdamW, clipping and checkpoints.
 
-    Within a `with` block, gradients of such a parameter are added up in float32 on its master, and its own freed, as
-    the backward pass makes them. Parameters may be sharded (see `distributed.sharded`); the others are equal on every
-    process.
+    Within a `with` block, the backward pass adds up gradients in float32 on the masters and frees those of the
+    parameters. Parameters may be sharded (see `distributed.sharded`); the others are equal on every process.
 
     Args:
         parameters: by name; those of a sharded model are float32.
-        learning_rate: of AdamW, without weight decay.
+        learning_rate: of AdamW, which runs without weight decay.
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], *, learning_rate: float) -> None:
@@ -78,7 +77,7 @@ class Weights:
 
     def tensors(self) -> dict[str, Tensor]:
         """Masters and the optimizer's state by name, whole; every process must call it, the main one gets them."""
-        found: dict[str, Tensor] = {}
+        state: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             slots = {
                 f"weight_optimizer.{slot}": value for slot, value in self.optimizer.state[master].items()
@@ -86,12 +85,12 @@ class Weights:
             for part, value in ({"weights": master} | slots).items():
                 whole = distributed.gathered(value)
                 if distributed.is_main():
-                    found[f"{part}.{name}"] = whole.detach().cpu()
-        return found
+                    state[f"{part}.{name}"] = whole.detach().cpu()
+        return state
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` gave, on whatever number of processes."""
+        """Take over what `tensors` returned, on any number of processes."""
         for name, master in self.masters.items():
             master.copy_(distributed.like(tensors[f"weights.{name}"], master))
             for slot in ("step", "exp_avg", "exp_avg_sq"):

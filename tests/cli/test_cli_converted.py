@@ -59,7 +59,8 @@ def test_an_allocation_with_weights_of_its_own_is_said(tiny_model_folder: Path, 
             "convert", tiny_model_folder, "--allocation", tmp_path / f"{mode}.json", "--out", out
         )
         assert result.exit_code == 0, result.output
-        assert ("weights along with this allocation; they are in the folder `model`" in result.output) == (mode == "joint")
+        said = "weights along with this allocation; they are in the folder `model`" in result.output
+        assert said == (mode == "joint")
 
 
 def test_weights_are_not_read_for_an_allocation_of_another_model(
