@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,16 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from consa import rules
 from consa.allocation import NUM_SINK_TOKENS, Allocation
 from consa.attention import masks
-from consa.behaviour.relate import Behaviour
-from consa.config import RunConfig
+from consa.behaviour.record import Behaviour
 from consa.data.questions import examples
 from consa.errors import ConsaError
 from consa.model import loss
 from consa.model.attach import attached, observed
 from consa.model.layout import attention_layout
-from consa.progress import note, progress
-from consa.provenance import hardware, versions
-from consa.runs import inputs
+from consa.provenance import environment
 
 MAX_BLOCK_SCORES = 2**22  # scores of one layer that exist at once; 16 MiB, which suit a CPU's caches
 GPU_BLOCKS = 16  # as many of those at once; a GPU wants fewer and larger steps
@@ -120,8 +116,7 @@ def measure(
         "seq_len": seq_len,
         "seed": seed,
         "causal_sequences": causal_sequences,
-        "hardware": hardware(),
-        "versions": versions(),
+        **environment(),
     }
     return Behaviour(
         measures={name: values.astype(np.float32) for name, values in measures.items()},
@@ -129,46 +124,6 @@ def measure(
         **limits,
         provenance=provenance,
     )
-
-
-def run(
-    where: RunConfig,
-    out: Path,
-    *,
-    seq_len: int,
-    num_sequences: int,
-    window: int,
-    num_sink_tokens: int,
-    seed: int,
-    causal_sequences: int,
-) -> Behaviour:
-    """Load, measure on held-out text, write `out`; arguments as in `measure`.
-
-    Raises:
-        ConsaError: something the caller can mend.
-    """
-    if num_sequences < 1:
-        raise ConsaError(f"num_sequences must be at least 1, got {num_sequences}")
-    inputs.check(where)
-    loaded = inputs.load(where)
-    heldout = inputs.heldout_text(replace(where, num_heldout=num_sequences), seq_len, loaded)
-    if len(heldout.tokens) < num_sequences:
-        note(f"The text has {len(heldout.tokens)} held-out sequences of {seq_len} tokens: all are measured")
-    total = num_passes(loaded.model, len(heldout.tokens), needles=True, causal=causal_sequences > 0)
-    with progress("Observing", total) as tell:
-        behaviour = measure(
-            loaded.model,
-            heldout.tokens,
-            window=window,
-            num_sink_tokens=num_sink_tokens,
-            seed=seed,
-            tokenizer=loaded.tokenizer,
-            causal_sequences=causal_sequences,
-            identity=loaded.identity | {"data": where.data},
-            on_pass=tell,
-        )
-    behaviour.save(out)
-    return behaviour
 
 
 def num_passes(model: PreTrainedModel, num_sequences: int, *, needles: bool, causal: bool) -> int:

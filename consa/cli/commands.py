@@ -116,7 +116,7 @@ def adapt(
     from consa.allocation import Allocation
 
     kept = Allocation.load(allocation)
-    from consa.runs.runs import run_adaptation
+    from consa.runs.adaptation import run_adaptation
 
     summary = run_adaptation(where, kept, config, folder, command=command, tensorboard=tensorboard)
     _show_losses(summary, folder, "model", "summary.md")
@@ -327,9 +327,9 @@ def evaluate(
     command = command_line("eval", where, config)
     for name in allocation or ():
         command += f" --allocation {shlex.quote(name)}"
-    from consa.evaluation import suite
+    from consa.runs.evaluation import run_evaluation
 
-    table, paths = suite.run(
+    table, paths = run_evaluation(
         where, config, allocation or [], out or Path("runs") / f"eval-{_model_name(where)}", command=command
     )
     for title, columns, rows in table.sections():
@@ -397,17 +397,18 @@ def behaviour(
         if allocation and not _was_given(ctx, name):
             limits[name] = getattr(allocation, name)
     where = RunConfig(**options)
-    from consa.behaviour import measure as verb
-    from consa.behaviour.relate import MEASURES, relate
+    from consa.behaviour.record import MEASURES
+    from consa.behaviour.relate import relate
     from consa.model.layout import check_fits
     from consa.model.load import read_layout
+    from consa.runs.behaviour import run_behaviour
 
     path = out or cast(Path, run) / "behaviour.safetensors"
     if path.is_dir():
         raise ConsaError(f"out must be a file, got the folder {path}")
     if allocation:
         check_fits(allocation, read_layout(where.model), where.model)
-    found = verb.run(where, path, num_sequences=sequences, causal_sequences=causal_sequences, **limits)
+    found = run_behaviour(where, path, num_sequences=sequences, causal_sequences=causal_sequences, **limits)
     columns, rows = ["measure", "lowest", "mean", "highest"], []
     for name in filter(found.measures.__contains__, MEASURES):
         values = found.measures[name]
@@ -438,7 +439,7 @@ def report(
     ] = None,
 ) -> None:
     """Make one HTML page about runs, which needs no network: allocations, losses, behaviour, memory and speed."""
-    from consa.behaviour.relate import Behaviour
+    from consa.behaviour.record import Behaviour
     from consa.report import page
 
     words = ["consa", "report", *map(str, runs), "--out", str(out)]
@@ -479,14 +480,14 @@ def _model_name(where: RunConfig) -> str:
 def _run(where: RunConfig, config: LearnConfig, folder: Path, command: str, tensorboard: bool) -> None:
     """Run, then show the table."""
     where.start_for(config)  # says what is wrong before anything heavy is imported
-    from consa.runs.runs import run_learning
+    from consa.runs.learning import run_learning
 
     summary = run_learning(where, config, folder, command=command, tensorboard=tensorboard)
     made = ("model",) if config.mode == "joint" else ()
     _show_losses(summary, folder, "allocation.json", *made, "heatmap.png", "summary.md")
 
 
-def _show_losses(summary: dict[str, Any], folder: Path, *names: str) -> None:
+def _show_losses(summary: Any, folder: Path, *names: str) -> None:
     """What a run found, and where it is; nothing from the other processes of a distributed run."""
     if not summary:
         return
