@@ -1,22 +1,22 @@
-"""What each chart of the report shows, as Vega-Lite, and the rows of its data."""
+"""The charts of the report as Vega-Lite, and the rows of their data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from consa.allocation import Allocation
-from consa.behaviour.relate import MEASURES, Behaviour
+from consa.behaviour.record import MEASURES, Behaviour
 from consa.report.vega import Chart, Columns, Spec
 from consa.runs.figures import shades
 
-# Told apart by colour-blind readers, and seen on light and dark.
+# Colour-blind readers can tell them apart, and they are visible on light and dark pages.
 FA, SWA, OTHER = "#2868ad", "#d9952b", "#84878c"
 DECISIONS = {"FA": FA, "SWA": SWA}
-KINDS = {"learned": FA, "dense": "#4f9d69", "all-SWA": SWA, "other": OTHER}
+KINDS = {"learned": FA, "adapted": FA, "dense": "#4f9d69", "all-SWA": SWA, "other": OTHER}
 LEARNING = ("loss", "expected_sparsity", "target", "multiplier", "fractional")  # of a step
 ADAPTATION = ("loss", "heldout_loss", "learning_rate")
 MAX_POINTS = 400  # of a curve
@@ -24,7 +24,7 @@ DIGITS = 4  # significant, of numbers in a page
 
 
 def units(allocation: Allocation, behaviour: Behaviour | None) -> Columns:
-    """A row per unit: where it is, what was decided, its score and what was measured of it."""
+    """A row for each unit: its place, the decision, its score and its behaviour."""
     by_layer = allocation.granularity == "layer"
     heads = range(1 if by_layer else allocation.num_kv_heads)
     places = [(layer, head) for layer in range(allocation.num_layers) for head in heads]
@@ -53,7 +53,7 @@ def units(allocation: Allocation, behaviour: Behaviour | None) -> Columns:
 
 
 def heatmap(name: str, data: str, allocation: Allocation, behaviour: Behaviour | None) -> Chart:
-    """Layers to the right, KV heads downwards; the further a score from the decision, the stronger the colour."""
+    """Heatmap with a column for each layer and a row for each KV head; colours show decision and score."""
     fields = ["unit", "decision"] + ["score"] * (allocation.scores is not None)
     tooltip = [{"field": field, "title": field} for field in fields]
     if allocation.provenance.get("method") == "consa" and allocation.scores is not None:
@@ -83,14 +83,14 @@ def heatmap(name: str, data: str, allocation: Allocation, behaviour: Behaviour |
         name=f"{name}-allocation",
         title="Which units keep full attention",
         description=f"Heatmap of {num_units} KV heads in {allocation.num_layers} layers, {num_full} of them on full"
-        " attention; the text below says at which depth.",
+        " attention; the text below describes their depth.",
         spec=spec,
         data=data,
     )
 
 
 def history(records: Sequence[Mapping[str, float]], *, adapted: bool) -> Columns:
-    """The steps of a run; of a long one, means of neighbouring steps. Held-out losses are of some steps alone."""
+    """The steps of a run; a long run becomes means of neighbouring steps. Only some steps have a held-out loss."""
     parts = np.array_split(np.arange(len(records)), min(len(records), MAX_POINTS))
 
     def column(name: str) -> list[float | None]:
@@ -103,7 +103,7 @@ def history(records: Sequence[Mapping[str, float]], *, adapted: bool) -> Columns
 
 
 def curves(name: str, data: str, *, adapted: bool) -> list[Chart]:
-    """By step: loss, sparsity with its target, multiplier and share of fractional gates; or loss and learning rate."""
+    """Curves over the steps, of learning or of adaptation."""
     step = {
         "field": "step",
         "type": "quantitative",
@@ -127,13 +127,13 @@ def curves(name: str, data: str, *, adapted: bool) -> list[Chart]:
         "loss": ("Training loss", "loss of each step", line("loss", "nats")),
         "sparsity": (
             "Expected sparsity (blue) and its target (dashed)",
-            "expected sparsity following a rising target",
+            "expected sparsity and its rising target",
             {"layer": [target, expected]},
         ),
         "multiplier": ("Lagrange multiplier", "multiplier of each step", line("multiplier", "nats")),
         "fractional": (
             "Share of fractional gates",
-            "share of gates not yet decided",
+            "share of gates that are not decided yet",
             line("fractional", "share", [0, 1]),
         ),
     }
@@ -143,7 +143,7 @@ def curves(name: str, data: str, *, adapted: bool) -> list[Chart]:
         rate["encoding"]["y"]["axis"] = {"format": ".1e"}
         panels = {
             "loss": panels["loss"],
-            "heldout": ("Held-out loss", "held-out loss of some steps", measured),
+            "heldout": ("Held-out loss", "held-out loss at some of the steps", measured),
             "rate": ("Learning rate", "learning rate of each step", rate),
         }
     return [
@@ -158,54 +158,51 @@ def curves(name: str, data: str, *, adapted: bool) -> list[Chart]:
     ]
 
 
-def by_position(name: str, data: str, *, intervals: bool, made: str = "learned") -> Chart:
-    """Loss beyond the dense model's, by position; rows hold allocation, kind, from, rise, low and high.
-
-    `made` is the kind of what the run made.
-    """
+def by_position(name: str, data: str, kinds: Collection[str]) -> Chart:
+    """Loss above the dense model's, by position; rows hold allocation, kind, from, rise, low and high."""
     shared = {
         "x": _places("from", "from position"),
-        "color": _colour("kind", {made if kind == "learned" else kind: c for kind, c in KINDS.items()}),
+        "color": _kinds(kinds),
         "detail": {"field": "allocation"},
     }
     lines = {
         "mark": {"type": "line", "point": {"size": 30}, "strokeWidth": 2},
         "encoding": shared
         | {
-            "y": _amount("rise", "nats beyond dense"),
+            "y": _amount("rise", "nats above dense"),
             "opacity": {"condition": {"test": "datum.kind === 'other'", "value": 0.6}, "value": 1},
             "tooltip": [{"field": "allocation"}, {"field": "from"}, {"field": "rise", "format": ".4f"}],
         },
     }
     band = {
         "mark": {"type": "area", "opacity": 0.15},
-        "encoding": shared | {"y": _amount("low", "nats beyond dense"), "y2": {"field": "high"}},
+        "encoding": shared | {"y": _amount("low", "nats above dense"), "y2": {"field": "high"}},
     }
     return Chart(
         name=f"{name}-by-position",
-        title="Loss beyond the dense model's, by position" + (" (95 % intervals)" if intervals else ""),
-        description="Line chart of the rise of the loss over the dense model's by position in the text, a line for"
-        " each allocation; the table holds the same numbers.",
-        spec={"height": 240, "layer": [band, lines] if intervals else [lines]},
+        title="Loss above the dense model's, by position (95 % intervals)",
+        description="Line chart of the difference between each allocation's loss and the dense model's, by position in"
+        " the text; the table has the numbers.",
+        spec={"height": 240, "layer": [band, lines]},
         data=data,
     )
 
 
-def retrieval(name: str, data: str, task: str) -> Chart:
-    """Share of answers found by length of text, for one task; rows hold allocation, kind, task, length and share."""
+def retrieval(name: str, data: str, task: str, kinds: Collection[str]) -> Chart:
+    """Share of answers found by prompt length, for one task; rows hold allocation, kind, task, length and share."""
     return Chart(
         name=f"{name}-retrieval-{task}",
         title=f"Answers found: {task.replace('_', ' ')}",
-        description="Line chart of the share of hidden answers found by length of the text, a line for each"
-        " allocation; the table holds the same numbers.",
+        description="Line chart of the share of hidden answers found by prompt length, with a line for each"
+        " allocation; the table has the numbers.",
         spec={
             "height": 190,
             "transform": [{"filter": {"field": "task", "equal": task}}],
             "mark": {"type": "line", "point": {"size": 30}},
             "encoding": {
-                "x": _places("length", "tokens of text"),
+                "x": _places("length", "prompt length, tokens"),
                 "y": _amount("share", "share") | {"scale": {"domain": [0, 1]}},
-                "color": _colour("kind", KINDS),
+                "color": _kinds(kinds),
                 "detail": {"field": "allocation"},
                 "tooltip": [
                     {"field": "allocation"},
@@ -219,14 +216,14 @@ def retrieval(name: str, data: str, task: str) -> Chart:
 
 
 def spectrum(name: str, data: str, behaviour: Behaviour, shown: str) -> Chart:
-    """Units sorted by a measure, which the reader chooses, coloured by what was decided."""
+    """Units sorted by a measure that the reader chooses, coloured by decision."""
     names = [measure for measure in MEASURES if measure in behaviour.measures]
     tooltip: list[Spec] = [{"field": "unit"}, {"field": "decision"}]
     return Chart(
         name=f"{name}-spectrum",
-        title="Units sorted by what they do",
+        title="Units sorted by a measure",
         description="Bars of all units in rising order of the chosen measure, coloured by decision; the table of"
-        " relations says how well the measure tells FA from SWA.",
+        " relations says how well the measure separates FA from SWA.",
         spec={
             "height": 240,
             "params": [
@@ -260,11 +257,11 @@ def spectrum(name: str, data: str, behaviour: Behaviour, shown: str) -> Chart:
 
 
 def predictors(name: str, data: str, num_measures: int) -> Chart:
-    """How well each measure tells FA from SWA; rows hold measure and auc, in the order to be shown."""
+    """How well each measure separates FA from SWA; rows hold measure and auc, in the order to be shown."""
     return Chart(
         name=f"{name}-predictors",
-        title="What tells FA from SWA",
-        description="Bars from 0.5, chance, to the AUC of each measure; the table of relations holds the same numbers.",
+        title="Which measures separate FA from SWA",
+        description="Bars from 0.5 (chance) to the AUC of each measure; the table of relations has the numbers.",
         spec={
             "height": 20 * num_measures,
             "mark": {"type": "bar", "cornerRadius": 2, "height": {"band": 0.7}},
@@ -273,7 +270,7 @@ def predictors(name: str, data: str, num_measures: int) -> Chart:
                 "x": {
                     "field": "auc",
                     "type": "quantitative",
-                    "title": "AUC (blue: FA has more of it, orange: SWA)",
+                    "title": "AUC (blue: FA units have higher values, orange: SWA units)",
                     "scale": {"domain": [0, 1]},
                 },
                 "x2": {"datum": 0.5},
@@ -304,12 +301,12 @@ def distances(allocation: Allocation, behaviour: Behaviour) -> Columns:
 
 
 def by_distance(name: str, data: str) -> Chart:
-    """Where attention goes, by distance in tokens, for FA and SWA units under full attention."""
+    """Mean attention by distance in tokens, of FA and of SWA units, under full attention."""
     return Chart(
         name=f"{name}-by-distance",
-        title="Attention by distance, before any window was set",
-        description="Line chart of the mean share of attention by distance between query and key, one line for the"
-        " units that were put on full attention and one for those on a sliding window.",
+        title="Attention by distance, under full attention",
+        description="Line chart of the mean share of attention by distance between query and key, with one line for the"
+        " FA units and one for the SWA units.",
         spec={
             "height": 220,
             "mark": {"type": "line", "point": {"size": 30}, "strokeWidth": 2},
@@ -329,7 +326,7 @@ def by_distance(name: str, data: str) -> Chart:
 
 
 def layer_shares(allocations: Mapping[str, Allocation]) -> Columns:
-    """The share of FA heads of every layer of several allocations."""
+    """The share of FA heads in every layer of several allocations."""
     rows: dict[str, list[Any]] = {"run": [], "sparsity": [], "layer": [], "share": []}
     for name, allocation in allocations.items():
         for layer, share in enumerate(allocation.full_attention.mean(1)):
@@ -341,13 +338,13 @@ def layer_shares(allocations: Mapping[str, Allocation]) -> Columns:
 
 
 def side_by_side(data: str, allocations: Mapping[str, Allocation]) -> Chart:
-    """A row per allocation: which share of each layer's heads is FA."""
+    """Heatmap with a row for each allocation: the share of each layer's heads that is FA."""
     num_layers = next(iter(allocations.values())).num_layers
     return Chart(
         name="side-by-side",
         title="Share of each layer's KV heads on full attention",
-        description="Heatmap with a row per run and a column per layer; the stronger the colour, the more of the"
-        " layer's KV heads keep full attention.",
+        description="Heatmap with a row for each run and a column for each layer; the stronger the colour, the larger"
+        " the share of the layer's KV heads on full attention.",
         spec={
             "height": 30 * len(allocations),
             "mark": {"type": "rect", "cornerRadius": 2, "color": FA, "stroke": FA, "strokeOpacity": 0.35},
@@ -369,7 +366,7 @@ def side_by_side(data: str, allocations: Mapping[str, Allocation]) -> Chart:
 
 
 def benchmark(name: str, data: str) -> list[Chart]:
-    """Decoding, prefill and cache by context, dense and hybrid; rows are `Measurement`s and the cache in MB."""
+    """Decoding speed, prefill time and KV cache by context, dense and hybrid."""
     panels = {
         "decode_tokens_per_second": ("Decoding", "tokens per second"),
         "prefill_seconds": ("Prefill", "seconds"),
@@ -393,7 +390,7 @@ def benchmark(name: str, data: str) -> list[Chart]:
             Chart(
                 name=f"{name}-{title.lower().replace(' ', '-')}",
                 title=f"{title}, {unit}",
-                description=f"Line chart of {title.lower()} by context, dense and hybrid; the table holds the same.",
+                description=f"Line chart of {title.lower()} by context, dense and hybrid; the table has the numbers.",
                 spec={
                     "height": 190,
                     "mark": {"type": "line", "point": {"size": 40}},
@@ -414,7 +411,7 @@ def _measure_tooltips(behaviour: Behaviour | None) -> list[Spec]:
 
 
 def _places(field: str, title: str | None, **axis: Any) -> Spec:
-    """A scale of steps, in the order of the data."""
+    """An axis with a step for each value, in the order of the data."""
     axis = {"labelAngle": 0, "labelOverlap": "greedy", "grid": False, **axis}
     return {"field": field, "type": "ordinal", "sort": None, "title": title, "axis": axis}
 
@@ -433,6 +430,10 @@ def _colour(field: str, colours: Mapping[str, str]) -> Spec:
     scale = {"domain": list(colours), "range": list(colours.values())}
     legend = {"orient": "top", "symbolOpacity": 1}
     return {"field": field, "type": "nominal", "title": None, "scale": scale, "legend": legend}
+
+
+def _kinds(kinds: Collection[str]) -> Spec:
+    return _colour("kind", {kind: colour for kind, colour in KINDS.items() if kind in kinds})
 
 
 def _rounded(value: float) -> float | None:
