@@ -1,74 +1,59 @@
-"""The parts of the page; page.html says how each becomes HTML."""
+"""The parts of the page. The class of a part names the macro in page.html that renders it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 
-class Block:
-    """A part of a section. Its class name is the name of its macro in page.html."""
-
-    @property
-    def macro(self) -> str:
-        """Name of the macro that renders it."""
-        return type(self).__name__.lower()
-
-
-@dataclass(frozen=True)
-class Text(Block):
+class Text(NamedTuple):
     """A paragraph."""
 
     text: str
 
 
-@dataclass(frozen=True)
-class Heading(Block):
+class Heading(NamedTuple):
     """A heading within a section."""
 
     text: str
 
 
-@dataclass(frozen=True)
-class Code(Block):
+class Code(NamedTuple):
     """A command line."""
 
     text: str
 
 
-@dataclass(frozen=True)
-class Details(Block):
+class Details(NamedTuple):
     """A long text that is shown on demand."""
 
     title: str
     text: str
 
 
-@dataclass(frozen=True)
-class Cards(Block):
-    """Numbers that stand out, each with its label."""
+class Cards(NamedTuple):
+    """Numbers that stand out, each after its label."""
 
     cards: list[tuple[str, str]]
 
 
-@dataclass(frozen=True)
-class Figure(Block):
+class Figure(NamedTuple):
     """A chart, by its number among the page's charts."""
 
     number: int
     title: str
 
 
-@dataclass(frozen=True)
-class Grid(Block):
-    """Figures next to each other where the page is wide enough; more of them if they are small."""
+class Grid(NamedTuple):
+    """Figures next to each other where the page is wide enough."""
 
     figures: list[Figure]
     small: bool = False
 
 
 @dataclass(frozen=True)
-class Table(Block):
+class Table:
     """A table that scrolls by itself on a narrow page.
 
     Attributes:
@@ -82,19 +67,16 @@ class Table(Block):
     columns: Sequence[str]
     rows: list[list[str]]
     caption: str = ""
-    made: frozenset[str] = field(default_factory=frozenset[str])
+    made: frozenset[str] = frozenset()
     prose: bool = False
+
+
+Block = Text | Heading | Code | Details | Cards | Figure | Grid | Table
 
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the page.
-
-    Attributes:
-        title: its heading.
-        blocks: its parts.
-        run: number of the run that it belongs to; the slider shows the sections of one run. None for all runs.
-    """
+    """A section of the page; `run` is the number of the run whose section it is, for the slider."""
 
     title: str
     blocks: list[Block]

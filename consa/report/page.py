@@ -66,6 +66,7 @@ def _html(sections: Sections, command: str) -> str:
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
+    environment.filters["kind"] = lambda block: type(block).__name__.lower()
     return environment.get_template("page.html").render(
         title=f"{', '.join(models) or 'Runs'}: which units keep full attention",
         # Vega compiles its expressions, so it needs 'unsafe-eval'; none of them comes from a run's files.

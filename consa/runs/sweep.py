@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +24,10 @@ from consa.progress import note
 from consa.provenance import hardware
 from consa.runs import evaluation, inputs
 from consa.runs.folder import CONFIG, Settings, check_same, claimed
+
+
+# Columns of frontier.csv: attributes of a point.
+COLUMNS = ("method", "granularity", "sparsity", "seeds", "cache", "recovered", "spread", "retrieved", "seconds")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +108,11 @@ class Point:
     cache: float
 
     @property
+    def seeds(self) -> int:
+        """Number of seeds."""
+        return len(self.lines)
+
+    @property
     def recovered(self) -> float:
         """Mean over the seeds; NaN if dense is no better than all-SWA."""
         return float(np.mean([line.recovered for line in self.lines]))
@@ -120,20 +129,6 @@ class Point:
         return float(np.mean([line.retrieved for line in self.lines]))
 
 
-class Row(TypedDict):
-    """A `Point` as a row of frontier.csv."""
-
-    method: str
-    granularity: str
-    sparsity: float
-    seeds: int
-    cache: float
-    recovered: float
-    spread: float
-    retrieved: float
-    seconds: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class Frontier:
     """The result of a sweep.
@@ -146,22 +141,9 @@ class Frontier:
     points: tuple[Point, ...]
     table: Table
 
-    def rows(self) -> list[Row]:
-        """One row for each point."""
-        return [
-            Row(
-                method=point.method,
-                granularity=point.granularity,
-                sparsity=point.sparsity,
-                seeds=len(point.lines),
-                cache=point.cache,
-                recovered=point.recovered,
-                spread=point.spread,
-                retrieved=point.retrieved,
-                seconds=point.seconds,
-            )
-            for point in self.points
-        ]
+    def rows(self) -> list[dict[str, object]]:
+        """One row of frontier.csv for each point."""
+        return [{name: getattr(point, name) for name in COLUMNS} for point in self.points]
 
     def for_terminal(self) -> tuple[list[str], list[list[str]]]:
         """Columns and rows as text, without those that a terminal has no room for."""
@@ -184,7 +166,7 @@ class Frontier:
             ConsaError: the folder cannot take them.
         """
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(Row.__annotations__), lineterminator="\n")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows())
         content = {"frontier.csv": text.getvalue().encode(), "frontier.png": self.figure()}
