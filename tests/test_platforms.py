@@ -10,11 +10,17 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 WITHOUT_UNIX = """
-import importlib, sys
+import builtins, importlib, sys
 from pathlib import Path
 
-import filelock, torch, transformers  # these find their own way
-sys.modules |= {"fcntl": None, "resource": None}
+import_any = builtins.__import__
+
+def import_portable(name, globals=None, *rest, **more):  # other libraries find their own way
+    if name in ("fcntl", "resource") and (globals or {}).get("__name__", "").startswith("consa"):
+        raise ImportError(f"{globals['__name__']} needs {name}")
+    return import_any(name, globals, *rest, **more)
+
+builtins.__import__ = import_portable
 for path in sorted(Path("consa").rglob("*.py")):
     name = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
     if name.partition(".serving")[0] == name and ".triton" not in name and name != "consa.__main__":

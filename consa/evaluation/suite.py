@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -186,7 +186,6 @@ class Suite:
             how: joins the table's record.
             made: name of the allocation that this run made, if it made one.
         """
-        lines = _Lines(self, allocations, results)
         counts = {
             "heldout_sequences": len(self.heldout.tokens),
             "heldout_documents": len(np.unique(self.heldout.documents)),
@@ -194,80 +193,70 @@ class Suite:
         return Table(
             start=self.start,
             cache_tokens=self.config.cache_tokens,
-            lines=tuple(lines.line(name, made) for name in allocations),
+            lines=tuple(self._lines(allocations, results, made)),
             how={**how, "model": self.loaded.identity, **counts, **environment()},
         )
 
-
-class _Lines:
-    """Makes lines of a table out of results."""
-
-    def __init__(self, suite: Suite, allocations: Mapping[str, Allocation | None], results: Results) -> None:
-        self.suite, self.allocations, self.results = suite, allocations, results
-        self.losses = {
+    def _lines(
+        self, allocations: Mapping[str, Allocation | None], results: Results, made: str | None
+    ) -> Iterator[Line]:
+        config, layout, documents = self.config, self.loaded.layout, self.heldout.documents
+        dense_cache = rules.dense(*layout.shape, native_windows=layout.native_windows)
+        domains = np.array(self.heldout.domains)
+        several = names if len(names := sorted(set(self.heldout.domains))) > 1 else []
+        measured = {
             name: {part: np.array(values) for part, values in results[name, LOSSES].items()}
             for name in allocations
         }
-        self.domains = np.array(suite.heldout.domains)
-        self.floors: dict[tuple[int, int], float] = {}  # loss of all-SWA, by window and sinks
+        floors: dict[tuple[int, int], float] = {}  # loss of all-SWA, by window and sinks
         for name, allocation in allocations.items():
             if allocation and not allocation.full_attention.any():
-                self.floors.setdefault(_limits(allocation), self.losses[name]["all"].mean())
+                floors.setdefault(_limits(allocation), measured[name]["all"].mean())
 
-    def estimate(self, values: np.ndarray, chosen: Any = slice(None)) -> Estimate:
-        """Mean and interval over the chosen sequences."""
-        documents = self.suite.heldout.documents
-        return bootstrap(values[chosen], documents[chosen], seed=self.suite.config.seed)
+        def estimate(values: np.ndarray, chosen: Any = slice(None)) -> Estimate:
+            return bootstrap(values[chosen], documents[chosen], seed=config.seed)
 
-    def line(self, name: str, made: str | None) -> Line:
-        """The line of one allocation."""
-        config, layout, allocation = self.suite.config, self.suite.loaded.layout, self.allocations[name]
-        own, dense = self.losses[name], self.losses[DENSE]
-        firsts = [part for part in own if part != "all"]
-        several = sorted(set(self.domains.tolist())) if len(set(self.domains.tolist())) > 1 else []
-        floor = max(self.floors.values()) if allocation is None else self.floors[_limits(allocation)]
-        retrieval: dict[str, dict[int, float]] = {}
-        for task, length in answers.tasks_of(config):
-            scores = self.results[name, f"{task} {length}"]["scores"]
-            retrieval.setdefault(task, {})[length] = float(np.mean(scores))
-        cached = allocation or rules.dense(*layout.shape, native_windows=layout.native_windows)
-        rise = {part: own[part] - dense[part] for part in own}
-        return Line(
-            name=name,
-            kind=self.kind(name, made),
-            sparsity=allocation.sparsity if allocation else 0.0,
-            cache_bytes=cached.kv_cache_bytes(config.cache_tokens, head_dim=layout.head_dim),
-            loss=self.estimate(own["all"]),
-            difference=self.estimate(rise["all"]),
-            recovered=recovered(own["all"].mean(), dense=dense["all"].mean(), floor=floor),
-            by_position={int(part): self.estimate(own[part]) for part in firsts},
-            differences_by_position={int(part): self.estimate(rise[part]) for part in firsts},
-            by_domain={domain: self.estimate(own["all"], self.domains == domain) for domain in several},
-            differences_by_domain={
-                domain: self.estimate(rise["all"], self.domains == domain) for domain in several
-            },
-            retrieval=retrieval,
-            tasks={
-                metric: value
-                for task in config.harness_tasks
-                for metric, value in self.results[name, harness.measure_name(task)].items()
-            },
-        )
-
-    def kind(self, name: str, made: str | None) -> str:
-        """What the line of one allocation is, for colours."""
-        if name == made:
-            return name
-        kind = _kind_of(self.allocations[name])
-        return "other" if made and kind == "learned" else kind
+        dense = measured[DENSE]
+        for name, allocation in allocations.items():
+            own = measured[name]
+            rise = {part: own[part] - dense[part] for part in own}
+            firsts = [part for part in own if part != "all"]
+            floor = max(floors.values()) if allocation is None else floors[_limits(allocation)]
+            retrieval: dict[str, dict[int, float]] = {}
+            for task, length in answers.tasks_of(config):
+                scores = results[name, f"{task} {length}"]["scores"]
+                retrieval.setdefault(task, {})[length] = float(np.mean(scores))
+            yield Line(
+                name=name,
+                kind=name if name == made else _kind_of(allocation, learned="other" if made else "learned"),
+                sparsity=allocation.sparsity if allocation else 0.0,
+                cache_bytes=(allocation or dense_cache).kv_cache_bytes(
+                    config.cache_tokens, head_dim=layout.head_dim
+                ),
+                loss=estimate(own["all"]),
+                difference=estimate(rise["all"]),
+                recovered=recovered(own["all"].mean(), dense=dense["all"].mean(), floor=floor),
+                by_position={int(part): estimate(own[part]) for part in firsts},
+                differences_by_position={int(part): estimate(rise[part]) for part in firsts},
+                by_domain={domain: estimate(own["all"], domains == domain) for domain in several},
+                differences_by_domain={
+                    domain: estimate(rise["all"], domains == domain) for domain in several
+                },
+                retrieval=retrieval,
+                tasks={
+                    metric: value
+                    for task in config.harness_tasks
+                    for metric, value in results[name, harness.measure_name(task)].items()
+                },
+            )
 
 
-def _kind_of(allocation: Allocation | None) -> str:
+def _kind_of(allocation: Allocation | None, *, learned: str = "learned") -> str:
     if allocation is None:
         return "dense"
     if not allocation.full_attention.any():
         return "all-SWA"
-    return "learned" if allocation.provenance.get("method") == "consa" else "other"
+    return learned if allocation.provenance.get("method") == "consa" else "other"
 
 
 def _all_limits(

@@ -17,15 +17,7 @@ from consa.files import JsonObject, write_atomically, write_json
 
 
 class Row(TypedDict):
-    """The losses of one allocation, in nats.
-
-    Attributes:
-        name: of the allocation.
-        sparsity: achieved share of units on SWA.
-        loss: mean from `start` on.
-        recovered: share of the gap from all-SWA to dense that is closed; None without a gap.
-        by_position: mean in each of the buckets.
-    """
+    """The losses of one allocation in nats: from `start` on, and in each of the buckets of positions."""
 
     name: str
     sparsity: float
@@ -35,13 +27,7 @@ class Row(TypedDict):
 
 
 class GateLosses(TypedDict):
-    """Losses on the way from gates to a decision, in nats.
-
-    Attributes:
-        dense: of the dense model.
-        stochastic: with gates drawn for each sequence; None if no gates were learned.
-        final: of the decision.
-    """
+    """Losses in nats: dense, with gates drawn for each sequence (None if none were learned), with the decision."""
 
     dense: float
     stochastic: float | None

@@ -141,7 +141,7 @@ class Frontier:
     points: tuple[Point, ...]
     table: Table
 
-    def rows(self) -> list[dict[str, object]]:
+    def rows(self) -> list[dict[Any, object]]:
         """One row of frontier.csv for each point."""
         return [{name: getattr(point, name) for name in COLUMNS} for point in self.points]
 

@@ -367,7 +367,7 @@ def test_tables_and_charts_say_what_the_files_say(tmp_path: Path):
     folder = make_run(tmp_path / "run")
     html, seen = make_page([folder], tmp_path / "report.html")
     data = json.loads(seen.scripts[0])["data"]
-    assert data["positions 0"]["rise"] == pytest.approx([0, 0, 0, 1, 0, 0.5, 0, 0.2])
+    assert data["positions 0"]["rise"] == pytest.approx([0, 0, 0.5, 1, 0.25, 0.5, 0.1, 0.2])
     kinds = ("dense", "all-SWA", "other", "learned")
     assert data["positions 0"]["kind"] == [kind for kind in kinds for _ in range(2)]
     evaluated = data["evaluated positions 0"]
