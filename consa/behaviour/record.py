@@ -14,19 +14,19 @@ from consa.errors import ConsaError
 from consa.files import write_atomically
 
 SCHEMA = "consa.behaviour/1"
-MEASURES = {  # name -> what it says of a KV head; shares are of attention mass, means are over queries and query heads
+MEASURES = {  # name -> meaning; shares are of attention mass, means are over queries and query heads
     "sink_share": "share of attention on the sink tokens",
     "beyond_window_share": "share of attention beyond the window, sinks left out",
-    "mean_span": "mean distance of what is attended to, tokens",
+    "mean_span": "mean distance of the keys attended to, tokens",
     "effective_span": "effective number of keys attended to, exp(entropy)",
     "entropy": "entropy of attention, nats",
-    "previous_token": "attention to the token before",
-    "induction": "attention to what followed the current token earlier in the text",
+    "previous_token": "attention to the previous token",
+    "induction": "attention to the tokens that followed earlier occurrences of the current token",
     "copy": "attention to earlier occurrences of the current token",
     "induction_repeated": "induction on a repeated random sequence",
     "copy_repeated": "copying on a repeated random sequence",
     "needle": "attention to the needle while answering",
-    "causal_effect": "rise of the loss when this head alone slides, nats per token",
+    "causal_effect": "increase of the loss when only this head slides, nats per token",
 }
 OPTIONAL = {"needle", "causal_effect"}
 UNBOUNDED = {"mean_span", "effective_span", "entropy", "causal_effect"}  # the others are shares
@@ -34,7 +34,7 @@ UNBOUNDED = {"mean_span", "effective_span", "entropy", "causal_effect"}  # the o
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Behaviour:
-    """What each KV head attends to on given text.
+    """What each KV head of a model attends to on some text.
 
     Attributes:
         measures: name of `MEASURES` -> float32 `(num_layers, num_kv_heads)`; those of `OPTIONAL` may be missing.
@@ -45,7 +45,7 @@ class Behaviour:
         provenance: JSON-able record of model, text and versions.
 
     Raises:
-        ConsaError: a field does not add up; the message names it.
+        ConsaError: a field is inconsistent; the message names it.
     """
 
     measures: Mapping[str, np.ndarray]
@@ -87,7 +87,7 @@ class Behaviour:
                 raise ConsaError(f"{name} must be an integer >= {least} (tokens), got {value!r}")
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, atomically."""
+        """Write one safetensors file atomically."""
         from safetensors.numpy import save
 
         record = {
@@ -105,7 +105,7 @@ class Behaviour:
         """Read what `save` wrote.
 
         Raises:
-            ConsaError: the file cannot be read or does not add up; the message names file and field.
+            ConsaError: the file cannot be read or is inconsistent; the message names file and field.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -134,5 +134,5 @@ class Behaviour:
         except (SafetensorError, ValueError, TypeError) as error:
             raise ConsaError(f"{path} is damaged or no safetensors file: {error}") from error
         except OSError as error:
-            reason = error.strerror or "no such file"  # safetensors says it in words of its own
+            reason = error.strerror or "no such file"  # safetensors gives no strerror
             raise ConsaError(f"cannot read {path}: {reason}") from error

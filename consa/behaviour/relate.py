@@ -13,13 +13,14 @@ from consa.errors import InvalidAllocationError
 
 @dataclass(frozen=True)
 class Relation:
-    """How one measure goes with an allocation, over the units that the allocation decides.
+    """How one measure relates to an allocation, over the units that the allocation decides.
 
     Attributes:
         measure: its name.
-        auc: probability that an FA unit measures higher than an SWA unit, ties counted half; None if all are of a kind.
-        with_decision: Spearman's rank correlation with FA (1) or SWA (0); None where either never varies.
-        with_scores: Spearman's rank correlation with the scores; None without scores too.
+        auc: probability that an FA unit has a higher value than an SWA unit, ties counted half; None if all units are
+            FA or all are SWA.
+        with_decision: Spearman's rank correlation with FA (1) or SWA (0); None if either never varies.
+        with_scores: Spearman's rank correlation with the scores; None without scores, or if either never varies.
     """
 
     measure: str
@@ -29,10 +30,10 @@ class Relation:
 
 
 def relate(behaviour: Behaviour, allocation: Allocation) -> list[Relation]:
-    """How each measure goes with what was decided, in the order of `MEASURES`; of a layer, its heads' mean counts.
+    """Relate each measure to the decision, in the order of `MEASURES`; the value of a layer is the mean of its heads.
 
     Raises:
-        InvalidAllocationError: the two are of models of different shapes.
+        InvalidAllocationError: they are of models of different shapes.
     """
     shape = behaviour.by_distance.shape[:2]
     if shape != allocation.full_attention.shape:
@@ -57,21 +58,21 @@ def relate(behaviour: Behaviour, allocation: Allocation) -> list[Relation]:
 
 @dataclass(frozen=True)
 class Depth:
-    """Where in a model FA lies, beside random orders of the same layers.
+    """The depth of FA in a model, compared with random orders of the same layers.
 
-    A layer belongs to a block if more of its KV heads are FA than on average, so that both granularities compare. A
-    p is a share of random orders, the observed one counted among them.
+    A layer belongs to a block if it has more FA heads than the average layer, for either granularity. Each p is a
+    share of the random orders, with the observed order counted as one of them.
 
     Attributes:
         thirds: share of the FA heads in the bottom, middle and top third of the layers that the allocation decides.
-        p_bottom: of orders with as little FA in the bottom third.
-        p_middle: of orders with as much FA in the middle third.
-        bare: layers at the bottom that have no FA.
-        p_bare: of orders with as many.
+        p_bottom: share of orders with no more FA in the bottom third.
+        p_middle: share of orders with at least as much FA in the middle third.
+        bare: number of layers at the bottom without FA.
+        p_bare: share of orders with at least as many.
         blocks: first and last layer of each block.
         mean_run: mean length of the blocks, in layers.
         expected_run: its mean over the orders.
-        p_run: of orders whose mean run is as long.
+        p_run: share of orders whose mean run is at least as long.
     """
 
     thirds: tuple[float, float, float]
@@ -86,7 +87,7 @@ class Depth:
 
 
 def depth(allocation: Allocation, *, seed: int = 0, permutations: int = 1000) -> Depth:
-    """Where FA lies, by depth, and whether it gathers in blocks."""
+    """Compute where FA lies by depth, and whether it forms blocks."""
     layers = np.array(allocation.layers)
     heads = allocation.full_attention[layers].sum(1)
     rng = np.random.default_rng(seed)
@@ -121,12 +122,12 @@ def depth(allocation: Allocation, *, seed: int = 0, permutations: int = 1000) ->
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike two allocations are.
+    """How similar two allocations are.
 
     Attributes:
-        jaccard: FA heads that both have, over those that either has; 1 if neither has any.
-        expected_jaccard: about what two random allocations of these sizes would have.
-        rank_correlation: Spearman's, of the scores; None unless both have scores that vary.
+        jaccard: FA heads that both have, divided by those that either has; 1 if neither has any.
+        expected_jaccard: approximate value for two random allocations of these sizes.
+        rank_correlation: Spearman's, of the scores; None if either has no scores or they never vary.
     """
 
     jaccard: float
@@ -135,7 +136,7 @@ class Agreement:
 
 
 def agreement(first: Allocation, second: Allocation) -> Agreement:
-    """Compare two allocations of one model, head by head, whatever their granularities.
+    """Compare two allocations of one model head by head; their granularities may differ.
 
     Raises:
         InvalidAllocationError: they are for models of different shapes.
@@ -160,7 +161,7 @@ def agreement(first: Allocation, second: Allocation) -> Agreement:
 def depth_correlation(first: Allocation, second: Allocation) -> float | None:
     """Spearman's rank correlation of the share of FA heads by relative depth; the models' shapes may differ.
 
-    Depth is cut into as many equal parts as the shallower model has layers; None where either share never varies.
+    Depth is cut into as many equal parts as the shallower model has layers. None if either share never varies.
     """
     shares = [allocation.full_attention[allocation.layers].mean(1) for allocation in (first, second)]
     edges = np.linspace(0, 1, min(map(len, shares)) + 1)
@@ -172,7 +173,7 @@ def depth_correlation(first: Allocation, second: Allocation) -> float | None:
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Spearman's rank correlation, tied values at their mean rank; None where either never varies."""
+    """Spearman's rank correlation, tied values at their mean rank; None if either never varies."""
     a, b = (_ranks(values) - (values.size + 1) / 2 for values in (a, b))
     norm = np.sqrt((a * a).sum() * (b * b).sum())
     return float((a * b).sum() / norm) if norm else None

@@ -1,11 +1,11 @@
-"""Checkpoints of a training loop: whole or absent, and continued only by the run that wrote them."""
+"""Checkpoints of a training loop: complete or absent, and only continued by the run that wrote them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from torch import Tensor
@@ -24,19 +24,19 @@ class Checkpoint:
     """The checkpoint and metrics of the run in one folder.
 
     Args:
-        folder: the run's folder; made when first written to.
-        fingerprint: JSON-able; what must be equal for a run to be continued.
+        folder: the run's folder; the first `save` makes it.
+        fingerprint: JSON-able; a run is only continued if it is equal.
     """
 
-    def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, fingerprint: Mapping[str, object]) -> None:
         self.folder = folder
         self.fingerprint = json.loads(json.dumps(fingerprint))
 
     def save(self, tensors: dict[str, Tensor], step: int, history: list[dict[str, float]]) -> None:
-        """Replace what is there; `history` holds a record per step so far.
+        """Replace the checkpoint; `history` holds a record for each step so far.
 
         Raises:
-            ConsaError: the folder or the disk does not take it; the previous checkpoint is still whole.
+            ConsaError: the folder or the disk cannot take it; the previous checkpoint is still complete.
         """
         # Metrics first: a kill between the two leaves more lines than steps, and `load` drops those.
         lines = [json.dumps(record) for record in history]
@@ -47,7 +47,7 @@ class Checkpoint:
         write_sealed(self.folder / CHECKPOINT, content)
 
     def load(self) -> tuple[dict[str, Tensor], int, list[dict[str, float]]] | None:
-        """What `save` was given last, or None if it never was.
+        """Return what the last `save` was given, or None if there is no checkpoint.
 
         Raises:
             ConsaError: the folder's checkpoint is damaged, of another version of consa, or of a different run.
