@@ -64,7 +64,7 @@ def broken(folder: Path) -> str:
 def _read(path: Path) -> None:
     content = path.read_bytes()
     if path.name == "consa.json":
-        consa.checkpoint.verify(path.parent)
+        consa.model.convert.verify(path.parent)
     elif path.name == "allocation.json" or path.parent.name == "allocations":
         Allocation.load(path)
     elif path.suffix == ".sealed" or path.parent.name in ("cells", "sequences"):

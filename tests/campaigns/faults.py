@@ -54,7 +54,7 @@ from tests.campaigns.fault_results import broken, results
 from tests.models import save_tiny, write_texts
 
 # Imported here so that no fork has to.
-LOADED = (rich.live, rich.progress, rich.table, transformers.models.llama.modeling_llama, consa.sweep)
+LOADED = (rich.live, rich.progress, rich.table, transformers.models.llama.modeling_llama, consa.runs.sweep)
 LIMIT = 120  # seconds for one command: a standstill
 COMMON = ["--seq-len", "96", "--num-heldout", "2", "--device", "cpu"]
 STEPS = ["--num-steps", "4", "--sequences-per-step", "1", "--checkpoint-every", "1"]

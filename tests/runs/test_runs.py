@@ -437,7 +437,7 @@ def test_losses_are_kept_for_nothing_but_what_they_are_of(
 def test_losses_that_are_not_finite_are_refused_and_not_kept(
     where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    lost = lambda model, tokens, **_: np.full((len(tokens), 95), np.nan, np.float32)  # noqa: E731
+    lost = lambda model, tokens, *_, **__: np.full((len(tokens), 95), np.nan, np.float32)  # noqa: E731
     monkeypatch.setattr(losses, "heldout_losses", lost)
     config = replace(CONFIG, num_steps=1, refine_evaluations=0)
     with pytest.raises(ConsaError, match="dense: held-out losses are not finite; use float32"):
