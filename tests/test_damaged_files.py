@@ -88,6 +88,13 @@ def test_a_checkpoint_with_a_flipped_bit_is_refused(damage: bytes | None, tmp_pa
     refuses(run.load, CHECKPOINT, "damaged", "delete the folder")
 
 
+def test_a_checkpoint_of_an_older_version_is_refused(tmp_path: Path):
+    run = Checkpoint(tmp_path, {"a": 1})
+    assert run.load() is None
+    (tmp_path / "checkpoint.safetensors").touch()
+    refuses(run.load, "another version of consa", "delete the folder")
+
+
 @pytest.mark.parametrize("text", [DEEP, '{"run": [], "learn": []}', '{"run": null, "learn": 0}', "{}", "[]"])
 def test_a_damaged_record_of_a_run_is_refused(text: str, tmp_path: Path):
     (tmp_path / "config.json").write_text(text)

@@ -58,22 +58,28 @@ class Line:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Line:
         """Make the line of `Table.to_record` again."""
-        by_position, by_domain = (
-            ("by_position", "differences_by_position"),
-            ("by_domain", "differences_by_domain"),
+
+        def estimates(name: str, key: Callable[[str], Any]) -> dict[Any, Estimate]:
+            return {key(part): _estimate(value) for part, value in record[name].items()}
+
+        def numbers(values: Mapping[str, float | None], key: Callable[[str], Any]) -> dict[Any, float]:
+            return {key(part): _number(value) for part, value in values.items()}
+
+        return cls(
+            name=record["name"],
+            kind=record["kind"],
+            sparsity=record["sparsity"],
+            cache_bytes=record["cache_bytes"],
+            loss=_estimate(record["loss"]),
+            difference=_estimate(record["difference"]),
+            recovered=_number(record["recovered"]),
+            by_position=estimates("by_position", int),
+            differences_by_position=estimates("differences_by_position", int),
+            by_domain=estimates("by_domain", str),
+            differences_by_domain=estimates("differences_by_domain", str),
+            retrieval={task: numbers(lengths, int) for task, lengths in record["retrieval"].items()},
+            tasks=numbers(record["tasks"], str),
         )
-        retrieval = {
-            task: {int(length): _number(share) for length, share in lengths.items()}
-            for task, lengths in record["retrieval"].items()
-        }
-        fields: dict[str, Any] = {
-            **{name: record[name] for name in ("name", "kind", "sparsity", "cache_bytes")},
-            **{name: _estimate(record[name]) for name in ("loss", "difference")},
-            **{n: {int(key): _estimate(value) for key, value in record[n].items()} for n in by_position},
-            **{n: {key: _estimate(value) for key, value in record[n].items()} for n in by_domain},
-            "tasks": {metric: _number(value) for metric, value in record["tasks"].items()},
-        }
-        return cls(recovered=_number(record["recovered"]), retrieval=retrieval, **fields)
 
 
 class Section(NamedTuple):
@@ -108,7 +114,7 @@ class Table:
 
     def line(self, name: str) -> Line:
         """The line of that name."""
-        return next(line for line in self.lines if line.name == name)
+        return {line.name: line for line in self.lines}[name]
 
     def sections(self) -> Iterator[Section]:
         """The parts of the table for the terminal."""

@@ -24,6 +24,7 @@ from consa.evaluation import cells, losses, suite
 from consa.evaluation.answers import ask
 from consa.evaluation.intervals import Estimate, bootstrap
 from consa.evaluation.losses import buckets_of, heldout_losses
+from consa.evaluation.table import Table
 from consa.model.layout import attention_layout
 from consa.model.load import load_model
 from consa.runs import inputs
@@ -203,6 +204,8 @@ def test_the_files_hold_the_table(finished: Any):
     record = json.loads(paths[0].read_text())
     assert [line["name"] for line in record["lines"]] == [line.name for line in table.lines]
     assert record["lines"][2]["difference"]["mean"] == table.line("middle").difference.mean
+    again = Table.from_record(record)
+    assert again.to_record() == record and again.line("middle") == table.line("middle")
     assert {"versions", "hardware", "model", "command", "heldout_documents"} <= record["how"].keys()
     rows = list(csv.DictReader(paths[1].read_text().splitlines()))
     assert float(rows[2]["by_domain.code.mean"]) == table.line("middle").by_domain["code"].mean

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,12 +22,14 @@ from consa.data.sequences import SequenceSet, load_sequences
 from consa.evaluation import losses
 from consa.evaluation.losses import heldout_losses, sampled_losses
 from consa.evaluation.suite import Suite
+from consa.evaluation.table import Table
 from consa.model.convert import verify
 from consa.model.load import load_model
 from consa.rules import RULES
 from consa.runs import display, inputs, learning
 from consa.runs import folder as run_folder
 from consa.runs.adaptation import run_adaptation
+from consa.runs.evaluation import run_evaluation
 from consa.runs.learning import run_learning
 from consa.runs.sweep import sweep
 
@@ -114,6 +117,22 @@ def test_a_finished_run_is_not_done_again(
     again = run_learning(where, CONFIG, folder, command="consa learn it")
     assert (folder / "allocation.json").read_bytes() == before
     assert again | {"seconds": None} == summary | {"seconds": None}
+
+
+def test_eval_takes_what_a_run_has_measured(
+    finished: tuple[Path, Any], where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder, summary = finished
+    shutil.copytree(folder, tmp_path / "run")
+    monkeypatch.setattr(losses, "heldout_losses", None)
+    names = ["middle", str(folder)]
+    config = EvalConfig(seq_len=96, window=8, sparsity=0.5)
+    table, _ = run_evaluation(where, config, names, tmp_path / "run", command="c")
+    measured = Table.from_record(summary["table"])
+    assert table.line("middle") == measured.line("middle")
+    assert table.line(str(folder)) == replace(measured.line("learned"), name=str(folder))
+    intervals = [line.difference for line in measured.lines[1:]]
+    assert all(each.low < each.mean < each.high for each in intervals)
 
 
 def test_damaged_losses_are_measured_again(
