@@ -189,6 +189,7 @@ class Suite:
         counts = {
             "heldout_sequences": len(self.heldout.tokens),
             "heldout_documents": len(np.unique(self.heldout.documents)),
+            "seq_len": self.config.seq_len,
         }
         return Table(
             start=self.start,

@@ -92,7 +92,7 @@ class Sections:
                 CACHE_TOKENS, head_dim=1
             )
             cards.append(("sparsity: share of units on SWA", f"{allocation.sparsity:.1%}"))
-            cards.append((f"size of the dense KV cache, at {CACHE_TOKENS:,} tokens", f"{share:.1%}"))
+            cards.append((f"KV cache as a share of dense, at {CACHE_TOKENS:,} tokens", f"{share:.1%}"))
         if run.measured is not None:
             made = run.measured.line(ADAPTED if run.adapted else LEARNED)
             cards.append(("of the loss gap recovered (100% is dense)", _percent(made.recovered)))
@@ -169,9 +169,9 @@ class Sections:
             return
         lines, name = table.lines, self.files[index] + file
         counts = summary or table.how
-        if "heldout_sequences" in counts:
+        if "seq_len" in counts:
             yield Text(
-                f"Measured on {counts['heldout_sequences']:,} held-out sequences from"
+                f"Measured on {counts['heldout_sequences']:,} held-out sequences of {counts['seq_len']:,} tokens from"
                 f" {counts['heldout_documents']:,} documents. Intervals are 95 % confidence intervals over documents."
             )
         rises = self._add_data(f"{data}positions {index}", _positions(lines))

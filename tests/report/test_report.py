@@ -330,7 +330,7 @@ def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str, width: int):
     for text in ("layer 0, KV head 1", "log_alpha", "needle"):
         assert text in tooltip.inner_text()
     points = opened.locator(
-        "section[data-run='0']:has-text('held-out sequences from') .mark-symbol.role-mark path"
+        "section[data-run='0']:has-text('held-out sequences of 128 tokens') .mark-symbol.role-mark path"
     )
     told = []
     for point in points.all():  # some lie below others
