@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
+import safetensors.numpy
 
 from consa import Allocation
+from consa.files import is_sealed, read_sealed
 from consa.model.convert import verify
 
 
@@ -30,10 +31,9 @@ def results(folder: Path) -> dict[str, bytes]:
             and name.name != "consa.json"
         ):
             content = json.dumps(_timeless(json.loads(content))).encode()
-        elif path.name == "checkpoint.safetensors":  # in any order, as Rust writes maps
-            with safetensors.safe_open(path, framework="np") as file:
-                tensors = {name: file.get_tensor(name).tobytes() for name in sorted(file.keys())}
-                content = repr((sorted(file.metadata().items()), tensors)).encode()
+        elif path.name == "checkpoint.sealed":  # in any order, as Rust writes maps
+            saved = safetensors.numpy.load(read_sealed(path) or b"")
+            content = repr([(name, saved[name].tobytes()) for name in sorted(saved)]).encode()
         elif path.suffix == ".csv":
             rows = csv.DictReader(io.StringIO(content.decode()))
             content = repr([{k: v for k, v in row.items() if k != "seconds"} for row in rows]).encode()
@@ -67,6 +67,8 @@ def _read(path: Path) -> None:
         verify(path.parent)
     elif path.name == "allocation.json" or path.parent.name == "allocations":
         Allocation.load(path)
+    elif path.suffix == ".sealed" or path.parent.name in ("cells", "sequences"):
+        assert is_sealed(path)
     elif path.suffix == ".json":
         json.loads(content)
     elif path.suffix == ".jsonl":

@@ -43,7 +43,8 @@ import transformers.models.llama.modeling_llama
 import consa.evaluation.suite
 import consa.methods.consa
 import consa.model.convert
-import consa.runs.runs
+import consa.runs.adaptation
+import consa.runs.learning
 import consa.runs.sweep
 from consa import rules
 from consa.cli import commands as cli
