@@ -47,7 +47,25 @@ def environment() -> dict[str, Any]:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write one record, whole or not at all."""
-    write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
+    write_atomically(path, as_lines(record).encode())
+
+
+def as_lines(record: dict[str, Any]) -> str:
+    """JSON that people can read and compare: a key of `record` a line, and a row of a table a line.
+
+    A list or an object that holds others, such as `rows`, takes one line for each of its items.
+    """
+    return "{\n" + ",\n".join(f" {json.dumps(key)}: {_value(record[key])}" for key in record) + "\n}\n"
+
+
+def _value(value: Any) -> str:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if not any(isinstance(item, (dict, list)) for item in items):
+        return json.dumps(value)
+    if isinstance(value, dict):
+        lines = (f"  {json.dumps(name)}: {json.dumps(item)}" for name, item in value.items())
+        return "{\n" + ",\n".join(lines) + "\n }"
+    return "[\n" + ",\n".join(f"  {json.dumps(item)}" for item in value) + "\n ]"
 
 
 def measured_before(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
