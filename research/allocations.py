@@ -1,11 +1,10 @@
 """How much of the dense model's quality does each allocation keep? Rules and learned ones, on the same held-out text.
 
-    python benchmarks/allocations.py --model smollm2-135m --train TRAIN --heldout HELDOUT --sparsity 0.733 \
-        --granularity kv_head,layer --seeds 3 --out benchmarks/results/allocations.json
+    python -m research.allocations --train TRAIN.npy --heldout HELDOUT.npy --granularity kv_head,layer --seeds 3 \
+        --rules --out research/results/allocations.json
 
-TRAIN and HELDOUT are anything `consa learn --data` takes, or files that benchmarks/tokens.py wrote. A learned
-allocation has a second row, `gates alone`: what its gates had decided before the refinement. `--set name=value`
-overrides any field of LearnConfig.
+TRAIN and HELDOUT are token files of research/tokens.py. A learned allocation has a second row, `gates alone`: the
+decision before refinement. `--set name=value` overrides any field of LearnConfig.
 """
 
 from __future__ import annotations
@@ -14,119 +13,96 @@ import argparse
 import time
 from dataclasses import asdict
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from common import digits_of, environment, gates_alone, overrides, parser_of, print_table, write_json
 
+from benchmarks.common import environment, print_table, write_json
 from consa import rules
 from consa.allocation import Allocation
 from consa.config import LearnConfig
-from consa.evaluation.losses import Row, compare, heldout_losses
 from consa.model.load import load_model
 from consa.training.learning import learn
+from research.records import Heldout, digits_of, gates_alone, overrides, study_parser, tokens_of
+
+COLUMNS = ["name", "sparsity", "loss", "recovered", "seconds", "expected_sparsity", "fractional"]
 
 
 def main() -> None:
     options = _options()
-
-    loaded = load_model(options.model)
+    loaded, train = load_model(options.model), tokens_of(options.train)
     settings = overrides(options.set)
-    seq_len = settings.get("seq_len", LearnConfig.seq_len)
-    train = _sequences(options.train, loaded.tokenizer, seq_len)
-    heldout = _sequences(options.heldout, loaded.tokenizer, seq_len)[: options.num_heldout]
-    batch = 4 if torch.cuda.is_available() else 1
     config = LearnConfig(**settings)
+    heldout = Heldout.of(options, at_once=4 if torch.cuda.is_available() else 1)
     layout = loaded.layout
     limits: dict[str, Any] = {"window": config.window, "num_sink_tokens": config.num_sink_tokens}
     limits["native_windows"] = layout.native_windows
-    all_swa = rules.all_swa(*layout.shape, **limits)
-    ends = {
-        "dense": (0.0, heldout_losses(loaded.model, heldout, batch_size=batch)),
-        "all_swa": (1.0, heldout_losses(loaded.model, heldout, all_swa, batch_size=batch)),
-    }
-    rows = []
+    floor, dense = (
+        float(heldout.losses(loaded.model, end).mean())
+        for end in (rules.all_swa(*layout.shape, **limits), None)
+    )
+    rows: list[dict[str, Any]] = []
 
-    def add(name: str, allocation: Allocation, seconds: float, history: list[dict[str, float]]) -> None:
-        losses = heldout_losses(loaded.model, heldout, allocation, batch_size=batch)
-        found = compare(ends | {name: (allocation.sparsity, losses)}, start=options.start).rows[2]
-        each = losses[:, options.start :].mean(1, dtype=np.float64).round(5).tolist()
-        rows.append(_row(found, allocation, seconds, history) | {"losses": each})
-        wide = ("allocation", "scores", "losses")
-        print({key: value for key, value in rows[-1].items() if key not in wide}, flush=True)
-        record: dict[str, Any] = {"model": options.model, "settings": asdict(config)}
-        record["dense"] = float(ends["dense"][1][:, options.start :].mean())
-        record["all_swa"] = float(ends["all_swa"][1][:, options.start :].mean())
-        record["start"] = options.start
-        write_json(options.out, environment() | record | {"heldout_sequences": len(heldout), "rows": rows})
+    def add(
+        name: str, allocation: Allocation, seconds: float = 0.0, last: dict[str, float] | None = None
+    ) -> None:
+        each = heldout.losses(loaded.model, allocation)
+        row = {
+            "name": name,
+            "sparsity": round(allocation.sparsity, 4),
+            "loss": round(float(each.mean()), 4),
+            "recovered": round((floor - float(each.mean())) / (floor - dense), 4),
+            "seconds": round(seconds, 1),
+            "expected_sparsity": round(last["expected_sparsity"], 4) if last else None,
+            "fractional": round(last["fractional"], 3) if last else None,
+        }
+        print(row, flush=True)
+        scores = None if allocation.scores is None else allocation.scores.round(2).tolist()
+        rows.append(
+            row | {"allocation": digits_of(allocation), "scores": scores, "losses": each.round(5).tolist()}
+        )
+        record: dict[str, Any] = {
+            "model": options.model,
+            "settings": asdict(config),
+            "dense": dense,
+            "all_swa": floor,
+        }
+        record |= {"start": options.start, "heldout_sequences": len(heldout.tokens), "rows": rows}
+        write_json(options.out, environment() | record)
 
-    for sparsity in map(float, options.sparsity.split(",")):
-        for granularity in options.granularity.split(","):
-            if options.rules:
-                of_rules = rules.every_rule(
-                    *layout.shape, sparsity=sparsity, granularity=granularity, **limits
-                )
-                for name, allocation in of_rules.items():
-                    add(f"{name}/{granularity}", allocation, 0.0, [])
-            for constraint, seed in product(options.full_heads_per_layer.split(","), range(options.seeds)):
-                config = LearnConfig(
-                    **settings
-                    | {"sparsity": sparsity, "granularity": granularity, "seed": settings.get("seed", seed)}
-                    | {"full_heads_per_layer": constraint}
-                )
-                began = time.perf_counter()
-                result = learn(loaded.model, train, config)
-                seconds = time.perf_counter() - began
-                name = f"{options.name}/{granularity}/seed{config.seed}"
-                name += "" if constraint == "any" else f"/{constraint}"
-                add(name, result.allocation, seconds, result.history)
-                if config.refine_evaluations and constraint == "any":
-                    add(f"{name}, gates alone", gates_alone(result.allocation), seconds, result.history)
-    columns = ["name", "sparsity", "loss", "recovered", "seconds", "expected_sparsity", "fractional"]
-    print_table(columns, [[row[column] for column in columns] for row in rows])
+    for sparsity, granularity in product(
+        map(float, options.sparsity.split(",")), options.granularity.split(",")
+    ):
+        if options.rules:
+            of_rules = rules.every_rule(*layout.shape, sparsity=sparsity, granularity=granularity, **limits)
+            for name, allocation in of_rules.items():
+                add(f"{name}/{granularity}", allocation)
+        for constraint, seed in product(options.full_heads_per_layer.split(","), range(options.seeds)):
+            chosen = {"sparsity": sparsity, "granularity": granularity, "seed": settings.get("seed", seed)}
+            config = LearnConfig(**settings | chosen | {"full_heads_per_layer": constraint})
+            began = time.perf_counter()
+            result = learn(loaded.model, train, config)
+            took, last = time.perf_counter() - began, result.history[-1] if result.history else None
+            name = f"{options.name}/{granularity}/seed{config.seed}"
+            name += "" if constraint == "any" else f"/{constraint}"
+            add(name, result.allocation, took, last)
+            if config.refine_evaluations and constraint == "any":
+                add(f"{name}, gates alone", gates_alone(result.allocation), took, last)
+    print_table(COLUMNS, [[row[column] for column in COLUMNS] for row in rows])
 
 
 def _options() -> argparse.Namespace:
-    parser = parser_of(__doc__, text=True)
+    parser = study_parser(__doc__, resumes=False)
     parser.add_argument("--sparsity", default="0.733")
     parser.add_argument("--granularity", default="kv_head,layer")
     parser.add_argument(
-        "--full-heads-per-layer", default="any", help="constraints to learn under, such as any,uniform"
+        "--full-heads-per-layer", default="any", help="constraints to learn under: any,even,uniform"
     )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rules", action="store_true", help="also evaluate every rule")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--name", default="consa", help="prefix of the learned rows")
-    parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
-
-
-def _row(
-    found: Row, allocation: Allocation, seconds: float, history: list[dict[str, float]]
-) -> dict[str, Any]:
-    last = history[-1] if history else {}
-    return {
-        "name": found.name,
-        "sparsity": round(allocation.sparsity, 4),
-        "loss": round(found.loss, 4),
-        "recovered": round(found.recovered, 4),
-        "seconds": round(seconds, 1),
-        "expected_sparsity": round(last["expected_sparsity"], 4) if last else None,
-        "fractional": round(last["fractional"], 3) if last else None,
-        "allocation": digits_of(allocation),
-        "scores": None if allocation.scores is None else allocation.scores.round(2).tolist(),
-    }
-
-
-def _sequences(source: str, tokenizer, seq_len: int) -> np.ndarray:
-    if source.endswith(".npy"):
-        return np.load(source, mmap_mode="r", allow_pickle=False)
-    from consa.data.sequences import load_sequences
-
-    found = load_sequences(source, tokenizer, seq_len)
-    return found.spread(len(np.unique(found.documents))).tokens
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Which attention behaviour predicts what was learned, and where do the FA units lie?
 
-    python benchmarks/behaviour.py --text heldout.npy --allocations benchmarks/results/allocations-kv_head.json \
-        benchmarks/results/allocations-layer.json --out benchmarks/results/behaviour.json
+    python -m research.behaviour --text heldout.npy --allocations research/results/allocations-kv_head.json \
+        research/results/allocations-layer.json --out research/results/behaviour.json
 
-TEXT is a file that benchmarks/tokens.py wrote; allocations come from benchmarks/allocations.py, those before the
+TEXT is a file that research/tokens.py wrote; allocations come from research/allocations.py, those before the
 refinement left out. `--keep FILE` also keeps the measures themselves, as `consa behaviour` does.
 """
 
@@ -18,12 +18,13 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from common import environment, learned_allocations, parser_of, print_table, write_json
 
+from benchmarks.common import environment, parser_of, print_table, write_json
 from consa.allocation import Allocation
 from consa.behaviour.measure import measure
 from consa.behaviour.relate import Behaviour, agreement, depth, rank_correlation, relate
 from consa.model.load import load_model
+from research.records import learned_allocations
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """What does measuring behaviour cost, and does memory grow with the square of the length?
 
-    OMP_NUM_THREADS=2 python benchmarks/behaviour_cost.py --text heldout.npy \
-        --out benchmarks/results/behaviour_cost.json
+    OMP_NUM_THREADS=2 python -m research.behaviour_cost --text heldout.npy \
+        --out research/results/behaviour_cost.json
 
-TEXT is a file that benchmarks/tokens.py wrote. Each length is measured in a process of its own: one sequence, the
+TEXT is a file that research/tokens.py wrote. Each length is measured in a process of its own: one sequence, the
 repeated random sequence and the needles, without causal effects.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import environment, parser_of, print_table, write_json
 
+from benchmarks.common import environment, parser_of, print_table, write_json
 from consa.behaviour.measure import measure
 from consa.model.load import load_model
 

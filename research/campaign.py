@@ -1,9 +1,9 @@
 """The runs of the study, side by side on the GPUs of this machine: each as soon as one is free for it.
 
-    python benchmarks/campaign.py --seconds 1500
+    python -m research.campaign --seconds 1500
 
-It expects `train.npy` and `heldout.npy` of benchmarks/tokens.py, with their domains, and `prepared/` of
-recipes/from_scratch.py in the working folder. A run that is there already is skipped and a part of one continued, as
+It expects `train.npy` and `heldout.npy` of research/tokens.py, with their domains, and `prepared/` of
+research/from_scratch.py in the working folder. A run that is there already is skipped and a part of one continued, as
 the benchmarks themselves do; `--seconds` begins nothing later than that, and the same command goes on from there. Where
 `models/SIZE` is missing, that model is trained anew, and what was recorded of the old one is deleted. What the runs
 print goes to runs/campaign/NAME.log, and what they need is in `jobs`.
@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import parser_of
 
+from benchmarks.common import parser_of
 from consa.rules import RULES
 
-RESULTS = "benchmarks/results"
+RESULTS = "research/results"
 ON_TEXT = "--train train.npy --heldout heldout.npy"
 COMPILED = "--budget micro_batch=4 --budget compile=true"
 OF_SCRATCH = ",".join(["consa", *RULES, "nll_guided", "duo_attention", "bosch", "prulong", "greedy"])
@@ -58,25 +58,23 @@ class Job:
 def jobs() -> list[Job]:
     """In order of interest."""
     python = shlex.quote(sys.executable)
-    several = (
-        f"{python} benchmarks/distributed.py --train train.npy --steps 6 --out {RESULTS}/distributed.json"
-    )
+    several = f"{python} -m research.distributed --train train.npy --steps 6 --out {RESULTS}/distributed.json"
     found = [Job("several", (f"{several} --processes 1,2 --kill 2",), gpus=2)]
     for size, tokens in (("60m", "150e6"), ("30m", "200e6")):
         text = f"--model models/{size} --train prepared/train.npy --heldout prepared/heldout.npy"
         alike = "sequences_per_step=8", "micro_batch=8", "compile=true"
         budget, settings = (" ".join(f"--{word} {item}" for item in alike) for word in ("budget", "set"))
         training = (  # and what was measured on weights that are no more goes
-            f"test -e models/{size}/training.json || {{ {python} -m recipes.from_scratch train prepared --size {size}"
+            f"test -e models/{size}/training.json || {{ {python} -m research.from_scratch train prepared --size {size}"
             f" --tokens {tokens} --out models/{size} && rm -f {RESULTS}/methods-{size}.json"
             f" {RESULTS}/constraints-{size}.json; }}"
         )
         methods = (
-            f"{python} benchmarks/methods.py {text} --lengths 1024,2048,4096 {budget} --methods {OF_SCRATCH}"
+            f"{python} -m research.methods {text} --lengths 1024,2048,4096 {budget} --methods {OF_SCRATCH}"
             f" --seconds {{left}} --out {RESULTS}/methods-{size}.json"
         )
         constraints = (
-            f"test -e {RESULTS}/constraints-{size}.json || {python} benchmarks/allocations.py {text} --sparsity 0.75"
+            f"test -e {RESULTS}/constraints-{size}.json || {python} -m research.allocations {text} --sparsity 0.75"
             f" --granularity kv_head --full-heads-per-layer any,even,uniform --set seq_len=4096 {settings}"
             f" --out {RESULTS}/constraints-{size}.json"
         )
@@ -87,21 +85,21 @@ def jobs() -> list[Job]:
             )
         )
     again = (
-        f"{python} benchmarks/methods.py {ON_TEXT} {COMPILED} --methods consa --sparsity 0.733 --seeds 1"
+        f"{python} -m research.methods {ON_TEXT} {COMPILED} --methods consa --sparsity 0.733 --seeds 1"
         f" --seconds {{left}} --out {RESULTS}/rerun.json"
     )
     uniform = (
-        f"test -e {RESULTS}/constraints-long.json || {python} benchmarks/allocations.py {ON_TEXT} --sparsity 0.667"
+        f"test -e {RESULTS}/constraints-long.json || {python} -m research.allocations {ON_TEXT} --sparsity 0.667"
         " --granularity kv_head --full-heads-per-layer any,uniform --set micro_batch=4 --set compile=true"
         f" --out {RESULTS}/constraints-long.json"
     )
     adaptation = (
-        f"{python} benchmarks/adaptation.py {ON_TEXT} --rows {TRAINED} --compile --seconds {{left}}"
+        f"{python} -m research.adaptation {ON_TEXT} --rows {TRAINED} --compile --seconds {{left}}"
         f" --out {RESULTS}/adaptation-sparsity.json"
     )
-    study = f"{python} benchmarks/study.py {ON_TEXT} --compile --seconds {{left}} --out {RESULTS}/study.json"
+    study = f"{python} -m research.study {ON_TEXT} --compile --seconds {{left}} --out {RESULTS}/study.json"
     methods = (
-        f"{python} benchmarks/methods.py {ON_TEXT} {COMPILED} --seconds {{left}} --out {RESULTS}/methods.json"
+        f"{python} -m research.methods {ON_TEXT} {COMPILED} --seconds {{left}} --out {RESULTS}/methods.json"
     )
     return [
         *found,

@@ -1,6 +1,6 @@
 """Does learning end where it was told to? Final expected sparsity and undecided gates over targets and granularities.
 
-    python benchmarks/control.py --out benchmarks/results/control.json
+    python -m research.control --out research/results/control.json
 
 Runs on the real model with short sequences: the constraint does not depend on their length. `--set name=value`
 overrides any field of LearnConfig.
@@ -12,13 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import environment, overrides, parser_of, print_table, write_json
-
+from benchmarks.common import environment, parser_of, print_table, write_json
 from consa.allocation import num_full_units
 from consa.config import LearnConfig
 from consa.data.sequences import load_sequences
 from consa.model.load import load_model
 from consa.training.learning import learn, units_of
+from research.records import overrides
 
 COLUMNS = [
     "granularity",

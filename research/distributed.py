@@ -1,7 +1,7 @@
 """The same runs on one process and on several: speed, memory, whether they end alike, and what a dead one leads to.
 
-    python benchmarks/distributed.py --train train.npy --kill 2 --out benchmarks/results/distributed.json
-    python benchmarks/distributed.py --toy --tokens-per-step 512 --kill 2 --out distributed.json
+    python -m research.distributed --train train.npy --kill 2 --out research/results/distributed.json
+    python -m research.distributed --toy --tokens-per-step 512 --kill 2 --out distributed.json
 
 TRAIN is tokens, int `(num_sequences, seq_len)`. `torchrun` starts each number of processes, one GPU each (NCCL), or
 with `--toy` on the CPU (gloo), on a tiny model and short random text. A step's sequences are the same on any number, so
@@ -28,10 +28,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import environment, measured_before, parser_of, print_table, write_json
-from learning import QWEN3_06B
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
+from benchmarks.common import environment, parser_of, print_table, write_json
 from consa import rules
 from consa.config import AdaptConfig, LearnConfig
 from consa.errors import ConsaError
@@ -40,6 +39,8 @@ from consa.model.load import load_model
 from consa.training import distributed
 from consa.training.adaptation import adapt
 from consa.training.learning import learn
+from recipes.qwen3_0_6b import SHAPE
+from research.records import measured_before
 
 WARM_UP = 3  # steps that compile, and are not timed
 COLUMNS = ["run", "processes", "tokens/s", "speed-up", "memory, GB", "same allocation", "largest difference"]
@@ -119,7 +120,7 @@ def launch(number: int, wanted: list[Case], settings: dict[str, Any]) -> tuple[A
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
         environ = os.environ | {"NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "1"}  # no NVLink multicast
         done = subprocess.run(
-            [*start, __file__, jobs, json.dumps(settings), folder],
+            [*start, "-m", "research.distributed", jobs, json.dumps(settings), folder],
             env=environ,
             stderr=subprocess.PIPE,
             text=True,
@@ -250,7 +251,9 @@ def made(case: Case, settings: dict[str, Any]) -> tuple[PreTrainedModel, np.ndar
             model = load_model(case.model).model
         return model, np.load(settings["train"], mmap_mode="r", allow_pickle=False)
     torch.manual_seed(0)
-    config = LlamaConfig(**TINY) if case.model == "tiny" else Qwen3Config(**QWEN3_06B)
+    config = (
+        LlamaConfig(**TINY) if case.model == "tiny" else Qwen3Config(**SHAPE, max_position_embeddings=40960)
+    )
     on_gpu = torch.cuda.is_available()
     with torch.device("cuda" if on_gpu else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32)

@@ -1,7 +1,7 @@
 """Train a small model with full attention on long documents until it finds a needle: something to study on one GPU.
 
-    python -m recipes.from_scratch prepare TEXT HELDOUT --out prepared
-    python -m recipes.from_scratch train prepared --size 30m --out models/30m
+    python -m research.from_scratch prepare TEXT HELDOUT --out prepared
+    python -m research.from_scratch train prepared --size 30m --out models/30m
 
 TEXT and HELDOUT are JSON lines with `text`, plain or compressed by zstd. `prepare` makes a tokenizer of 16,384 entries
 and, in its tokens, `train.npy`, `heldout.npy` (a sequence of each document first, then a second) and `needles.npy`,
@@ -195,7 +195,7 @@ def train(options: argparse.Namespace) -> None:
     stream = batches(text, hidden, tokenizer, options)
     asked = questions(tokenizer, text.shape[1])
     record: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "recipes.from_scratch", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "research.from_scratch", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
         "versions": versions(),

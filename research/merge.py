@@ -1,6 +1,6 @@
-"""One file of the parts that benchmarks/methods.py wrote with `--share`.
+"""One file of the parts that research/methods.py wrote with `--share`.
 
-    python benchmarks/merge.py PART.json [PART.json ...] --out benchmarks/results/methods.json
+    python -m research.merge PART.json [PART.json ...] --out research/results/methods.json
 
 A copy of the merged file is a good start for every part, should a later run share out what is left otherwise.
 """
@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from common import parser_of, write_json
+from benchmarks.common import parser_of, write_json
 
 
 def main() -> None:

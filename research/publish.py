@@ -1,8 +1,8 @@
 """Write the allocations that come with consa from what the benchmarks learned, each with its command and seed.
 
-    python benchmarks/publish.py
+    python -m research.publish
 
-Of benchmarks/results/allocations-*.json the first seed, and of study.json every cell of the group `published`. One that
+Of research/results/allocations-*.json the first seed, and of study.json every cell of the group `published`. One that
 is there already keeps what it says about where it came from.
 """
 
@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import learned_allocations, parser_of
-
+from benchmarks.common import parser_of
 from consa.allocation import Allocation
 from consa.published import FOLDER
+from research.records import learned_allocations
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "smollm2-135m"

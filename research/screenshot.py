@@ -1,6 +1,6 @@
 """A report of the recorded allocations and behaviour, and a picture of its top; needs consa[browser] and a Chromium.
 
-    python benchmarks/screenshot.py --folder runs/recorded --out docs/report.png
+    python -m research.screenshot --folder runs/recorded --out docs/report.png
 
 `--folder` receives the allocations as files and report.html, the page that `consa report` makes of them.
 """
@@ -13,11 +13,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from common import learned_allocations, parser_of
 from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports]
 
+from benchmarks.common import parser_of
 from consa.behaviour.relate import Behaviour
 from consa.report import page
+from research.records import learned_allocations
 
 RESULTS = Path(__file__).parent / "results"
 DRAWN = (

@@ -1,6 +1,6 @@
 """Text as a file of tokens, one sequence of each document: what the benchmarks on a GPU take with them.
 
-    python benchmarks/tokens.py TEXT --seq-len 8192 --out train.npy
+    python -m research.tokens TEXT --seq-len 8192 --out train.npy
 
 TEXT is anything `consa learn --data` takes. Documents shorter than a sequence are left out. The sequences' domains go
 to train.domains.txt beside it, a line each.
@@ -11,8 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from common import parser_of
 
+from benchmarks.common import parser_of
 from consa.data.sequences import load_sequences
 from consa.model.load import load_model
 

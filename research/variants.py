@@ -1,4 +1,4 @@
-"""Learning with one of its parts taken out or put back as others have it: what benchmarks/study.py compares."""
+"""Learning with one of its parts taken out or put back as others have it: what research/study.py compares."""
 
 from __future__ import annotations
 
