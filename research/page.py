@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
@@ -51,6 +52,7 @@ def updated(text: str) -> str:
     return MARKED.sub(lambda match: match[1] + "\n".join(rendered(match[2])) + "\n" + match[3], text)
 
 
+@cache
 def rendered(name: str) -> list[str]:
     """The lines of a table, and where its numbers come from."""
     return [*table(*TABLES[name].make()), "", *map(source, TABLES[name].files)]

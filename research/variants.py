@@ -1,126 +1,120 @@
-"""Learning with one of its parts taken out or put back as others have it: what research/study.py compares."""
+"""Learning with one of its parts replaced by another: what research/study.py compares.
+
+Each variant is called like `learn`, and hands it another object: the constraint, the objective, the random draws of the
+gates, or the refinement.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
-from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from consa import Allocation
-from consa.model import loss
-from consa.training import gates, learning
+from consa.config import LearnConfig
+from consa.training import gates
+from consa.training.lagrangian import AugmentedLagrangian
+from consa.training.learning import LearnResult, learn
+from consa.training.objective import Mixture
+from consa.training.refinement import refine
+
+Variant = Callable[[PreTrainedModel, np.ndarray, LearnConfig], LearnResult]
 
 
-class TwoMultipliers:
+class TwoMultipliers(AugmentedLagrangian):
     """The constraint of CoFi, Sheared-LLaMA and PruLong: `l1 * h + l2 * h^2`, both raised by Adam at a rate of 1."""
 
-    def __init__(self, *_: float) -> None:
-        self.weights = torch.nn.Parameter(torch.zeros(2))
-        self.optimizer = torch.optim.Adam([self.weights], lr=1.0, betas=(0.9, 0.95), maximize=True)
+    def __init__(self) -> None:
+        super().__init__(penalty=0.0, step_size=0.0)
+        self.multipliers = torch.nn.Parameter(torch.zeros(2))
+        self.optimizer = torch.optim.Adam([self.multipliers], lr=1.0, betas=(0.9, 0.95), maximize=True)
 
-    @property
-    def multiplier(self) -> float:
-        """The linear one, for the history."""
-        return float(self.weights.detach()[0])
+    def loss(self, is_open: Tensor, target: float, growth: float = 1.0) -> Tensor:
+        """See `SparsityConstraint.loss`; the coefficients do not grow with the run."""
+        violation = target - (1 - is_open.mean())
+        linear, quadratic = self.multipliers.detach()
+        return linear * violation + quadratic * violation**2
 
-    def loss(self, expected_sparsity: Tensor, target: float, growth: float = 1.0) -> Tensor:
-        """The term to add to the loss."""
-        violation = target - expected_sparsity
-        return self.weights.detach()[0] * violation + self.weights.detach()[1] * violation**2
-
-    def update(self, expected_sparsity: float, target: float, growth: float = 1.0) -> None:
-        """One step of ascent."""
-        violation = target - expected_sparsity
-        self.weights.grad = torch.tensor([violation, violation**2])
+    def update(self, log_alpha: Tensor, target: float, growth: float = 1.0) -> float:
+        """One step of ascent; returns the expected sparsity."""
+        expected = float(1 - self.is_open(log_alpha).mean())
+        violation = target - expected
+        self.multipliers.grad = torch.tensor([violation, violation**2])
         self.optimizer.step()
+        self.multiplier = float(self.multipliers.detach()[0])
+        return expected
 
 
-@contextmanager
-def two_multipliers(model: PreTrainedModel) -> Iterator[None]:
-    """Instead of the augmented Lagrangian."""
-    with patch.object(learning, "AugmentedLagrangian", TwoMultipliers):
-        yield
-
-
-@contextmanager
-def sampled_sparsity(model: PreTrainedModel) -> Iterator[None]:
+class SampledSparsity(AugmentedLagrangian):
     """The constraint on the mean of four draws of the gates, not on the probability that they are open."""
-    generator = torch.Generator().manual_seed(0)
 
-    def mean_of_draws(log_alpha: Tensor) -> Tensor:
-        return gates.sample(log_alpha, torch.rand(4, len(log_alpha), generator=generator)).mean(0)
+    def __init__(self, config: LearnConfig) -> None:
+        super().__init__(config.penalty, config.multiplier_step)
+        self.generator = torch.Generator().manual_seed(0)
 
-    with patch.object(gates, "probability_open", mean_of_draws):
-        yield
-
-
-@contextmanager
-def independent_draws(model: PreTrainedModel) -> Iterator[None]:
-    """Draws of the sequences of a step that know nothing of each other."""
-
-    def uniform(num_draws: int, num_units: int, generator: torch.Generator) -> Tensor:
-        return torch.rand(num_draws, num_units, generator=generator)
-
-    with patch.object(gates, "stratified_uniform", uniform):
-        yield
+    def is_open(self, log_alpha: Tensor) -> Tensor:
+        """Mean of the draws, `(units,)`."""
+        return gates.sample(log_alpha, torch.rand(4, len(log_alpha), generator=self.generator)).mean(0)
 
 
-@contextmanager
-def distillation(model: PreTrainedModel) -> Iterator[None]:
+class Recording(AugmentedLagrangian):
+    """The default constraint, which also keeps the mean of log_alpha over all steps: how long a gate stayed open."""
+
+    def __init__(self, config: LearnConfig) -> None:
+        super().__init__(config.penalty, config.multiplier_step)
+        self.total, self.steps = torch.zeros(()), 0
+
+    def update(self, log_alpha: Tensor, target: float, growth: float = 1.0) -> float:
+        """See `SparsityConstraint.update`."""
+        self.total, self.steps = self.total + log_alpha.detach().double(), self.steps + 1
+        return super().update(log_alpha, target, growth)
+
+    def refine(self, model: PreTrainedModel, allocation: Allocation, *args: Any, **options: Any) -> Allocation:
+        """Refine with candidates in the order of the mean over all steps.
+
+        By the average over the last steps, most gates at a high sparsity are equal, at their lower bound.
+        """
+        scores = (self.total / self.steps).numpy().reshape(allocation.full_attention.shape)
+        return refine(model, replace(allocation, scores=scores), *args, **options)
+
+
+def independent(num_draws: int, num_units: int, generator: torch.Generator) -> Tensor:
+    """Draws that are independent between the sequences of a step, instead of stratified over them."""
+    return torch.rand(num_draws, num_units, generator=generator)
+
+
+def two_multipliers(model: PreTrainedModel, sequences: np.ndarray, config: LearnConfig) -> LearnResult:
+    """Instead of the augmented Lagrangian."""
+    return learn(model, sequences, config, constraint=TwoMultipliers())
+
+
+def sampled_sparsity(model: PreTrainedModel, sequences: np.ndarray, config: LearnConfig) -> LearnResult:
+    """Instead of the expected sparsity."""
+    return learn(model, sequences, config, constraint=SampledSparsity(config))
+
+
+def distillation(model: PreTrainedModel, sequences: np.ndarray, config: LearnConfig) -> LearnResult:
     """KL divergence from the dense model's predictions instead of the cross-entropy of the text."""
-    teacher = copy.deepcopy(model)
-    plain = loss.backward
-
-    def backward(student: PreTrainedModel, tokens: Tensor, *, scale: float) -> Tensor:
-        with torch.no_grad():
-            wanted = loss.hidden_states(teacher, tokens)
-        head = loss.output_layer(teacher)
-
-        def divergence(_: Tensor, logits: Tensor, chunk: slice) -> Tensor:
-            with torch.no_grad():
-                target = head(wanted[:, chunk]).float().log_softmax(-1)
-            found = logits.float().log_softmax(-1)
-            return torch.nn.functional.kl_div(found, target, reduction="sum", log_target=True)
-
-        return plain(student, tokens, scale=scale, objective=divergence)
-
-    with patch.object(loss, "backward", backward):
-        yield
+    return learn(model, sequences, config, objective=Mixture(cross_entropy=0.0, distillation=1.0))
 
 
-@contextmanager
-def candidates_by_all_steps(model: PreTrainedModel) -> Iterator[None]:
-    """The refinement orders its candidates by log_alpha averaged over all steps: by how long a gate stayed open.
-
-    Over the last steps alone, most gates of a high sparsity are equal, at their lower bound.
-    """
-    update, refine = learning._update, learning.refine
-    seen: list[Tensor] = []
-
-    def updating(state: Any, *arguments: Any) -> dict[str, float]:
-        record = update(state, *arguments)
-        seen.append(state.log_alpha.detach().double().clone())
-        return record
-
-    def refining(
-        refined: PreTrainedModel, allocation: Allocation, *arguments: Any, **options: Any
-    ) -> Allocation:
-        scores = torch.stack(seen).mean(0).numpy().reshape(allocation.full_attention.shape)
-        return refine(refined, replace(allocation, scores=scores), *arguments, **options)
-
-    with patch.object(learning, "_update", updating), patch.object(learning, "refine", refining):
-        yield
+def candidates_by_all_steps(model: PreTrainedModel, sequences: np.ndarray, config: LearnConfig) -> LearnResult:
+    """Candidates of the refinement in the order of log_alpha over all steps."""
+    recording = Recording(config)
+    return learn(model, sequences, config, constraint=recording, refine=recording.refine)
 
 
-VARIANTS: dict[str, Callable[[PreTrainedModel], Any]] = {
-    f.__name__: f
-    for f in (two_multipliers, sampled_sparsity, independent_draws, distillation, candidates_by_all_steps)
+VARIANTS: dict[str, Variant] = {
+    "": learn,
+    "two_multipliers": two_multipliers,
+    "sampled_sparsity": sampled_sparsity,
+    "independent_draws": partial(learn, draws=independent),
+    "distillation": distillation,
+    "candidates_by_all_steps": candidates_by_all_steps,
 }
-"""Name -> what makes learning so within its block."""

@@ -16,7 +16,8 @@ from consa.config import AdaptConfig, LearnConfig, RunConfig
 from consa.model.layout import attention_layout
 from consa.model.load import load_model
 from consa.training.learning import target_units, units_of
-from recipes import costs, from_scratch, run
+from recipes import costs, run
+from research import from_scratch
 
 
 def test_no_recipe_is_left_out():
