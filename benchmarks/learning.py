@@ -174,7 +174,7 @@ def main() -> None:
 
     model = random_model(Qwen3Config(**QWEN3_06B))
     tokens = generator.integers(0, QWEN3_06B["vocab_size"], (4, 32768))
-    for name, settings in (("consa", {}), ("consa, checkpointing", {"activation_checkpointing": True})):
+    for name, settings in (("consa", {}), ("consa, checkpointing", {"gradient_checkpointing": True})):
         speed, peak = peak_of(partial(learned, model, tokens, len(tokens), **settings))
         rows.append(["Qwen3-0.6B", 32768, 1, name, round(speed), "", round(peak, 2)])
     if options.out:

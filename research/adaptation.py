@@ -28,17 +28,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from consa.training.objective import order
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.common import print_table
 from consa import rules
 from consa.allocation import Allocation
-from consa.config import AdaptConfig, LearnConfig
+from consa.config import AdaptConfig, LearnConfig, with_present_names
 from consa.data.questions import examples
 from consa.model import loss
 from consa.model.attach import attached
 from consa.model.load import load_model
-from consa.training import loop
 from consa.training.adaptation import adapt
 from consa.training.learning import learn
 from research.records import Heldout, Rows, digits_of, mask_of, read, run_missing, study_parser, tokens_of
@@ -105,7 +105,7 @@ class Benchmark:
             num_steps=options.learn_steps or source.num_steps,
         )
         seen = self.learning.num_steps * self.learning.sequences_per_step
-        unseen = loop.order(self.train, self.learning, range(seen, len(self.train)))
+        unseen = order(self.train, self.learning.seed, range(seen, len(self.train)))
         seq_len = self.train.shape[1]
         self.adapting = AdaptConfig(
             seq_len=seq_len,
@@ -218,7 +218,9 @@ class Source:
         (row,) = (row for row in record["rows"] if row["name"] == f"consa/{granularity}/seed{seed}")
         return cls(
             mask_of(row["allocation"]),
-            LearnConfig(**record["settings"] | {"granularity": granularity, "seed": seed}),
+            LearnConfig(
+                **with_present_names(record["settings"]) | {"granularity": granularity, "seed": seed}
+            ),
         )
 
 

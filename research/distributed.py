@@ -205,7 +205,7 @@ def run(case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         "sequences_per_step": settings["tokens_per_step"] // case.seq_len,
         # A small model with one sequence at once makes a GPU wait for its CPU.
         "micro_batch": 4 if case.model.startswith("smollm") else 1,
-        "activation_checkpointing": case.model.startswith("qwen"),
+        "gradient_checkpointing": case.model.startswith("qwen"),
         "parallel": case.parallel,
         "checkpoint_every": num_steps // 3,
     }

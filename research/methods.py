@@ -16,11 +16,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from consa.methods.choice import Choice, make, method_named
 
 from benchmarks.common import print_table
 from consa import rules
@@ -28,11 +29,8 @@ from consa.allocation import Allocation, Granularity
 from consa.config import ChoiceConfig
 from consa.data.questions import examples
 from consa.evaluation.answers import ask
-from consa.methods import METHODS
-from consa.methods.duo_attention import SHORTEST
 from consa.model.layout import AttentionLayout
 from consa.model.load import LoadedModel, load_model, read_layout
-from consa.runs.sweep import Choice, make
 from consa.training.learning import learn, units_of
 from research.records import (
     FORWARD,
@@ -49,11 +47,10 @@ from research.records import (
 
 
 class Entry(NamedTuple):
-    """A line of the plan: granularities to run at, whether the method is random, and its own budget."""
+    """A line of the plan: the granularities to run at, and settings of the method."""
 
     granularities: tuple[Granularity, ...]
-    is_random: bool
-    budget: dict[str, int]
+    settings: dict[str, int]
 
 
 BOTH: tuple[Granularity, ...] = ("kv_head", "layer")
@@ -61,18 +58,19 @@ HEADS: tuple[Granularity, ...] = ("kv_head",)
 # The most interesting first. Searches evaluate on half as many sequences as ConSA's refinement does, which buys them
 # twice the moves in the same time.
 PLAN = {
-    "consa": Entry(BOTH, True, {}),
-    **{name: Entry(BOTH, name in rules.DRAWN, {}) for name in rules.RULES},
-    "nll_guided": Entry(BOTH, False, {}),
-    "duo_attention": Entry(HEADS, True, {}),
-    "prulong": Entry(HEADS, True, {}),
-    "bosch": Entry(HEADS, True, {"evaluation_sequences": 4}),
-    "greedy": Entry(HEADS, False, {"evaluation_sequences": 4}),
-    "nested": Entry(HEADS, True, {}),
-    "attention_mass": Entry(BOTH, False, {}),
-    "retrieval_score": Entry(BOTH, False, {}),
-    "lazy_layers": Entry(BOTH, False, {}),
+    "consa": Entry(BOTH, {}),
+    **{name: Entry(BOTH, {}) for name in rules.RULES},
+    "nll_guided": Entry(BOTH, {}),
+    "duo_attention": Entry(HEADS, {}),
+    "prulong": Entry(HEADS, {}),
+    "bosch": Entry(HEADS, {"evaluation_sequences": 4}),
+    "greedy": Entry(HEADS, {"evaluation_sequences": 4}),
+    "nested": Entry(HEADS, {}),
+    "attention_mass": Entry(BOTH, {}),
+    "retrieval_score": Entry(BOTH, {}),
+    "lazy_layers": Entry(BOTH, {}),
 }
+SHARED = [item.name for item in fields(ChoiceConfig)]  # settings that all methods have
 ANSWERING = 1.5  # seconds of a row's retrieval questions, for estimates
 
 
@@ -117,29 +115,33 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", default=",".join(PLAN), help="names of the plan, comma-separated")
     parser.add_argument("--sparsity", default="0.733,0.5,0.9")
     parser.add_argument("--seeds", type=int, default=3, help="of methods that use randomness")
-    parser.add_argument("--budget", action="append", default=[], metavar="NAME=VALUE", help="of ChoiceConfig")
+    parser.add_argument(
+        "--budget", action="append", default=[], metavar="NAME=VALUE", help="a setting of the methods"
+    )
     parser.add_argument("--lengths", default="2048,4096,8192", help="tokens of the retrieval questions")
     parser.add_argument("--examples", type=int, default=8, help="questions per length; 0 for none")
     return parser.parse_args()
 
 
 def planned(options: argparse.Namespace) -> Iterator[list[Choice]]:
-    """The rows asked for, grouped by run: seed 0 of everything, then further seeds of random methods."""
-    sparsities = [float(text) for text in options.sparsity.split(",")]
+    """The rows asked for, grouped by run: seed 0 of everything, then further seeds of methods that use randomness."""
+    sparsities, given = [float(text) for text in options.sparsity.split(",")], overrides(options.budget)
+    shared = {name: value for name, value in given.items() if name in SHARED}
     for seed in range(options.seeds):
         for name in options.methods.split(","):
             if name not in PLAN:
                 raise SystemExit(f"--methods takes some of {','.join(PLAN)}, got {name!r}")
-            entry = PLAN[name]
-            for granularity in entry.granularities:
+            method = method_named(name, **PLAN[name].settings | given)
+            for granularity in PLAN[name].granularities:
                 unknown = name in rules.RULES and name not in rules.names(granularity)
-                if unknown or (seed and not entry.is_random):
+                if unknown or (seed and not method.draws):
                     continue
-                settings: dict[str, Any] = {"granularity": granularity, "seed": seed} | entry.budget
-                settings |= overrides(options.budget)
                 runs: dict[Any, list[Choice]] = {}
                 for sparsity in sparsities:
-                    choice = Choice(method=name, config=ChoiceConfig(sparsity=sparsity, **settings))
+                    config = ChoiceConfig(
+                        **{"sparsity": sparsity, "granularity": granularity, "seed": seed} | shared
+                    )
+                    choice = Choice(method=method, config=config)
                     runs.setdefault(choice.origin, []).append(choice)
                 yield from runs.values()
 
@@ -149,20 +151,16 @@ def estimate(choice: Choice, layout: AttentionLayout, seq_len: int) -> tuple[int
 
     A search that ends before its budget costs less.
     """
-    config = choice.config
-    steps = config.num_steps * config.sequences_per_step * seq_len
-    one = config.evaluation_sequences * seq_len
-    questions = config.num_steps * config.sequences_per_step * (min(SHORTEST, seq_len) + seq_len) // 2
-    learned = config.for_learning()
-    return {
-        "consa": (steps + learned.refine_evaluations * one, steps),
-        "prulong": (steps, steps),
-        "nested": (steps, steps),
-        "duo_attention": (2 * questions, questions),
-        "bosch": (config.evaluations * one, 0),
-        "greedy": (config.evaluations * one, 0),
-        "nll_guided": ((units_of(layout, config.granularity).count + 1) * one, 0),
-    }.get(choice.method, (one if choice.method in METHODS else 0, 0))
+    settings = asdict(choice.method)
+    steps = settings.get("num_steps", 0) * settings.get("sequences_per_step", 0) * seq_len
+    if choice.method.name == "duo_attention":
+        asked = steps * (min(settings["shortest"], seq_len) + seq_len) // (2 * seq_len)
+        return 2 * asked, asked
+    evaluations = {
+        "consa": settings.get("refine_evaluations", 0),
+        "nll_guided": units_of(layout, choice.config.granularity).count + 1,
+    }.get(choice.method.name, settings.get("evaluations", 1))
+    return steps + evaluations * settings.get("evaluation_sequences", 0) * seq_len, steps
 
 
 def in_seconds(forward: int, backward: int) -> float:
@@ -180,23 +178,24 @@ class Benchmark:
         self.train, self.heldout, self.processes = tokens_of(options.train), heldout, processes
         self.measured: dict[bytes, dict[str, Any]] = {}
         self.on_gpu = torch.cuda.is_available()
-        budget = ChoiceConfig(**overrides(options.budget))
+        given = overrides(options.budget)
+        budget = ChoiceConfig(**{name: value for name, value in given.items() if name in SHARED})
         kept = ("model", "train", "heldout", "start", "lengths", "examples")
         settings = {name: getattr(options, name) for name in kept} | {
             "num_heldout": len(heldout.tokens),
             "seq_len": heldout.tokens.shape[1],
-            "budget": asdict(budget),
-            "budgets": {name: entry.budget for name, entry in PLAN.items() if entry.budget},
+            "budget": asdict(budget) | given,
+            "budgets": {name: entry.settings for name, entry in PLAN.items() if entry.settings},
         }
-        self.compiled = settings["budget"].pop("compile")  # a file may hold rows of both kinds
+        self.compiled = settings["budget"].pop("compile", False)  # a file may hold rows of both kinds
         self.rows = Rows(options.out, settings)
         self.questions = {
             length: examples("single", self.loaded.tokenizer, length=length, count=options.examples, seed=1)
             for length in lengths
         }
         if self.on_gpu:  # so that no row pays for compiling kernels
-            warm_up = replace(budget, num_steps=2).for_learning(refine_evaluations=1)
-            learn(self.loaded.model, self.train, warm_up)
+            warm_up: Any = method_named("consa", **given)
+            learn(self.loaded.model, self.train, warm_up.learning(budget, num_steps=2, refine_evaluations=1))
         layout = self.loaded.layout
         window = {"window": budget.window, "num_sink_tokens": budget.num_sink_tokens}
         for name, end_of in (("dense", rules.dense), ("all_swa", rules.all_swa)):
@@ -210,7 +209,7 @@ class Benchmark:
             floor, dense = self.rows["all_swa"]["loss"], self.rows["dense"]["loss"]
             measured = self._measure(allocation)
             row = {
-                "method": choice.method,
+                "method": choice.method.name,
                 "granularity": choice.config.granularity,
                 "sparsity": choice.config.sparsity,
                 "seed": choice.config.seed,

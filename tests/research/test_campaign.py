@@ -13,7 +13,6 @@ import pytest
 from research import campaign as campaign_module
 
 
-
 @pytest.fixture
 def campaign(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(campaign_module, "POLL_SECONDS", 0.02)

@@ -10,20 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from consa.methods import METHODS, RANKINGS, duo_attention
+from consa.methods import METHODS
 from consa.model.load import read_layout
 from consa.rules import RULES
 from research import merge, methods
 
 LENGTH = 600
 BUDGET = ("num_steps=2", "sequences_per_step=2", "evaluations=8", "evaluation_sequences=2", "window=6")
+BUDGET += ("num_lengths=1", "per_length=2")
 
 
 @pytest.fixture
 def call(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs the benchmark with some arguments, writing to a file of that name."""
-    monkeypatch.setattr(duo_attention, "NUM_LENGTHS", 1)
-    monkeypatch.setattr(duo_attention, "PER_LENGTH", 2)
     rng = np.random.default_rng(0)
     for name, count in (("train", 3), ("heldout", 2)):
         np.save(tmp_path / f"{name}.npy", rng.integers(2, 250, (count, LENGTH)).astype(np.uint16))
@@ -83,16 +82,16 @@ def test_shares_make_one_table_that_costs_what_was_foretold(
     assert set(rows) == {choice.name for run in planned for choice in run} and f" {len(rows)} rows" in last
     layout = read_layout(str(tiny_model_folder))
     for run in planned:
-        assert len(run) == (2 if run[0].method in RANKINGS else 1)
+        assert len(run) == (2 if run[0].method.ranks else 1)
         foretold = methods.estimate(run[0], layout, LENGTH)
         for choice in run:
             row = rows[choice.name]
             assert (row["of_one_run"], row["processes"]) == (len(run), 2)
             assert row["retrieval"].keys() == {str(LENGTH)}
             spent = tuple(row["cost"][f"{direction}_tokens"] for direction in ("forward", "backward"))
-            if choice.method == "consa":  # its refinement may end early
+            if choice.method.name == "consa":  # its refinement may end early
                 assert spent[0] <= foretold[0] and spent[1] == foretold[1]
-            elif choice.method in (
+            elif choice.method.name in (
                 "duo_attention",
                 "nll_guided",
             ):  # a question is shorter by up to a sentence

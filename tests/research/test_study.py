@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from consa.allocation import Allocation
 from research import analysis, figures
