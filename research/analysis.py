@@ -72,7 +72,8 @@ def located(record: Record) -> dict[str, Record]:
 
 def parts(record: Record) -> dict[str, list[Record]]:
     """The cells with one part of the algorithm changed, a list of seeds for each part; unchanged ones come first."""
-    cells = {"as it is": [record["rows"][name] for name in (BASE, "seed/1", "seed/2")]}
+    rows = record["rows"]
+    cells = {"as it is": [rows[name] for name in (BASE, "seed/1", "seed/2") if name in rows]}
     for name, row in named(record, "part"):
         cells.setdefault(name.split("/")[0], []).append(row)
     return cells
