@@ -47,10 +47,11 @@ from research.records import (
 
 
 class Entry(NamedTuple):
-    """A line of the plan: the granularities to run at, and settings of the method."""
+    """A line of the plan: the granularities to run at, whether to repeat with other seeds, and settings."""
 
     granularities: tuple[Granularity, ...]
-    settings: dict[str, int]
+    is_random: bool = False
+    settings: dict[str, int] = {}
 
 
 BOTH: tuple[Granularity, ...] = ("kv_head", "layer")
@@ -58,17 +59,17 @@ HEADS: tuple[Granularity, ...] = ("kv_head",)
 # The most interesting first. Searches evaluate on half as many sequences as ConSA's refinement does, which buys them
 # twice the moves in the same time.
 PLAN = {
-    "consa": Entry(BOTH, {}),
-    **{name: Entry(BOTH, {}) for name in rules.RULES},
-    "nll_guided": Entry(BOTH, {}),
-    "duo_attention": Entry(HEADS, {}),
-    "prulong": Entry(HEADS, {}),
-    "bosch": Entry(HEADS, {"evaluation_sequences": 4}),
-    "greedy": Entry(HEADS, {"evaluation_sequences": 4}),
-    "nested": Entry(HEADS, {}),
-    "attention_mass": Entry(BOTH, {}),
-    "retrieval_score": Entry(BOTH, {}),
-    "lazy_layers": Entry(BOTH, {}),
+    "consa": Entry(BOTH, True),
+    **{name: Entry(BOTH, name in rules.DRAWN) for name in rules.RULES},
+    "nll_guided": Entry(BOTH),
+    "duo_attention": Entry(HEADS, True),
+    "prulong": Entry(HEADS, True),
+    "bosch": Entry(HEADS, True, {"evaluation_sequences": 4}),
+    "greedy": Entry(HEADS, False, {"evaluation_sequences": 4}),
+    "nested": Entry(HEADS, True),
+    "attention_mass": Entry(BOTH),
+    "retrieval_score": Entry(BOTH),
+    "lazy_layers": Entry(BOTH),
 }
 SHARED = [item.name for item in fields(ChoiceConfig)]  # settings that all methods have
 ANSWERING = 1.5  # seconds of a row's retrieval questions, for estimates
@@ -134,7 +135,7 @@ def planned(options: argparse.Namespace) -> Iterator[list[Choice]]:
             method = method_named(name, **PLAN[name].settings | given)
             for granularity in PLAN[name].granularities:
                 unknown = name in rules.RULES and name not in rules.names(granularity)
-                if unknown or (seed and not method.draws):
+                if unknown or (seed and not PLAN[name].is_random):
                     continue
                 runs: dict[Any, list[Choice]] = {}
                 for sparsity in sparsities:
