@@ -15,6 +15,18 @@ from typing import Any
 from consa.files import write_atomically
 from consa.provenance import hardware, versions
 
+QWEN3_06B: dict[str, Any] = {  # Qwen3-0.6B's shape, for models with random weights
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
+
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
     """An empty parser that shows the script's docstring as it stands."""

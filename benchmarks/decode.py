@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import environment, parser_of, print_table, write_json
+from common import QWEN3_06B, environment, parser_of, print_table, write_json
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -38,20 +38,9 @@ COLUMNS += ["of copy", "fits"]
 
 
 def random_model() -> PreTrainedModel:
-    config = Qwen3Config(
-        vocab_size=151936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=Q_HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=131072,
-        tie_word_embeddings=True,
-    )
     torch.manual_seed(0)
     with DEVICE:
-        model: Any = Qwen3ForCausalLM(config)
+        model: Any = Qwen3ForCausalLM(Qwen3Config(**QWEN3_06B))
     return model.to(torch.bfloat16).eval()
 
 

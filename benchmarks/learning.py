@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import environment, parser_of, print_table, write_json
+from common import QWEN3_06B, environment, parser_of, print_table, write_json
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
@@ -48,17 +48,6 @@ SMOLLM2_135M: dict[str, Any] = {
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
-QWEN3_06B: dict[str, Any] = {
-    "vocab_size": 151936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
     "tie_word_embeddings": True,
 }
 

@@ -48,8 +48,8 @@ def page() -> str:
         "Memory is per GPU, in GB of 10^9 bytes, with one sequence at a time and gradient checkpointing. Time assumes"
         f" {TFLOPS} TFLOP/s, a fifth of an H100's peak in bfloat16, and perfect scaling to eight GPUs. It excludes"
         " reading text, measuring and refinement. Measured on H100 and H200 (research/results/distributed.json),"
-        " adapting Qwen3-0.6B on one GPU is 15 to 28 % slower than this estimate; two GPUs with FSDP reach 0.55 of twice"
-        " the speed at 8,192 tokens a sequence.",
+        " adapting Qwen3-0.6B on one GPU is 15 to 28 % slower than this estimate; two GPUs with FSDP reach 0.55 of"
+        " twice the speed at 8,192 tokens a sequence.",
         "",
     ]
     for name in RECIPES:
@@ -84,10 +84,8 @@ def section(name: str, recipe: ModuleType) -> list[str]:
         (memory(model, configs[phase], gpus), time(model, configs[phase], gpus, full=full[phase]))
         for phase, gpus in columns
     ]
-    lines.append(
-        "| | " + " | ".join(f"{phase}, {gpus} GPU{'s' * (gpus > 1)}" for phase, gpus in columns) + " |"
-    )
-    lines.append("| --- |" + " ---: |" * len(columns))
+    titles = (f"{phase}, {gpus} GPU{'s' * (gpus > 1)}" for phase, gpus in columns)
+    lines += ["| | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(columns)]
     for part in dict.fromkeys(part for parts, _ in found for part in parts):
         cells = (f"{parts[part] / 1e9:.1f}" if part in parts else "" for parts, _ in found)
         lines.append(f"| {part} | " + " | ".join(cells) + " |")

@@ -83,7 +83,7 @@ def main() -> None:
             began = time.perf_counter()
             result = learn(loaded.model, train, config)
             took, last = time.perf_counter() - began, result.history[-1] if result.history else None
-            name = f"{options.name}/{granularity}/seed{config.seed}"
+            name = f"consa/{granularity}/seed{config.seed}"
             name += "" if constraint == "any" else f"/{constraint}"
             add(name, result.allocation, took, last)
             if config.refine_evaluations and constraint == "any":
@@ -101,7 +101,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rules", action="store_true", help="also evaluate every rule")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--name", default="consa", help="prefix of the learned rows")
     return parser.parse_args()
 
 

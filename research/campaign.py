@@ -1,12 +1,11 @@
-"""The runs of the study, side by side on the GPUs of this machine: each as soon as one is free for it.
+"""Run the whole study on the GPUs of this machine, each job as soon as GPUs are free for it.
 
     python -m research.campaign --seconds 1500
 
-It expects `train.npy` and `heldout.npy` of research/tokens.py, with their domains, and `prepared/` of
-research/from_scratch.py in the working folder. A run that is there already is skipped and a part of one continued, as
-the benchmarks themselves do; `--seconds` begins nothing later than that, and the same command goes on from there. Where
-`models/SIZE` is missing, that model is trained anew, and what was recorded of the old one is deleted. What the runs
-print goes to runs/campaign/NAME.log, and what they need is in `jobs`.
+It expects `train.npy` and `heldout.npy` (research/tokens.py), with their domains, and `prepared/`
+(research/from_scratch.py) in the working folder. Finished runs are skipped and interrupted ones resume. `--seconds`
+starts nothing later than that; the same command continues. Where `models/SIZE` is missing, that model is trained anew,
+and the records of the old one are deleted. Output goes to runs/campaign/NAME.log.
 """
 
 from __future__ import annotations
@@ -29,24 +28,20 @@ RESULTS = "research/results"
 ON_TEXT = "--train train.npy --heldout heldout.npy"
 COMPILED = "--budget micro_batch=4 --budget compile=true"
 OF_SCRATCH = ",".join(["consa", *RULES, "nll_guided", "duo_attention", "bosch", "prulong", "greedy"])
-TRAINED = ",".join(
-    [
-        *("dense", "all_swa/4"),
-        *("kv_head/4/0.9", "interleaved_layer/4/0.9", "layer/4/0.9"),
-        *("kv_head/4/0.5", "top/4/0.5", "layer/4/0.5"),
-        *("kv_head/4/0.733", "interleaved_late/4/0.733", "layer/4/0.733"),
-    ]
+TRAINED = (
+    "dense,all_swa/4,kv_head/4/0.9,interleaved_layer/4/0.9,layer/4/0.9,kv_head/4/0.5,top/4/0.5,layer/4/0.5"
+    ",kv_head/4/0.733,interleaved_late/4/0.733,layer/4/0.733"
 )
 POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Job:
-    """Commands that follow each other on the same GPUs; one that fails does not keep the others from being run.
+    """Commands that run one after another on the same GPUs; a failure does not stop those that follow.
 
     Attributes:
-        name: of its log.
-        commands: for the shell; `{left}` in one becomes the seconds until nothing is to be begun any more.
+        name: the name of its log.
+        commands: shell commands; `{left}` becomes the seconds that are left.
         gpus: how many it needs.
     """
 
@@ -56,83 +51,72 @@ class Job:
 
 
 def jobs() -> list[Job]:
-    """In order of interest."""
-    python = shlex.quote(sys.executable)
-    several = f"{python} -m research.distributed --train train.npy --steps 6 --out {RESULTS}/distributed.json"
-    found = [Job("several", (f"{several} --processes 1,2 --kill 2",), gpus=2)]
+    """All jobs, the most interesting first."""
+
+    def run(module: str, options: str, out: str, *, once: bool = False) -> str:
+        """A command that writes a record; `once` for scripts that cannot continue one."""
+        path = f"{RESULTS}/{out}.json"
+        command = f"{shlex.quote(sys.executable)} -m research.{module} {options} --out {path}"
+        return f"test -e {path} || {command}" if once else command
+
+    until = "--seconds {left}"
+    constrained = "--granularity kv_head --full-heads-per-layer"
+    several = run("distributed", "--train train.npy --steps 6 --processes 1,2 --kill 2", "distributed")
+    chosen = [Job("several", (several,), gpus=2)]
     for size, tokens in (("60m", "150e6"), ("30m", "200e6")):
         text = f"--model models/{size} --train prepared/train.npy --heldout prepared/heldout.npy"
         alike = "sequences_per_step=8", "micro_batch=8", "compile=true"
         budget, settings = (" ".join(f"--{word} {item}" for item in alike) for word in ("budget", "set"))
-        training = (  # and what was measured on weights that are no more goes
-            f"test -e models/{size}/training.json || {{ {python} -m research.from_scratch train prepared --size {size}"
-            f" --tokens {tokens} --out models/{size} && rm -f {RESULTS}/methods-{size}.json"
-            f" {RESULTS}/constraints-{size}.json; }}"
-        )
-        methods = (
-            f"{python} -m research.methods {text} --lengths 1024,2048,4096 {budget} --methods {OF_SCRATCH}"
-            f" --seconds {{left}} --out {RESULTS}/methods-{size}.json"
-        )
-        constraints = (
-            f"test -e {RESULTS}/constraints-{size}.json || {python} -m research.allocations {text} --sparsity 0.75"
-            f" --granularity kv_head --full-heads-per-layer any,even,uniform --set seq_len=4096 {settings}"
-            f" --out {RESULTS}/constraints-{size}.json"
+        records = " ".join(f"{RESULTS}/{name}-{size}.json" for name in ("methods", "constraints"))
+        training = (
+            f"test -e models/{size}/training.json || {{ {shlex.quote(sys.executable)} -m research.from_scratch train"
+            f" prepared --size {size} --tokens {tokens} --out models/{size} && rm -f {records}; }}"
         )
         copied = f"cp models/{size}/training.json {RESULTS}/training-{size}.json"
-        found.append(
-            Job(
-                size, (f"{training} && {copied}", constraints, f"{methods} --seeds 1", f"{methods} --seeds 3")
-            )
+        constraints = f"{text} --sparsity 0.75 {constrained} any,even,uniform --set seq_len=4096 {settings}"
+        methods = f"{text} --lengths 1024,2048,4096 {budget} --methods {OF_SCRATCH} {until} --seeds"
+        commands = (
+            f"{training} && {copied}",
+            run("allocations", constraints, f"constraints-{size}", once=True),
+            *(run("methods", f"{methods} {seeds}", f"methods-{size}") for seeds in (1, 3)),
         )
-    again = (
-        f"{python} -m research.methods {ON_TEXT} {COMPILED} --methods consa --sparsity 0.733 --seeds 1"
-        f" --seconds {{left}} --out {RESULTS}/rerun.json"
-    )
-    uniform = (
-        f"test -e {RESULTS}/constraints-long.json || {python} -m research.allocations {ON_TEXT} --sparsity 0.667"
-        " --granularity kv_head --full-heads-per-layer any,uniform --set micro_batch=4 --set compile=true"
-        f" --out {RESULTS}/constraints-long.json"
-    )
-    adaptation = (
-        f"{python} -m research.adaptation {ON_TEXT} --rows {TRAINED} --compile --seconds {{left}}"
-        f" --out {RESULTS}/adaptation-sparsity.json"
-    )
-    study = f"{python} -m research.study {ON_TEXT} --compile --seconds {{left}} --out {RESULTS}/study.json"
-    methods = (
-        f"{python} -m research.methods {ON_TEXT} {COMPILED} --seconds {{left}} --out {RESULTS}/methods.json"
-    )
+        chosen.append(Job(size, commands))
+    again = f"{ON_TEXT} {COMPILED} --methods consa --sparsity 0.733 --seeds 1 {until}"
+    uniform = f"{ON_TEXT} --sparsity 0.667 {constrained} any,uniform --set micro_batch=4 --set compile=true"
+    rerun = run("methods", again, "rerun"), run("allocations", uniform, "constraints-long", once=True)
+    adaptation = f"{ON_TEXT} --rows {TRAINED} --compile {until}"
     return [
-        *found,
-        Job("rerun", (again, uniform)),
-        Job("adaptation", (adaptation,)),
-        Job("study", (study,)),
-        Job("methods", (methods,)),
+        *chosen,
+        Job("rerun", rerun),
+        Job("adaptation", (run("adaptation", adaptation, "adaptation-sparsity"),)),
+        Job("study", (run("study", f"{ON_TEXT} --compile {until}", "study"),)),
+        Job("methods", (run("methods", f"{ON_TEXT} {COMPILED} {until}", "methods"),)),
     ]
 
 
 def main() -> None:
+    known = {job.name: job for job in jobs()}
     parser = parser_of(__doc__)
-    parser.add_argument("--jobs", default=",".join(job.name for job in jobs()), help="names, commas between")
-    parser.add_argument("--seconds", type=float, default=1e6, help="begin nothing after that many")
+    parser.add_argument("--jobs", default=",".join(known), help="names, comma-separated")
+    parser.add_argument("--seconds", type=float, default=1e6, help="start nothing later than that")
     options = parser.parse_args()
     wanted = options.jobs.split(",")
-    if unknown := set(wanted) - {job.name for job in jobs()}:
-        parser.error(
-            f"--jobs takes some of {', '.join(job.name for job in jobs())}, got {', '.join(unknown)}"
-        )
-    chosen = sorted((job for job in jobs() if job.name in wanted), key=lambda job: wanted.index(job.name))
-    run(chosen, torch.cuda.device_count(), options.seconds, Path("runs/campaign"))
+    if unknown := set(wanted) - known.keys():
+        parser.error(f"--jobs takes some of {', '.join(known)}, got {', '.join(unknown)}")
+    run([known[name] for name in wanted], torch.cuda.device_count(), options.seconds, Path("runs/campaign"))
 
 
 def run(
     wanted: Sequence[Job], num_gpus: int, seconds: float, logs: Path, say: Callable[[str], None] = print
 ) -> None:
-    """Run the jobs in order, one that needs several GPUs before those behind it."""
+    """Run the jobs in order; a job that waits for several GPUs is not overtaken."""
     logs.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     free = set(range(num_gpus))
     waiting = [job for job in wanted if job.gpus <= num_gpus]
-    running: list[tuple[Job, int, set[int], subprocess.Popen[bytes]]] = []  # with the command's place
+    running: list[
+        tuple[Job, int, set[int], subprocess.Popen[bytes]]
+    ] = []  # the int is the place of the command that runs
 
     def left() -> float:
         return seconds - (time.monotonic() - began)
@@ -163,7 +147,7 @@ def run(
             say(f"{time.monotonic() - began:.0f} s: {waiting[0].name} on {sorted(on)}")
             start(waiting.pop(0), 0, on)
         if left() <= 0 and waiting:
-            say(f"not begun: {', '.join(job.name for job in waiting)}")
+            say(f"not started: {', '.join(job.name for job in waiting)}")
             waiting.clear()
         time.sleep(POLL_SECONDS)
 

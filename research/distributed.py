@@ -1,16 +1,12 @@
-"""The same runs on one process and on several: speed, memory, whether they end alike, and what a dead one leads to.
+"""The same runs on one GPU and on several: speed, memory, whether they end alike, and what a killed process does.
 
     python -m research.distributed --train train.npy --kill 2 --out research/results/distributed.json
-    python -m research.distributed --toy --tokens-per-step 512 --kill 2 --out distributed.json
 
-TRAIN is tokens, int `(num_sequences, seq_len)`. `torchrun` starts each number of processes, one GPU each (NCCL), or
-with `--toy` on the CPU (gloo), on a tiny model and short random text. A step's sequences are the same on any number, so
-all rows of a case compute the same; Qwen3-0.6B has random weights and random tokens. `speed-up` is to one process, over
-how many there are. `memory` is what the fullest GPU had allocated at most. `largest difference` is that of the losses
-to those of one process, relative. With `--kill 2` one of two processes is killed at a step at last, and half as many go
-on.
-
-Rows that the file holds are not measured again.
+TRAIN is a token file of research/tokens.py. `torchrun` starts each number of processes, one GPU each. A step's
+sequences are the same on any number of processes, so all rows of a case compute the same. Qwen3-0.6B has random weights
+and random tokens. `speed-up` is over one process, divided by the number of processes; `memory` is the peak allocation
+of the fullest GPU; `largest difference` is that of the losses from those of one process, relative. With `--kill 2`, one
+of two processes is killed, and half as many resume the run. Rows that the file holds are not measured again.
 """
 
 from __future__ import annotations
@@ -28,9 +24,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
-from benchmarks.common import environment, parser_of, print_table, write_json
+from benchmarks.common import QWEN3_06B, environment, parser_of, print_table, write_json
 from consa import rules
 from consa.config import AdaptConfig, LearnConfig
 from consa.errors import ConsaError
@@ -39,19 +35,10 @@ from consa.model.load import load_model
 from consa.training import distributed
 from consa.training.adaptation import adapt
 from consa.training.learning import learn
-from recipes.qwen3_0_6b import SHAPE
-from research.records import measured_before
+from research.records import measured_before, tokens_of
 
 WARM_UP = 3  # steps that compile, and are not timed
 COLUMNS = ["run", "processes", "tokens/s", "speed-up", "memory, GB", "same allocation", "largest difference"]
-TINY: dict[str, Any] = {
-    "vocab_size": 256,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-}
 
 
 @dataclass(frozen=True)
@@ -63,16 +50,16 @@ class Case:
     verb: str  # learn, joint learn or adapt
     parallel: str
     kill: int | None = None  # the step at which the last process dies
-    folder: str | None = None  # to go on from
+    folder: str | None = None  # to resume from
 
     @property
     def name(self) -> str:
-        """Of its rows."""
+        """The name of its rows."""
         return f"{self.verb} {self.model}, {self.seq_len:,} tokens, {self.parallel}"
 
 
-def cases(toy: bool) -> list[Case]:
-    shapes = [("tiny", 64)] if toy else [("smollm2-135m", 8192), ("qwen3-0.6b", 32768), ("qwen3-0.6b", 8192)]
+def cases() -> list[Case]:
+    shapes = [("smollm2-135m", 8192), ("qwen3-0.6b", 32768), ("qwen3-0.6b", 8192)]
     verbs = [("learn", "ddp"), ("adapt", "ddp"), ("adapt", "fsdp")]
     joint = Case(*shapes[-1], "joint learn", "fsdp")
     return [*(Case(*shape, *verb) for shape in shapes for verb in verbs), joint]
@@ -83,38 +70,35 @@ def main() -> None:
         work()
         return
     parser = parser_of(__doc__)
-    parser.add_argument("--train")
+    parser.add_argument("--train", required=True)
     parser.add_argument("--processes", default="1,2")
     parser.add_argument("--kill", type=int, metavar="N", help="of so many processes, one")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--tokens-per-step", type=int, default=2**17)
-    parser.add_argument("--toy", action="store_true", help="on the CPU, tiny")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    if options.train is None and not options.toy:
-        parser.error("give --train, or --toy")
     numbers = [int(number) for number in options.processes.split(",")]
     free = ("processes", "kill", "out")
     settings = {name: value for name, value in vars(options).items() if name not in free}
     record: dict[str, Any] = environment() | {"settings": settings, "killed": None}
     record |= measured_before(options.out, settings)
     for number in numbers:
-        missing = [case for case in cases(options.toy) if f"{case.name} @{number}" not in record["rows"]]
+        missing = [case for case in cases() if f"{case.name} @{number}" not in record["rows"]]
         if missing:
-            done, found = launch(number, missing, settings)
-            record["rows"] |= {f"{name} @{number}": row for name, row in found.items()}
+            done, rows = launch(number, missing, settings)
+            record["rows"] |= {f"{name} @{number}": row for name, row in rows.items()}
             write_json(options.out, record | {"columns": COLUMNS, "table": table(record["rows"])})
             if done.returncode:
                 raise SystemExit(done.stderr)
     if options.kill and not record["killed"]:
-        record["killed"] = killed(options.kill, cases(options.toy)[2], settings)
+        record["killed"] = killed(options.kill, cases()[2], settings)
         write_json(options.out, record | {"columns": COLUMNS, "table": table(record["rows"])})
     print_table(COLUMNS, table(record["rows"]))
     print(record["killed"])
 
 
 def launch(number: int, wanted: list[Case], settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Run cases on that many processes; returns how it ended, and what the finished ones found by name."""
+    """Run cases on that many processes; returns the ended launcher, and the rows of finished cases by name."""
     with tempfile.TemporaryDirectory() as folder:
         jobs = json.dumps([asdict(case) for case in wanted])
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
@@ -125,40 +109,40 @@ def launch(number: int, wanted: list[Case], settings: dict[str, Any]) -> tuple[A
             stderr=subprocess.PIPE,
             text=True,
         )
-        found = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
-    return done, {row.pop("name"): row for row in found}
+        rows = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
+    return done, {row.pop("name"): row for row in rows}
 
 
 def killed(number: int, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
-    """Kill one of `number` processes in a run, go on with half as many, and compare with a run left alone."""
+    """Kill one of `number` processes in a run, resume on half as many, and compare with an undisturbed run."""
     at = steps_of(case, settings) // 2 + 1
     with tempfile.TemporaryDirectory() as folder:
         there = replace(case, folder=folder)
         done, _ = launch(number, [replace(there, kill=at)], settings)
-        said = [line for line in done.stderr.splitlines() if "SIGKILL" in line or line.startswith("error:")]
-        resumed, found = launch(max(1, number // 2), [there], settings)
+        errors = [line for line in done.stderr.splitlines() if "SIGKILL" in line or line.startswith("error:")]
+        resumed, rows = launch(max(1, number // 2), [there], settings)
         if resumed.returncode:
             raise SystemExit(resumed.stderr)
         _, alone = launch(number, [case], settings)
-    losses, wanted = (rows[case.name]["losses"] for rows in (found, alone))
+    losses, wanted = (of[case.name]["losses"] for of in (rows, alone))
     return {
         "run": case.name,
         "processes": number,
         "at_step": at,
         "exit_code": done.returncode,
-        "said": [line.strip() for line in said],
+        "said": [line.strip() for line in errors],
         "continued_on": max(1, number // 2),
         "largest_difference": largest_difference(losses, wanted),
     }
 
 
 def steps_of(case: Case, settings: dict[str, Any]) -> int:
-    """Those of a small model are short, so it takes more of them."""
+    """Steps of a run; a small model takes more, because its steps are short."""
     return settings["steps"] * (4 if case.model.startswith("smollm") else 1)
 
 
 def table(rows: dict[str, dict[str, Any]]) -> list[list[Any]]:
-    """The rows, each beside that of one process."""
+    """The rows of the table, each compared with the one of a single process."""
     lines = []
     keys = (key.rpartition(" @") for key in rows)
     for name, _, number in sorted(keys, key=lambda key: (key[0], int(key[2]))):
@@ -171,15 +155,15 @@ def table(rows: dict[str, dict[str, Any]]) -> list[list[Any]]:
     return lines
 
 
-def largest_difference(found: list[float], wanted: list[float]) -> float:
-    return float(f"{max(abs(a / b - 1) for a, b in zip(found, wanted, strict=True)):.1e}")
+def largest_difference(losses: list[float], wanted: list[float]) -> float:
+    return float(f"{max(abs(a / b - 1) for a, b in zip(losses, wanted, strict=True)):.1e}")
 
 
 def work() -> None:
-    """What each process does."""
+    """Run cases in one of the processes that the launcher started."""
     wanted, settings, folder = (*map(json.loads, sys.argv[1:3]), Path(sys.argv[3]))
     try:
-        with distributed.group("cpu" if settings["toy"] else None):
+        with distributed.group():
             for place, case in enumerate(Case(**fields) for fields in wanted):
                 row = run(case, settings)
                 if distributed.is_main():
@@ -189,8 +173,8 @@ def work() -> None:
 
 
 def run(case: Case, settings: dict[str, Any]) -> dict[str, Any]:
-    """One case on this process, and what all of them needed."""
-    model, text = made(case, settings)
+    """Run one case in this process; returns its row, over all processes."""
+    model, text = model_and_text(case, settings)
     speeds: list[float] = []
 
     def on_step(record: dict[str, float]) -> None:
@@ -209,55 +193,46 @@ def run(case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         "parallel": case.parallel,
         "checkpoint_every": num_steps // 3,
     }
-    window = 8 if settings["toy"] else 128
-    options: dict[str, Any] = {
-        "run_dir": Path(case.folder) if case.folder else None,
-        "on_step": on_step,
-    }
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    options: dict[str, Any] = {"run_dir": case.folder and Path(case.folder), "on_step": on_step}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     if case.verb != "adapt":
         joint: dict[str, Any] = {"mode": "joint", "weight_lr": 1e-4} if case.verb == "joint learn" else {}
-        config = LearnConfig(**common, **joint, sparsity=0.733, window=window, refine_evaluations=4)
+        config = LearnConfig(**common, **joint, sparsity=0.733, window=128, refine_evaluations=4)
         result = learn(model, text, config, **options)
         allocation, history = result.allocation, result.history
     else:
         layout = attention_layout(model)
         allocation = rules.interleaved(
-            layout.num_layers, layout.num_kv_heads, sparsity=0.733, granularity="kv_head", window=window
+            layout.num_layers, layout.num_kv_heads, sparsity=0.733, granularity="kv_head", window=128
         )
         history = adapt(model, text, allocation, AdaptConfig(**common, learning_rate=1e-4), **options)
-    peak = torch.tensor(float(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0))
+    peak = torch.tensor(float(torch.cuda.max_memory_allocated()), device=model.device)
     return {
         "tokens_per_second": statistics.harmonic_mean(speeds[WARM_UP:] or [1.0]),
-        "peak_gb": round(largest(peak.to(model.device)) / 1e9, 2) if torch.cuda.is_available() else None,
+        "peak_gb": round(largest(peak) / 1e9, 2),
         "losses": [record["loss"] for record in history],
         "allocation": allocation.full_attention.tolist(),
     }
 
 
 def largest(value: torch.Tensor) -> float:
-    """Over all processes."""
+    """The largest value over all processes."""
     if distributed.world_size() > 1:
         torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
     return float(value)
 
 
-def made(case: Case, settings: dict[str, Any]) -> tuple[PreTrainedModel, np.ndarray]:
+def model_and_text(case: Case, settings: dict[str, Any]) -> tuple[PreTrainedModel, np.ndarray]:
     """The case's model and text."""
     if case.model == "smollm2-135m":
         with distributed.main_first():
             model = load_model(case.model).model
-        return model, np.load(settings["train"], mmap_mode="r", allow_pickle=False)
+        return model, tokens_of(settings["train"])
     torch.manual_seed(0)
-    config = (
-        LlamaConfig(**TINY) if case.model == "tiny" else Qwen3Config(**SHAPE, max_position_embeddings=40960)
-    )
-    on_gpu = torch.cuda.is_available()
-    with torch.device("cuda" if on_gpu else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    text = np.random.default_rng(0).integers(0, config.vocab_size, (32, case.seq_len))
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(Qwen3Config(**QWEN3_06B), dtype=torch.bfloat16)
+    text = np.random.default_rng(0).integers(0, QWEN3_06B["vocab_size"], (32, case.seq_len))
     return model.eval(), text
 
 

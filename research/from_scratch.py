@@ -1,26 +1,23 @@
-"""Train a small model with full attention on long documents until it finds a needle: something to study on one GPU.
+"""Train a small model with full attention on long documents until it finds needles: a subject to study on one GPU.
 
     python -m research.from_scratch prepare TEXT HELDOUT --out prepared
     python -m research.from_scratch train prepared --size 30m --out models/30m
 
 TEXT and HELDOUT are JSON lines with `text`, plain or compressed by zstd. `prepare` makes a tokenizer of 16,384 entries
-and, in its tokens, `train.npy`, `heldout.npy` (a sequence of each document first, then a second) and `needles.npy`,
-`(num_sequences, seq_len)` uint16. Needles are text with numbers hidden in it, from one that comes back all the time to
-24 that come back twice, asked for or not. `train` mixes one such sequence into every four, with the digits of each
-sequence permuted anew whenever it is seen, so that no number can be learned by heart. The folder it writes is one that
-transformers and consa load; what it measured on the way is in `training.json` there.
+and three token files, `(num_sequences, seq_len)` uint16: `train.npy`, `heldout.npy` (one sequence of each document
+first, then a second) and `needles.npy`, text in which numbers are hidden: from one that is mentioned all the time to 24
+that are mentioned twice. `train` mixes one needle sequence into every four. It permutes the digits of a sequence anew
+each time the sequence is used, so no number can be memorised. transformers and consa load the folder it writes;
+`training.json` there has what was measured during training.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import io
 import json
 import math
 import random
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from itertools import count
@@ -34,9 +31,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from benchmarks.common import environment, parser_of, write_json
 from consa.data.questions import THINGS, examples
 from consa.model.layout import decoder_layers
-from consa.provenance import hardware, versions
 
 VOCABULARY = 16_384
 END = "<|endoftext|>"
@@ -60,9 +57,7 @@ WARM_UP_STEPS, MIN_RATE, WEIGHT_DECAY, MAX_NORM = 100, 0.1, 0.1, 1.0
 
 def main() -> None:
     """Run a phase."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     phases = parser.add_subparsers(dest="phase", required=True)
     preparing = phases.add_parser("prepare")
     preparing.add_argument("text", type=Path)
@@ -91,13 +86,13 @@ def prepare(options: argparse.Namespace) -> None:
     tokenizer.save_pretrained(options.out)
     for name, path in (("train", options.text), ("heldout", options.heldout)):
         documents = list(sequences(texts(path), tokenizer, options.seq_len))
-        found = in_turns(documents) if name == "heldout" else np.concatenate(documents)
-        np.save(options.out / f"{name}.npy", found, allow_pickle=False)
-        print(f"{name}: {found.shape[0]} sequences", flush=True)
+        rows = in_turns(documents) if name == "heldout" else np.concatenate(documents)
+        np.save(options.out / f"{name}.npy", rows, allow_pickle=False)
+        print(f"{name}: {len(rows)} sequences", flush=True)
     rng = random.Random(0)
     source = (text for _ in count() for text in texts(options.text))
-    found = [needles(source, tokenizer, options.seq_len, rng) for _ in range(options.needles)]
-    np.save(options.out / "needles.npy", np.stack(found), allow_pickle=False)
+    rows = np.stack([needles(source, tokenizer, options.seq_len, rng) for _ in range(options.needles)])
+    np.save(options.out / "needles.npy", rows, allow_pickle=False)
 
 
 def texts(path: Path) -> Iterator[str]:
@@ -194,11 +189,7 @@ def train(options: argparse.Namespace) -> None:
     )
     stream = batches(text, hidden, tokenizer, options)
     asked = questions(tokenizer, text.shape[1])
-    record: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "research.from_scratch", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "hardware": hardware(),
-        "versions": versions(),
+    record: dict[str, Any] = environment() | {
         "parameters": model.num_parameters(),
         "steps": num_steps,
         "measured": [],
@@ -229,7 +220,7 @@ def train(options: argparse.Namespace) -> None:
             print(measured, flush=True)
     model.to(torch.bfloat16).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    (options.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(options.out / "training.json", record)
 
 
 def fresh(size: str, vocabulary: int, seq_len: int, seed: int) -> PreTrainedModel:
@@ -271,12 +262,12 @@ def batches(
 
 def questions(tokenizer: PreTrainedTokenizerFast, seq_len: int, number: int = 20) -> list[tuple[Tensor, int]]:
     """Single needles with their answers behind them, and how many tokens those take."""
-    found = []
+    asked = []
     for example in examples("single", tokenizer, length=seq_len, count=number, seed=1):
         prompt = tokenizer(example.prompt)["input_ids"]
         answer = tokenizer(" " + example.answers[0])["input_ids"]
-        found.append((torch.tensor(prompt + answer), len(answer)))
-    return found
+        asked.append((torch.tensor(prompt + answer), len(answer)))
+    return asked
 
 
 @torch.no_grad()

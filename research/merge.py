@@ -1,8 +1,8 @@
-"""One file of the parts that research/methods.py wrote with `--share`.
+"""Join the parts that a study wrote with `--share` into one file.
 
     python -m research.merge PART.json [PART.json ...] --out research/results/methods.json
 
-A copy of the merged file is a good start for every part, should a later run share out what is left otherwise.
+To divide what is left in another way, start each part from a copy of the joined file.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def main() -> None:
             if record[name] != first[name]:
                 raise SystemExit(f"{part}: {name} is {record[name]}, but {first[name]} in {options.parts[0]}")
         first["rows"] |= record["rows"]
-    first["command"] = re.sub(r"--share([ =])\d+/", r"--share\1I/", first["command"])
-    first["command"] = re.sub(r"--out([ =])\S+", rf"--out\g<1>{options.out}", first["command"])
+    command = re.sub(r"--share([ =])\d+/", r"--share\1I/", first["command"])
+    first["command"] = re.sub(r"--out([ =])\S+", rf"--out\g<1>{options.out}", command)
     write_json(options.out, first)
     print(f"{len(first['rows'])} rows in {options.out}")
 

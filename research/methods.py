@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +52,7 @@ class Entry(NamedTuple):
 
     granularities: tuple[Granularity, ...]
     is_random: bool = False
-    settings: dict[str, int] = {}
+    settings: Mapping[str, int] = MappingProxyType({})
 
 
 BOTH: tuple[Granularity, ...] = ("kv_head", "layer")
@@ -132,7 +133,7 @@ def planned(options: argparse.Namespace) -> Iterator[list[Choice]]:
         for name in options.methods.split(","):
             if name not in PLAN:
                 raise SystemExit(f"--methods takes some of {','.join(PLAN)}, got {name!r}")
-            method = method_named(name, **PLAN[name].settings | given)
+            method = method_named(name, **{**PLAN[name].settings, **given})
             for granularity in PLAN[name].granularities:
                 unknown = name in rules.RULES and name not in rules.names(granularity)
                 if unknown or (seed and not PLAN[name].is_random):
@@ -186,7 +187,7 @@ class Benchmark:
             "num_heldout": len(heldout.tokens),
             "seq_len": heldout.tokens.shape[1],
             "budget": asdict(budget) | given,
-            "budgets": {name: entry.settings for name, entry in PLAN.items() if entry.settings},
+            "budgets": {name: dict(entry.settings) for name, entry in PLAN.items() if entry.settings},
         }
         self.compiled = settings["budget"].pop("compile", False)  # a file may hold rows of both kinds
         self.rows = Rows(options.out, settings)

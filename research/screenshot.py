@@ -1,58 +1,42 @@
-"""A report of the recorded allocations and behaviour, and a picture of its top; needs consa[browser] and a Chromium.
+"""A picture of the top of a report on the recorded allocations and behaviour.
 
     python -m research.screenshot --folder runs/recorded --out docs/report.png
 
-`--folder` receives the allocations as files and report.html, the page that `consa report` makes of them.
+`--folder` receives the allocations as files and report.html, the page that `consa report` makes of them. Needs
+consa[browser] and Chromium.
 """
 
 from __future__ import annotations
 
-import json
-import shlex
 import shutil
-import sys
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports]
 
-from benchmarks.common import parser_of
+from benchmarks.common import environment, parser_of
 from consa.behaviour.relate import Behaviour
 from consa.report import page
-from research.records import learned_allocations
+from research.records import RESULTS, learned_allocations, read
 
-RESULTS = Path(__file__).parent / "results"
-DRAWN = (
-    "[...document.querySelectorAll('.plot')].every(plot => !plot.offsetParent || plot.querySelector('svg'))"
-)
+DRAWN = "[...document.querySelectorAll('.plot')].every(p => !p.offsetParent || p.querySelector('svg'))"
 
 
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--width", type=int, default=1100)
-    parser.add_argument("--height", type=int, default=1610)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-
     files = []
     for granularity in ("kv_head", "layer"):
-        record = json.loads((RESULTS / f"allocations-{granularity}.json").read_text())
-        for allocation in learned_allocations(record):
-            name = allocation.provenance["name"].replace("/", "-")
-            files.append(options.folder / f"{name}.json")
+        for allocation in learned_allocations(read(f"allocations-{granularity}")):
+            files.append(options.folder / f"{allocation.provenance['name'].replace('/', '-')}.json")
             allocation.save(files[-1])
-    report = options.folder / "report.html"
-    page.write(
-        files,
-        report,
-        command=shlex.join(["python", *sys.argv]),
-        behaviour=Behaviour.load(RESULTS / "behaviour.safetensors"),
-    )
+    report, behaviour = options.folder / "report.html", Behaviour.load(RESULTS / "behaviour.safetensors")
+    page.write(files, report, command=environment()["command"], behaviour=behaviour)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium") or shutil.which("google-chrome"), args=["--no-sandbox"]
-        )
-        opened = browser.new_page(viewport={"width": options.width, "height": options.height})
+        chromium = shutil.which("chromium") or shutil.which("google-chrome")
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        opened = browser.new_page(viewport={"width": 1100, "height": 1610})
         opened.goto(report.resolve().as_uri())
         opened.wait_for_function(DRAWN)
         opened.screenshot(path=options.out)

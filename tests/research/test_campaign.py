@@ -47,7 +47,7 @@ def test_nothing_begins_late(campaign: Any, tmp_path: Path):
     slow = campaign.Job("slow", ("sleep 1", "sleep 60"))
     campaign.run([slow, campaign.Job("next", ("sleep 60",))], 1, 0.5, tmp_path, said.append)
     assert time.monotonic() - began < 30 and "s: slow, 1: exit code 0" in said[-1]
-    assert "not begun: next" in said
+    assert "not started: next" in said
 
 
 def test_every_command_names_what_exists(campaign: Any):
