@@ -114,9 +114,7 @@ def run(
     began = time.monotonic()
     free = set(range(num_gpus))
     waiting = [job for job in wanted if job.gpus <= num_gpus]
-    running: list[
-        tuple[Job, int, set[int], subprocess.Popen[bytes]]
-    ] = []  # the int is the place of the command that runs
+    running: list[tuple[Job, int, set[int], subprocess.Popen[bytes]]] = []  # the int is the command's place
 
     def left() -> float:
         return seconds - (time.monotonic() - began)

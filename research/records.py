@@ -28,13 +28,7 @@ Task = TypeVar("Task")
 def study_parser(
     description: str | None, *, shared: bool = False, resumes: bool = True
 ) -> argparse.ArgumentParser:
-    """A parser with the options of every study on text.
-
-    Args:
-        description: the script's docstring.
-        shared: with options for several processes side by side.
-        resumes: with an option to stop early, for scripts that continue their file.
-    """
+    """A parser with the options of every study on text; `shared` and `resumes` add some for scripts that can."""
     parser = parser_of(description)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--train", required=True)

@@ -18,6 +18,7 @@ import argparse
 import json
 import time
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +79,19 @@ class Cell:
 def cells() -> list[Cell]:
     """All cells, in the order in which they run."""
     short = {"num_steps": 100, "refine_evaluations": 0}
-    found = [Cell("steps", str(steps), {"num_steps": steps}) for steps in (100, 6, 12, 25, 50, 200, 400, 600)]
-    for granularity in ("kv_head", "layer"):
-        for sparsity in PUBLISHED:
-            config = {"granularity": granularity, "sparsity": sparsity}
-            found.append(Cell("published", f"{granularity}-{sparsity:g}", config))
-    found += [Cell("window", str(window), short | {"window": window}) for window in (64, 256, 512, 1024)]
-    found += [Cell("sinks", str(sinks), short | {"num_sink_tokens": sinks}) for sinks in (0, 1, 16)]
-    found += [Cell("domain", domain, short, domain=domain) for domain in ("code", "doc", "prose")]
+    chosen = [
+        Cell("steps", str(steps), {"num_steps": steps}) for steps in (100, 6, 12, 25, 50, 200, 400, 600)
+    ]
+    for granularity, sparsity in product(("kv_head", "layer"), PUBLISHED):
+        config = {"granularity": granularity, "sparsity": sparsity}
+        chosen.append(Cell("published", f"{granularity}-{sparsity:g}", config))
+    chosen += [Cell("window", str(window), short | {"window": window}) for window in (64, 256, 512, 1024)]
+    chosen += [Cell("sinks", str(sinks), short | {"num_sink_tokens": sinks}) for sinks in (0, 1, 16)]
+    chosen += [Cell("domain", domain, short, domain=domain) for domain in ("code", "doc", "prose")]
     for seq_len in (2048, 4096):
         config = short | {"seq_len": seq_len, "sequences_per_step": 4 * 8192 // seq_len}
-        found.append(Cell("length", str(seq_len), config))
-    found += [Cell("seed", str(seed), short | {"seed": seed}) for seed in (1, 2)]
+        chosen.append(Cell("length", str(seq_len), config))
+    chosen += [Cell("seed", str(seed), short | {"seed": seed}) for seed in (1, 2)]
     shorter = {"seq_len": 2048, "sequences_per_step": 16}
     evaluations = 3 * LearnConfig.refine_evaluations
     whole: dict[str, tuple[dict[str, Any], str]] = {
@@ -98,11 +100,9 @@ def cells() -> list[Cell]:
         "candidates by all steps": ({}, "candidates_by_all_steps"),
         f"{evaluations} evaluations": ({"refine_evaluations": evaluations}, ""),
     }
-    for name, (config, variant) in whole.items():
-        for sparsity in (0.9, 0.733, 0.5):
-            found.append(
-                Cell("whole", f"{name}/{sparsity:g}", config | {"sparsity": sparsity}, variant=variant)
-            )
+    for (name, (config, variant)), sparsity in product(whole.items(), (0.9, 0.733, 0.5)):
+        own = config | {"sparsity": sparsity}
+        chosen.append(Cell("whole", f"{name}/{sparsity:g}", own, variant=variant))
     parts: dict[str, tuple[dict[str, Any], str]] = {
         "two multipliers": ({}, "two_multipliers"),
         "sampled sparsity": ({}, "sampled_sparsity"),
@@ -122,11 +122,9 @@ def cells() -> list[Cell]:
         "4 draws of 2,048 tokens, 400 steps": ({**shorter, "sequences_per_step": 4, "num_steps": 400}, ""),
         "32 draws of 1,024 tokens": ({"seq_len": 1024, "sequences_per_step": 32}, ""),
     }
-    for seed in (0, 1):
-        for name, (config, variant) in parts.items():
-            own = short | config | {"seed": seed}
-            found.append(Cell("part", f"{name}/{seed}", own, variant=variant))
-    return found
+    for seed, (name, (config, variant)) in product((0, 1), parts.items()):
+        chosen.append(Cell("part", f"{name}/{seed}", short | config | {"seed": seed}, variant=variant))
+    return chosen
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""Text as a file of tokens, one sequence of each document: what the benchmarks on a GPU take with them.
+"""Tokenize text into a file of tokens, one sequence per document: the input of the studies.
 
     python -m research.tokens TEXT --seq-len 8192 --out train.npy
 
-TEXT is anything `consa learn --data` takes. Documents shorter than a sequence are left out. The sequences' domains go
-to train.domains.txt beside it, a line each.
+TEXT is anything `consa learn --data` takes. Documents shorter than a sequence are dropped. The domain of each sequence
+is a line of train.domains.txt, beside the tokens.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=8192)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    found = load_sequences(options.text, load_model(options.model).tokenizer, options.seq_len)
-    chosen = found.spread(len(np.unique(found.documents)))
+    every = load_sequences(options.text, load_model(options.model).tokenizer, options.seq_len)
+    chosen = every.spread(len(np.unique(every.documents)))
     np.save(options.out, chosen.tokens)
     options.out.with_suffix(".domains.txt").write_text("".join(f"{name}\n" for name in chosen.domains))
     print(f"{len(chosen.tokens)} sequences of {options.seq_len} tokens in {options.out}")
