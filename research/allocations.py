@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.common import environment, print_table, write_json
 from consa import rules
-from consa.allocation import Allocation
+from consa.allocation import Allocation, Granularity
 from consa.config import LearnConfig
 from consa.model.load import load_model
 from consa.training.learning import learn
@@ -70,9 +70,8 @@ def main() -> None:
         record |= {"start": options.start, "heldout_sequences": len(heldout.tokens), "rows": rows}
         write_json(options.out, environment() | record)
 
-    for sparsity, granularity in product(
-        map(float, options.sparsity.split(",")), options.granularity.split(",")
-    ):
+    granularities: list[Granularity] = options.granularity.split(",")
+    for sparsity, granularity in product(map(float, options.sparsity.split(",")), granularities):
         if options.rules:
             of_rules = rules.every_rule(*layout.shape, sparsity=sparsity, granularity=granularity, **limits)
             for name, allocation in of_rules.items():

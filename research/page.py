@@ -192,7 +192,7 @@ def trained() -> tuple[Columns, Rows]:
     for name in TABLES["trained"].files:
         record = read(name)
         tokens = record["steps"] * record["settings"]["sequences_per_step"] * record["seq_len"] / 1e6
-        shown = {key: record["rows"][key] for key in only.get(name, record["rows"])}
+        shown = {key: record["rows"][key] for key in only.get(name, list(record["rows"]))}
         for key, row in sorted(shown.items(), key=lambda item: item[1]["sparsity"]):
             rows.append([_title(key), f"{tokens:.1f}", *_trained(row)])
     columns = ["trained under", "M tokens", "sparsity", "loss before", "after", "recovered before", "after"]

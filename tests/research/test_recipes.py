@@ -32,7 +32,7 @@ def test_settings(name: str):
     assert recipe.RUN.start_for(recipe.LEARN) < recipe.LEARN.seq_len == recipe.ADAPT.seq_len
     for config in (recipe.LEARN, recipe.ADAPT):
         assert config.sequences_per_step % (8 * config.micro_batch) == 0
-        assert config.activation_checkpointing, "the page counts on it"
+        assert config.gradient_checkpointing, "the page counts on it"
     layout = attention_layout(costs.skeleton(recipe.SHAPE))
     units = units_of(layout, recipe.LEARN.granularity)
     assert target_units(layout, recipe.LEARN) == 56 and units.count == 224
