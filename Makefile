@@ -69,7 +69,7 @@ results: $(VENV)/.dev  ## Write the tables and figures of README.md and docs/RES
 
 clean:  ## Delete caches and builds; runs/ and .venv stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
-	find consa tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find benchmarks consa recipes research tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## Delete the virtual environments too
 	rm -rf $(VENV) $(VLLM) .venv-oldest .venv-newest .venv-audit

@@ -26,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     every = load_sequences(options.text, load_model(options.model).tokenizer, options.seq_len)
     chosen = every.spread(len(np.unique(every.documents)))
-    np.save(options.out, chosen.tokens)
+    np.save(options.out, chosen.tokens, allow_pickle=False)
     options.out.with_suffix(".domains.txt").write_text("".join(f"{name}\n" for name in chosen.domains))
     print(f"{len(chosen.tokens)} sequences of {options.seq_len} tokens in {options.out}")
 
