@@ -1,13 +1,13 @@
-"""What learning an allocation costs on a GPU: tokens per second, beside loops without gates, and without care.
+"""Learning on a GPU: tokens per second, beside loops without gates and with naive ones.
 
     python benchmarks/learning.py --random --out benchmarks/results/learning.json
 
-Forward and backward of one or several sequences at once, bf16, weights frozen. "consa" is `learn` over a whole short
-run, from gates almost all open to the target sparsity: all of a step, the gates' own update too. "dense" is the same
-loss and backward pass through plain causal attention of the library. "two attentions" computes both branches of all
-heads at every step: causal, and under a dense mask of the window, mixed by the gates. Those two have no optimiser.
-Times are medians over steps for them, the mean over the run for consa; the peak is of memory allocated, weights
-included. Compiled are the layers, but for attention; then `to dense` is to the dense loop compiled likewise.
+Forward and backward, bf16, frozen weights. "consa" is a whole short run of `learn`, from gates almost all open to the
+target sparsity, including the update of the gates. "dense" is the same loss and backward pass through the library's
+causal attention. "two attentions" computes both branches of every head at every step: causal, and under a dense mask of
+the window, mixed by the gates. These two have no optimizer. Times are medians over steps for them, and the mean over
+the run for consa. The peak is of allocated memory, weights included. In compiled loops the layers are compiled, except for
+attention; `to dense` is then to the compiled dense loop.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def random_model(config: Any) -> PreTrainedModel:
 def learned(
     model: PreTrainedModel, tokens: np.ndarray, num_steps: int, at_once: int = 1, **settings: Any
 ) -> float:
-    """Tokens per second of a whole run of `learn`, after a short one that compiles whatever a run comes to need."""
+    """Tokens per second of a whole run of `learn`, after a short run that compiles all kernels."""
     speeds: list[float] = []
     for steps in (min(WARM_UP_RUN, num_steps), num_steps):
         config = LearnConfig(
@@ -124,7 +124,7 @@ def two_attentions(model: PreTrainedModel, seq_len: int) -> Iterator[None]:
 
 
 def peak_of(run: Callable[[], float]) -> tuple[float, float]:
-    """What `run` returns, and GB allocated at most."""
+    """What `run` returns, and the peak of allocated memory in GB."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return run(), torch.cuda.max_memory_allocated() / 1e9
@@ -145,16 +145,16 @@ def main() -> None:
     tokens = generator.integers(0, SMOLLM2_135M["vocab_size"], (options.steps, 8192))
     rows: list[list[Any]] = []
     for at_once in AT_ONCE:
-        found = {"dense": peak_of(partial(stepped, model, tokens, at_once))}
+        loops = {"dense": peak_of(partial(stepped, model, tokens, at_once))}
         with two_attentions(model, tokens.shape[1]):
-            found["two attentions"] = peak_of(partial(stepped, model, tokens, at_once))
-        found["consa"] = peak_of(partial(learned, model, tokens, options.steps, at_once))
+            loops["two attentions"] = peak_of(partial(stepped, model, tokens, at_once))
+        loops["consa"] = peak_of(partial(learned, model, tokens, options.steps, at_once))
         with loop.prepared(model, compile=True):
-            found["dense, compiled"] = peak_of(partial(stepped, model, tokens, at_once))
+            loops["dense, compiled"] = peak_of(partial(stepped, model, tokens, at_once))
         compiled = partial(learned, model, tokens, options.steps, at_once, compile=True)
-        found["consa, compiled"] = peak_of(compiled)
-        for name, (speed, peak) in found.items():
-            dense = found["dense, compiled" if "compiled" in name else "dense"][0]
+        loops["consa, compiled"] = peak_of(compiled)
+        for name, (speed, peak) in loops.items():
+            dense = loops["dense, compiled" if "compiled" in name else "dense"][0]
             rows.append(
                 ["SmolLM2-135M", 8192, at_once, name, round(speed), round(speed / dense, 3), round(peak, 2)]
             )
