@@ -6,8 +6,8 @@ Forward and backward, bf16, frozen weights. "consa" is a whole short run of `lea
 target sparsity, including the update of the gates. "dense" is the same loss and backward pass through the library's
 causal attention. "two attentions" computes both branches of every head at every step: causal, and under a dense mask of
 the window, mixed by the gates. These two have no optimizer. Times are medians over steps for them, and the mean over
-the run for consa. The peak is of allocated memory, weights included. In compiled loops the layers are compiled, except for
-attention; `to dense` is then to the compiled dense loop.
+the run for consa. The peak is of allocated memory, weights included. In compiled loops the layers are compiled, except
+for attention; `to dense` is then to the compiled dense loop.
 """
 
 from __future__ import annotations
