@@ -80,20 +80,20 @@ def section(name: str, recipe: ModuleType) -> list[str]:
     columns = [(phase, gpus) for phase in ("learn", "adapt") for gpus in GPUS]
     configs = {"learn": recipe.LEARN, "adapt": recipe.ADAPT}
     full = {"learn": 1.0, "adapt": 1 - learn.sparsity}
-    found = [
+    estimates = [
         (memory(model, configs[phase], gpus), time(model, configs[phase], gpus, full=full[phase]))
         for phase, gpus in columns
     ]
     titles = (f"{phase}, {gpus} GPU{'s' * (gpus > 1)}" for phase, gpus in columns)
     lines += ["| | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(columns)]
-    for part in dict.fromkeys(part for parts, _ in found for part in parts):
-        cells = (f"{parts[part] / 1e9:.1f}" if part in parts else "" for parts, _ in found)
+    for part in dict.fromkeys(part for parts, _ in estimates for part in parts):
+        cells = (f"{parts[part] / 1e9:.1f}" if part in parts else "" for parts, _ in estimates)
         lines.append(f"| {part} | " + " | ".join(cells) + " |")
     lines.append(
-        "| **GB in all** | " + " | ".join(f"**{sum(p.values()) / 1e9:.1f}**" for p, _ in found) + " |"
+        "| **GB in all** | " + " | ".join(f"**{sum(p.values()) / 1e9:.1f}**" for p, _ in estimates) + " |"
     )
-    for label in found[0][1]:
-        lines.append(f"| {label} | " + " | ".join(facts[label] for _, facts in found) + " |")
+    for label in estimates[0][1]:
+        lines.append(f"| {label} | " + " | ".join(facts[label] for _, facts in estimates) + " |")
     return [*lines, ""]
 
 
