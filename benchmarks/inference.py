@@ -1,10 +1,10 @@
-"""What does a hybrid save in prefill, decoding, cache and memory, beside the dense model on the same weights?
+"""What does a hybrid save in prefill, decoding, cache and memory, beside the dense model with the same weights?
 
     python benchmarks/inference.py --out benchmarks/results/inference.json
 
-Converts the model at each sparsity of a rule, or with each of some allocation files, into a temporary folder, and
-measures what `consa bench` does. Sparsity 0 shows what consa's own attention and cache cost where nothing slides.
-Run it alone: it times.
+Converts the model into a temporary folder, for each sparsity of a rule or for each of some allocation files, and runs
+the measurement of `consa bench`. Sparsity 0 shows what consa's own attention and cache cost when nothing slides. Run it
+alone on the machine, because it measures time.
 """
 
 from __future__ import annotations

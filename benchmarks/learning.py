@@ -1,13 +1,13 @@
-"""What learning an allocation costs on a GPU: tokens per second, beside loops without gates, and without care.
+"""Learning on a GPU: tokens per second, beside loops without gates and with naive ones.
 
     python benchmarks/learning.py --random --out benchmarks/results/learning.json
 
-Forward and backward of one or several sequences at once, bf16, weights frozen. "consa" is `learn` over a whole short
-run, from gates almost all open to the target sparsity: all of a step, the gates' own update too. "dense" is the same
-loss and backward pass through plain causal attention of the library. "two attentions" computes both branches of all
-heads at every step: causal, and under a dense mask of the window, mixed by the gates. Those two have no optimiser.
-Times are medians over steps for them, the mean over the run for consa; the peak is of memory allocated, weights
-included. Compiled are the layers, but for attention; then `to dense` is to the dense loop compiled likewise.
+Forward and backward, bf16, frozen weights. "consa" is a whole short run of `learn`, from gates almost all open to the
+target sparsity, including the update of the gates. "dense" is the same loss and backward pass through the library's
+causal attention. "two attentions" computes both branches of every head at every step: causal, and under a dense mask of
+the window, mixed by the gates. These two have no optimizer. Times are medians over steps for them, and the mean over
+the run for consa. The peak is of allocated memory, weights included. In compiled loops the layers are compiled, except
+for attention; `to dense` is then to the compiled dense loop.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import environment, parser_of, print_table, write_json
+from common import QWEN3_06B, environment, parser_of, print_table, write_json
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
@@ -50,17 +50,6 @@ SMOLLM2_135M: dict[str, Any] = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
-QWEN3_06B: dict[str, Any] = {
-    "vocab_size": 151936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "tie_word_embeddings": True,
-}
 
 
 def random_model(config: Any) -> PreTrainedModel:
@@ -72,7 +61,7 @@ def random_model(config: Any) -> PreTrainedModel:
 def learned(
     model: PreTrainedModel, tokens: np.ndarray, num_steps: int, at_once: int = 1, **settings: Any
 ) -> float:
-    """Tokens per second of a whole run of `learn`, after a short one that compiles whatever a run comes to need."""
+    """Tokens per second of a whole run of `learn`, after a short run that compiles all kernels."""
     speeds: list[float] = []
     for steps in (min(WARM_UP_RUN, num_steps), num_steps):
         config = LearnConfig(
@@ -135,7 +124,7 @@ def two_attentions(model: PreTrainedModel, seq_len: int) -> Iterator[None]:
 
 
 def peak_of(run: Callable[[], float]) -> tuple[float, float]:
-    """What `run` returns, and GB allocated at most."""
+    """What `run` returns, and the peak of allocated memory in GB."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return run(), torch.cuda.max_memory_allocated() / 1e9
@@ -156,16 +145,16 @@ def main() -> None:
     tokens = generator.integers(0, SMOLLM2_135M["vocab_size"], (options.steps, 8192))
     rows: list[list[Any]] = []
     for at_once in AT_ONCE:
-        found = {"dense": peak_of(partial(stepped, model, tokens, at_once))}
+        loops = {"dense": peak_of(partial(stepped, model, tokens, at_once))}
         with two_attentions(model, tokens.shape[1]):
-            found["two attentions"] = peak_of(partial(stepped, model, tokens, at_once))
-        found["consa"] = peak_of(partial(learned, model, tokens, options.steps, at_once))
+            loops["two attentions"] = peak_of(partial(stepped, model, tokens, at_once))
+        loops["consa"] = peak_of(partial(learned, model, tokens, options.steps, at_once))
         with loop.prepared(model, compile=True):
-            found["dense, compiled"] = peak_of(partial(stepped, model, tokens, at_once))
+            loops["dense, compiled"] = peak_of(partial(stepped, model, tokens, at_once))
         compiled = partial(learned, model, tokens, options.steps, at_once, compile=True)
-        found["consa, compiled"] = peak_of(compiled)
-        for name, (speed, peak) in found.items():
-            dense = found["dense, compiled" if "compiled" in name else "dense"][0]
+        loops["consa, compiled"] = peak_of(compiled)
+        for name, (speed, peak) in loops.items():
+            dense = loops["dense, compiled" if "compiled" in name else "dense"][0]
             rows.append(
                 ["SmolLM2-135M", 8192, at_once, name, round(speed), round(speed / dense, 3), round(peak, 2)]
             )
@@ -174,7 +163,7 @@ def main() -> None:
 
     model = random_model(Qwen3Config(**QWEN3_06B))
     tokens = generator.integers(0, QWEN3_06B["vocab_size"], (4, 32768))
-    for name, settings in (("consa", {}), ("consa, checkpointing", {"activation_checkpointing": True})):
+    for name, settings in (("consa", {}), ("consa, checkpointing", {"gradient_checkpointing": True})):
         speed, peak = peak_of(partial(learned, model, tokens, len(tokens), **settings))
         rows.append(["Qwen3-0.6B", 32768, 1, name, round(speed), "", round(peak, 2)])
     if options.out:

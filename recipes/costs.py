@@ -1,9 +1,9 @@
-"""Memory and time of every recipe on 1 and 8 GPUs, worked out from the model's shape: writes recipes/README.md.
+"""Compute memory and time of every recipe on 1 and 8 GPUs from the model's shape; writes recipes/README.md.
 
 python -m recipes.costs
 
-Memory is counted: weights, gradients and optimiser by their bytes, what a layer keeps for its backward pass by running
-one and looking. Only the speed of the arithmetic is assumed.
+Weights, gradients and optimizer states are counted in bytes. What a layer keeps for its backward pass is measured by
+running one. Only the speed of the arithmetic is assumed.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ def page() -> str:
     lines = [
         "# Recipes",
         "",
-        "Written by `python -m recipes.costs`. Run one with `python -m recipes.run NAME learn`, then `adapt`; on 8 GPUs"
-        " of one host, with `torchrun --nproc-per-node 8 -m` for `python -m`, and the same settings. From a clone, with"
-        " `.[datasets]` for their text. They have been computed and built, not run to their ends.",
+        "Complete settings for two models: `python -m recipes.run NAME learn`, then `adapt`, from a clone with"
+        " `.[datasets]`. On 8 GPUs of one host, replace `python -m` by `torchrun --nproc-per-node 8 -m`; the settings"
+        " stay the same. The costs are computed, and the configurations are tested; they have not been run to their"
+        " ends. `python -m recipes.costs` writes this page.",
         "",
-        "Memory is per GPU, in GB of 10^9 bytes, with one sequence computed at once and layers recomputed in the"
-        f" backward pass. Time is at {TFLOPS} TFLOP/s, a fifth of what an H100 can do in bfloat16: an estimate, without"
-        " reading text, measuring and refinement, and with eight GPUs eight times as fast as one. Measured on H100 and"
-        " H200 (docs/RESULTS.md): adapting Qwen3-0.6B, one GPU is 15 to 28 % slower than estimated; two with FSDP do"
-        " 0.55 of twice as much at 8,192 tokens a sequence.",
+        "Memory is per GPU, in GB of 10^9 bytes, with one sequence at a time and gradient checkpointing. Time assumes"
+        f" {TFLOPS} TFLOP/s, a fifth of an H100's peak in bfloat16, and perfect scaling to eight GPUs. It excludes"
+        " reading text, measuring and refinement. Measured on H100 and H200 (research/results/distributed.json),"
+        " adapting Qwen3-0.6B on one GPU is 15 to 28 % slower than this estimate; two GPUs with FSDP reach 0.55 of"
+        " twice the speed at 8,192 tokens a sequence.",
         "",
     ]
     for name in RECIPES:
@@ -70,31 +71,29 @@ def section(name: str, recipe: ModuleType) -> list[str]:
     lines = [
         f"## {name}: {recipe.RUN.model}",
         "",
-        f"{total / 1e6:,.1f} M parameters: {embeddings / 1e6:.1f} M in the embeddings, which the output layer shares,"
-        f" and {heads[0]} layers of {layers / heads[0] / 1e6:.2f} M. A sequence's KV cache at {CONTEXT:,} tokens:"
+        f"{total / 1e6:,.1f} M parameters: {embeddings / 1e6:.1f} M in the embeddings, shared with the output layer,"
+        f" and {heads[0]} layers of {layers / heads[0] / 1e6:.2f} M. KV cache of one sequence of {CONTEXT:,} tokens:"
         f" {cache:.2f} GB dense, {small:.2f} GB as the hybrid. A checkpoint of adapting takes"
-        f" {total * 12 / 1e9:.1f} GB, and twice that passes through the memory of the main process's machine.",
+        f" {total * 12 / 1e9:.1f} GB; saving it needs twice that in the main process's host memory.",
         "",
     ]
     columns = [(phase, gpus) for phase in ("learn", "adapt") for gpus in GPUS]
     configs = {"learn": recipe.LEARN, "adapt": recipe.ADAPT}
     full = {"learn": 1.0, "adapt": 1 - learn.sparsity}
-    found = [
+    estimates = [
         (memory(model, configs[phase], gpus), time(model, configs[phase], gpus, full=full[phase]))
         for phase, gpus in columns
     ]
-    lines.append(
-        "| | " + " | ".join(f"{phase}, {gpus} GPU{'s' * (gpus > 1)}" for phase, gpus in columns) + " |"
-    )
-    lines.append("| --- |" + " ---: |" * len(columns))
-    for part in dict.fromkeys(part for parts, _ in found for part in parts):
-        cells = (f"{parts[part] / 1e9:.1f}" if part in parts else "" for parts, _ in found)
+    titles = (f"{phase}, {gpus} GPU{'s' * (gpus > 1)}" for phase, gpus in columns)
+    lines += ["| | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(columns)]
+    for part in dict.fromkeys(part for parts, _ in estimates for part in parts):
+        cells = (f"{parts[part] / 1e9:.1f}" if part in parts else "" for parts, _ in estimates)
         lines.append(f"| {part} | " + " | ".join(cells) + " |")
     lines.append(
-        "| **GB in all** | " + " | ".join(f"**{sum(p.values()) / 1e9:.1f}**" for p, _ in found) + " |"
+        "| **GB in all** | " + " | ".join(f"**{sum(p.values()) / 1e9:.1f}**" for p, _ in estimates) + " |"
     )
-    for label in found[0][1]:
-        lines.append(f"| {label} | " + " | ".join(facts[label] for _, facts in found) + " |")
+    for label in estimates[0][1]:
+        lines.append(f"| {label} | " + " | ".join(facts[label] for _, facts in estimates) + " |")
     return [*lines, ""]
 
 
@@ -129,13 +128,13 @@ def memory(model: Qwen3ForCausalLM, config: LearnConfig | AdaptConfig, gpus: int
         whole = total - layers
         parts["weights"] = whole * 2
         parts["masters, gradients, Adam"] = whole * (4 + 4 + 8) + layers * (4 + 4 + 8) / gpus
-        parts["the model as it was"] = total * 2
+        parts["the model before training"] = total * 2
         parts["two layers gathered"] = 2 * layers / shape.num_hidden_layers * 2
-    if isinstance(config, AdaptConfig) and config.needs_teacher and not sharded:
-        parts["the model as it was"] = total * 2
+    if isinstance(config, AdaptConfig) and (config.distillation or config.hidden_loss) and not sharded:
+        parts["the model before training"] = total * 2
     parts["inputs of layers"] = shape.num_hidden_layers * tokens * shape.hidden_size * 2
     parts["one layer, recomputed"] = layer_bytes(shape) * tokens
-    parts["a chunk of logits"] = (
+    parts["one chunk of logits"] = (
         CHUNK_TOKENS * shape.vocab_size * (2 + 2 + 4 + 4)
     )  # and gradients, in both precisions
     return parts

@@ -19,7 +19,7 @@ RECIPES = sorted(path.stem for path in Path(__file__).parent.glob("qwen*.py"))
 
 
 def main() -> None:
-    """Run a phase of a recipe; killed and started again, it goes on where it was."""
+    """Run a phase of a recipe. An interrupted run resumes from its last checkpoint."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,7 +36,7 @@ def main() -> None:
         if options.phase == "learn":
             run_learning(recipe.RUN, recipe.LEARN, learned, command=command)
         elif not (learned / "allocation.json").exists():
-            raise ConsaError(f"{learned} holds no allocation; run the recipe's learn before")
+            raise ConsaError(f"{learned} holds no allocation; run the recipe's learn phase first")
         else:
             allocation = Allocation.load(learned)
             run_adaptation(recipe.RUN, allocation, recipe.ADAPT, adapted, command=command)

@@ -1,7 +1,7 @@
-"""What the documents say can be typed, can: their blocks run here, on a tiny model and a little text.
+"""The documents' blocks run as they stand, on a tiny model and a little text.
 
-Commands run as they stand, in a folder where `Qwen/Qwen3-0.6B`, `smollm2-135m` and `books/*.txt` are stand-ins, with
-the options of `SMALL` behind their own. What `NOT_RUN` lists is parsed instead.
+`Qwen/Qwen3-0.6B`, `smollm2-135m` and `books/*.txt` are stand-ins in the working folder. Commands get the options of
+`SMALL` in addition to their own. Commands that `NOT_RUN` lists are only parsed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from consa import methods, rules
 from consa.cli import commands as cli
 from consa.cli.terminal import UsageError
-from consa.model import model
+from consa.model import load
 from consa.serving import limits
 from tests import models
 
@@ -181,13 +181,12 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.fixture(autouse=True)
 def tables() -> Iterator[None]:
     """What examples add to is afterwards as before."""
-    before = dict(rules.RULES), dict(methods.METHODS), dict(models.FAMILIES), set(methods.RANKINGS)
+    tables: tuple[dict[str, Any], ...] = rules.RULES, methods.METHODS, models.FAMILIES
+    before = [dict(table) for table in tables]
     yield
-    for table, content in zip(
-        (rules.RULES, methods.METHODS, models.FAMILIES, methods.RANKINGS), before, strict=True
-    ):
+    for table, content in zip(tables, before, strict=True):
         table.clear()
-        table.update(content)  # pyright: ignore
+        table.update(content)
 
 
 @pytest.fixture
@@ -201,7 +200,7 @@ def folder(
         path.save_pretrained(tmp_path / "Qwen/Qwen3-0.6B")
     shutil.copytree(tiny_model_folder, tmp_path / "smollm2-135m")
     shutil.copytree(text_folder, tmp_path / "books")
-    monkeypatch.setattr(model, "PACKAGED_MODELS", {})
+    monkeypatch.setattr(load, "PACKAGED_MODELS", {})
     monkeypatch.setenv("CONSA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.chdir(tmp_path)

@@ -48,3 +48,13 @@ def test_the_oldest_versions_are_the_floors():
 def test_the_version_is_the_same_everywhere():
     cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
     assert cited and cited[1] == consa.__version__
+
+
+@pytest.mark.parametrize(("path", "most"), [("README.md", 200), ("docs/RESULTS.md", 250)])
+def test_pages_stay_short_enough_to_read(path: str, most: int):
+    assert len((ROOT / path).read_text(encoding="utf-8").splitlines()) <= most
+
+
+def test_experiments_replace_objects_and_patch_nothing():
+    paths = [path for folder in ("benchmarks", "research") for path in (ROOT / folder).rglob("*.py")]
+    assert paths and not [path for path in paths if "mock" in path.read_text(encoding="utf-8")]

@@ -16,7 +16,8 @@ from consa.config import AdaptConfig, LearnConfig, RunConfig
 from consa.model.layout import attention_layout
 from consa.model.load import load_model
 from consa.training.learning import target_units, units_of
-from recipes import costs, from_scratch, run
+from recipes import costs, run
+from research import from_scratch
 
 
 def test_no_recipe_is_left_out():
@@ -31,7 +32,7 @@ def test_settings(name: str):
     assert recipe.RUN.start_for(recipe.LEARN) < recipe.LEARN.seq_len == recipe.ADAPT.seq_len
     for config in (recipe.LEARN, recipe.ADAPT):
         assert config.sequences_per_step % (8 * config.micro_batch) == 0
-        assert config.activation_checkpointing, "the page counts on it"
+        assert config.gradient_checkpointing, "the page counts on it"
     layout = attention_layout(costs.skeleton(recipe.SHAPE))
     units = units_of(layout, recipe.LEARN.granularity)
     assert target_units(layout, recipe.LEARN) == 56 and units.count == 224
@@ -113,4 +114,6 @@ def test_adapting_before_learning_is_one_line(
     with pytest.raises(SystemExit) as caught:
         run.main()
     assert caught.value.code == 2
-    assert "qwen3_0_6b-learn holds no allocation; run the recipe's learn before" in capsys.readouterr().err
+    assert (
+        "qwen3_0_6b-learn holds no allocation; run the recipe's learn phase first" in capsys.readouterr().err
+    )

@@ -1,1 +1,0 @@
-"""How each kind of result is told in docs/RESULTS.md."""

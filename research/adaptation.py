@@ -1,0 +1,288 @@
+"""Does continued training close the gap? Hybrids and the dense model, trained equally long on the same text.
+
+    python -m research.adaptation --train train.npy --heldout heldout.npy --out research/results/adaptation.json
+
+TRAIN and HELDOUT are token files of research/tokens.py. A row's name is what it trains under, the sinks it is trained
+and measured with, and optionally a sparsity. Learned allocations come from --seed of the records of
+research/allocations.py (learned with 4 sinks), or, with a sparsity, from methods.json: `kv_head/4/0.9`.
+`interleaved/4/0.9` is a rule over KV heads, `interleaved_layer/4/0.9` over layers. Each row trains all weights of a
+copy of the model by `adapt`, on the same sequences in the same order: those of TRAIN that learning has not seen, or all
+of TRAIN if those are too few. `joint` learns gates and weights together on the text on which the others learned their
+gates, and then trains on, under its own mask, on as much text as they do.
+
+Losses are means over the held-out sequences from `--start` on, before and after training. `recovered` is the share of
+the gap from all-SWA (with the row's sinks) to the dense model that a row closes: before training, of the gap between
+the untrained two; after training, up to the trained dense model, from all-SWA untrained (`recovered`) or trained too
+(`recovered_of_trained`). Retrieval is the share of single needles that the model's greedy continuation answers.
+
+An interrupted run continues with the first missing row; `--seconds 500` starts no row later than that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from consa.training.objective import order
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks.common import print_table
+from consa import rules
+from consa.allocation import Allocation
+from consa.config import AdaptConfig, LearnConfig, with_present_names
+from consa.data.questions import examples
+from consa.model import loss
+from consa.model.attach import attached
+from consa.model.load import load_model
+from consa.training.adaptation import adapt
+from consa.training.learning import learn
+from research.records import Heldout, Rows, digits_of, mask_of, read, run_missing, study_parser, tokens_of
+
+COLUMNS = ["row", "loss before", "recovered before", "loss", "recovered", "of trained", "behind dense"]
+ROWS = [
+    *("dense", "kv_head/4", "all_swa/4", "kv_head/0", "layer/4", "interleaved/4", "middle/4", "joint/4"),
+    *("all_swa/0", "distilled/4", "layer/0", "interleaved/0", "middle/0"),
+]
+KINDS = (
+    {row.partition("/")[0] for row in ROWS} | rules.RULES.keys() | {f"{rule}_layer" for rule in rules.RULES}
+)
+
+
+def main() -> None:
+    options = parse()
+    names = options.rows.split(",")
+    if unknown := {name for name in names if name.partition("/")[0] not in KINDS}:
+        raise SystemExit(f"--rows must be of {', '.join(ROWS)} or rules, got {', '.join(sorted(unknown))}")
+    if options.tokens > 20e6:
+        raise SystemExit(f"--tokens must be at most 20 M, got {options.tokens:,.0f}")
+    began = time.perf_counter()
+    bench = Benchmark(options)
+    run_missing(names, lambda name: name in bench.rows, bench.add, began=began, seconds=options.seconds)
+    print_table(COLUMNS, [cells(name, row) for name, row in bench.rows.items()])
+
+
+def parse() -> argparse.Namespace:
+    parser = study_parser(__doc__)
+    parser.add_argument("--rows", default=",".join(ROWS), help="in the order in which they are measured")
+    parser.add_argument("--seed", type=int, default=0, help="of the learned allocations")
+    parser.add_argument("--tokens", type=float, default=5.25e6, help="of each row's training; at most 20 M")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="peak learning rate")
+    parser.add_argument(
+        "--joint-rate", type=float, default=1e-4, help="learning rate of the weights in joint learning"
+    )
+    parser.add_argument("--sequences-per-step", type=int, default=8)
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--compile", action="store_true", help="compile the layers that train")
+    parser.add_argument(
+        "--learn-steps", type=int, help="steps of joint learning (default: those of the files)"
+    )
+    parser.add_argument("--lengths", default="4096,8192", help="tokens of the retrieval questions")
+    parser.add_argument("--examples", type=int, default=50, help="questions per length")
+    return parser.parse_args()
+
+
+class Benchmark:
+    """The rows, and what measures one."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.loaded = load_model(options.model)
+        self.train = tokens_of(options.train)
+        self.heldout = Heldout.of(options, at_once=options.micro_batch)
+        self.sources = {name: Source.read(name, options.seed) for name in ("kv_head", "layer")}
+        source = self.sources["kv_head"].config
+        self.learning = replace(
+            source,
+            mode="joint",
+            weight_lr=options.joint_rate,
+            micro_batch=options.micro_batch,
+            compile=options.compile,
+            num_steps=options.learn_steps or source.num_steps,
+        )
+        seen = self.learning.num_steps * self.learning.sequences_per_step
+        unseen = order(self.train, self.learning.seed, range(seen, len(self.train)))
+        seq_len = self.train.shape[1]
+        self.adapting = AdaptConfig(
+            seq_len=seq_len,
+            num_steps=max(1, int(options.tokens) // (options.sequences_per_step * seq_len)),
+            sequences_per_step=options.sequences_per_step,
+            micro_batch=options.micro_batch,
+            learning_rate=options.learning_rate,
+            compile=options.compile,
+        )
+        needed = self.adapting.num_steps * options.sequences_per_step
+        self.text = self.train[unseen] if len(unseen) >= needed else self.train
+        self.questions = {
+            length: Questions.make(self.loaded.tokenizer, int(length), options.examples)
+            for length in options.lengths.split(",")
+        }
+        free = ("rows", "seconds", "out")
+        settings = {name: value for name, value in vars(options).items() if name not in free}
+        self.rows = Rows(
+            options.out,
+            settings,
+            window=source.window,
+            seq_len=seq_len,
+            steps=self.adapting.num_steps,
+            train_sequences=len(self.text),
+            heldout_sequences=len(self.heldout.tokens),
+            learn_steps=self.learning.num_steps,
+            learn_sequences_per_step=self.learning.sequences_per_step,
+        )
+
+    def add(self, name: str) -> None:
+        """Train, measure, write."""
+        kind = name.partition("/")[0]
+        model = copy.deepcopy(self.loaded.model)
+        config, learning_seconds = self.adapting, None
+        if kind == "distilled":
+            config = replace(config, cross_entropy=0.5, distillation=0.5)
+        if kind == "joint":
+            began = seconds()
+            allocation = learn(model, self.train, self.learning).allocation
+            learning_seconds = round(seconds() - began, 1)
+        else:
+            allocation = self.allocation(name)
+        measured = None if kind == "dense" else allocation
+        before = self.measure(model, measured)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        began = seconds()
+        history = adapt(model, self.text, allocation, config)
+        took = seconds() - began
+        tokens = config.num_steps * config.sequences_per_step * config.seq_len
+        row = {
+            "sinks": None if kind == "dense" else allocation.num_sink_tokens,
+            "sparsity": round(allocation.sparsity, 4),
+            "before": before,
+            "after": self.measure(model, measured),
+            "learning_seconds": learning_seconds,
+            "seconds": round(took, 1),
+            "tokens_per_second": round(tokens / took),
+            "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)
+            if torch.cuda.is_available()
+            else None,
+            "losses": [round(record["loss"], 4) for record in history],
+            "allocation": digits_of(allocation),
+        }
+        compare(self.rows | {name: row})
+        self.rows.add(name, row)
+
+    def allocation(self, name: str) -> Allocation:
+        """The allocation that a row of this name trains under; joint rows learn theirs."""
+        if name == "dense":
+            name = "dense/0"
+        kind, sinks, *sparsity = name.split("/")
+        layout, heads = self.loaded.layout, self.sources["kv_head"]
+        shape: dict[str, Any] = {"window": heads.config.window, "num_sink_tokens": int(sinks)}
+        shape |= {"native_windows": layout.native_windows}
+        learned = {"distilled": heads, "kv_head": heads, "layer": self.sources["layer"]}
+        if kind in learned:
+            granularity = learned[kind].config.granularity
+            full = learned[kind].full_attention
+            if sparsity:
+                name = f"consa-{granularity}-{sparsity[0]}-seed{self.options.seed}"
+                full = mask_of(read("methods")["rows"][name]["allocation"])
+            return Allocation(full_attention=full, granularity=granularity, **shape)
+        shape["sparsity"] = {"dense": 0.0, "all_swa": 1.0}.get(
+            kind, float(*sparsity or [heads.config.sparsity])
+        )
+        granularity = "layer" if kind.endswith("_layer") else "kv_head"
+        rule = rules.RULES.get(kind.removesuffix("_layer"), rules.bottom)
+        return rule(layout.num_layers, layout.num_kv_heads, granularity=granularity, **shape)
+
+    def measure(self, model: PreTrainedModel, allocation: Allocation | None) -> dict[str, Any]:
+        """Held-out loss, and the share of answers found at each length."""
+        measured = self.heldout.measured(model, allocation)
+        with attached(model, allocation or self.allocation("dense")):
+            answered = {length: round(asked.answered(model), 4) for length, asked in self.questions.items()}
+        return measured | {"retrieval": answered}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A learned allocation and what it was learned with."""
+
+    full_attention: np.ndarray  # bool (layers, kv_heads)
+    config: LearnConfig
+
+    @classmethod
+    def read(cls, granularity: str, seed: int) -> Source:
+        """From the results of research/allocations.py."""
+        record = read(f"allocations-{granularity}")
+        (row,) = (row for row in record["rows"] if row["name"] == f"consa/{granularity}/seed{seed}")
+        return cls(
+            mask_of(row["allocation"]),
+            LearnConfig(
+                **with_present_names(record["settings"]) | {"granularity": granularity, "seed": seed}
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts followed by their answers, and how many tokens each answer has."""
+
+    tokens: list[torch.Tensor]  # (tokens,) int64 each
+    num_answer: list[int]  # tokens at the end of each
+
+    @classmethod
+    def make(cls, tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> Questions:
+        """Single needles of `length` tokens at most, the answer included."""
+        tokens, num_answer = [], []
+        for example in examples("single", tokenizer, length=length, count=count, seed=1):
+            prompt = tokenizer(example.prompt)["input_ids"]
+            answer = tokenizer(" " + example.answers[0], add_special_tokens=False)["input_ids"]
+            tokens.append(torch.tensor(prompt + answer))
+            num_answer.append(len(answer))
+        return cls(tokens, num_answer)
+
+    def answered(self, model: PreTrainedModel, batch: int = 4) -> float:
+        """The share of prompts that `model` continues greedily with exactly the answer."""
+        right, head = 0, loss.output_layer(model)
+        for start in range(0, len(self.tokens), batch):
+            part = slice(start, start + batch)
+            padded = torch.nn.utils.rnn.pad_sequence(self.tokens[part], batch_first=True).to(model.device)
+            with torch.no_grad():
+                hidden = loss.hidden_states(model, padded)
+                for row, asked, count in zip(hidden, self.tokens[part], self.num_answer[part], strict=True):
+                    greedy = head(row[None, len(asked) - count - 1 : len(asked) - 1]).argmax(-1)[0]
+                    right += bool((greedy.cpu() == asked[-count:]).all())
+        return right / len(self.tokens)
+
+
+def compare(rows: dict[str, dict[str, Any]]) -> None:
+    """Compute each row's differences from the dense model and all-SWA, where those are measured."""
+    for row in rows.values():
+        floor, dense = rows.get(f"all_swa/{row['sinks']}"), rows.get("dense")
+        row |= {"recovered_before": None, "recovered": None, "recovered_of_trained": None}
+        row["behind_dense"] = dense and round(row["after"]["loss"] - dense["after"]["loss"], 5)
+        if floor and dense:
+            for key, when, low, high in (
+                ("recovered_before", "before", floor["before"], dense["before"]),
+                ("recovered", "after", floor["before"], dense["after"]),
+                ("recovered_of_trained", "after", floor["after"], dense["after"]),
+            ):
+                share = (low["loss"] - row[when]["loss"]) / (low["loss"] - high["loss"])
+                row[key] = round(share, 4) + 0.0  # no negative zero
+
+
+def cells(name: str, row: dict[str, Any]) -> list[Any]:
+    derived = (row[key] for key in ("recovered", "recovered_of_trained", "behind_dense"))
+    return [name, row["before"]["loss"], row["recovered_before"], row["after"]["loss"], *derived]
+
+
+def seconds() -> float:
+    """Now, after the GPU has finished its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Learning with one of its parts replaced by another: what research/study.py compares.
+
+Each variant is called like `learn`, and hands it another object: the constraint, the objective, the random draws of the
+gates, or the refinement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from consa.training.objective import Mixture
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from consa import Allocation
+from consa.config import LearnConfig
+from consa.training import gates
+from consa.training.lagrangian import AugmentedLagrangian
+from consa.training.learning import LearnResult, learn
+from consa.training.refinement import refine
+
+Variant = Callable[[PreTrainedModel, np.ndarray, LearnConfig], LearnResult]
+
+
+class TwoMultipliers(AugmentedLagrangian):
+    """The constraint of CoFi, Sheared-LLaMA and PruLong: `l1 * h + l2 * h^2`, both raised by Adam at a rate of 1."""
+
+    def __init__(self) -> None:
+        super().__init__(penalty=0.0, step_size=0.0)
+        self.multipliers = torch.nn.Parameter(torch.zeros(2))
+        self.optimizer = torch.optim.Adam([self.multipliers], lr=1.0, betas=(0.9, 0.95), maximize=True)
+
+    def loss(self, is_open: Tensor, target: float, growth: float = 1.0) -> Tensor:
+        """See `SparsityConstraint.loss`; the coefficients do not grow with the run."""
+        violation = target - (1 - is_open.mean())
+        linear, quadratic = self.multipliers.detach()
+        return linear * violation + quadratic * violation**2
+
+    def update(self, log_alpha: Tensor, target: float, growth: float = 1.0) -> float:
+        """One step of ascent; returns the expected sparsity."""
+        expected = float(1 - self.is_open(log_alpha).mean())
+        violation = target - expected
+        self.multipliers.grad = torch.tensor([violation, violation**2])
+        self.optimizer.step()
+        self.multiplier = float(self.multipliers.detach()[0])
+        return expected
+
+
+class SampledSparsity(AugmentedLagrangian):
+    """The constraint on the mean of four draws of the gates, not on the probability that they are open."""
+
+    def __init__(self, config: LearnConfig) -> None:
+        super().__init__(config.penalty, config.multiplier_step)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def is_open(self, log_alpha: Tensor) -> Tensor:
+        """Mean of the draws, `(units,)`."""
+        return gates.sample(log_alpha, torch.rand(4, len(log_alpha), generator=self.generator)).mean(0)
+
+
+class Recording(AugmentedLagrangian):
+    """The default constraint, which also keeps the mean of log_alpha over all steps: how long a gate stayed open."""
+
+    def __init__(self, config: LearnConfig) -> None:
+        super().__init__(config.penalty, config.multiplier_step)
+        self.total, self.steps = torch.zeros(()), 0
+
+    def update(self, log_alpha: Tensor, target: float, growth: float = 1.0) -> float:
+        """See `SparsityConstraint.update`."""
+        self.total, self.steps = self.total + log_alpha.detach().double(), self.steps + 1
+        return super().update(log_alpha, target, growth)
+
+    def refine(
+        self, model: PreTrainedModel, allocation: Allocation, *args: Any, **options: Any
+    ) -> Allocation:
+        """Refine with candidates in the order of the mean over all steps.
+
+        By the average over the last steps, most gates at a high sparsity are equal, at their lower bound.
+        """
+        scores = (self.total / self.steps).numpy().reshape(allocation.full_attention.shape)
+        return refine(model, replace(allocation, scores=scores), *args, **options)
+
+
+def independent(num_draws: int, num_units: int, generator: torch.Generator) -> Tensor:
+    """Draws that are independent between the sequences of a step, instead of stratified over them."""
+    return torch.rand(num_draws, num_units, generator=generator)
+
+
+def two_multipliers(model: PreTrainedModel, sequences: np.ndarray, config: LearnConfig) -> LearnResult:
+    """Instead of the augmented Lagrangian."""
+    return learn(model, sequences, config, constraint=TwoMultipliers())
+
+
+def sampled_sparsity(model: PreTrainedModel, sequences: np.ndarray, config: LearnConfig) -> LearnResult:
+    """Instead of the expected sparsity."""
+    return learn(model, sequences, config, constraint=SampledSparsity(config))
+
+
+def distillation(model: PreTrainedModel, sequences: np.ndarray, config: LearnConfig) -> LearnResult:
+    """KL divergence from the dense model's predictions instead of the cross-entropy of the text."""
+    return learn(model, sequences, config, objective=Mixture(cross_entropy=0.0, distillation=1.0))
+
+
+def candidates_by_all_steps(
+    model: PreTrainedModel, sequences: np.ndarray, config: LearnConfig
+) -> LearnResult:
+    """Candidates of the refinement in the order of log_alpha over all steps."""
+    recording = Recording(config)
+    return learn(model, sequences, config, constraint=recording, refine=recording.refine)
+
+
+VARIANTS: dict[str, Variant] = {
+    "": learn,
+    "two_multipliers": two_multipliers,
+    "sampled_sparsity": sampled_sparsity,
+    "independent_draws": partial(learn, draws=independent),
+    "distillation": distillation,
+    "candidates_by_all_steps": candidates_by_all_steps,
+}
