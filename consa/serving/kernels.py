@@ -47,7 +47,7 @@ PREFILL = {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64
 FLOAT32 = Blocks(32, 32, 4, 1)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["heads"])
 def _write(
     key, value, cache, heads, slots, num_tokens, key_strides, value_strides, page_stride, token_stride,
     PAGE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -102,7 +102,7 @@ def _attend(
     return acc, total, top
 
 
-@triton.jit(do_not_specialize=["num_requests", "window", "sinks"])
+@triton.jit(do_not_specialize=["num_requests", "window", "sinks"], do_not_specialize_on_alignment=["heads"])
 def _attention(
     query, output, cache, table, heads, seq_lens, query_starts, num_requests, query_strides, output_strides,
     page_stride, token_stride, window, sinks, scale, DECODING: tl.constexpr, GROUP: tl.constexpr,
@@ -160,7 +160,7 @@ def _attention(
             state, q, position, first, hi - 1, cache, table, 0, tl.minimum(sinks, hi), everything,
             page_stride, token_stride, scale, PAGE, HEAD_DIM, BLOCK_D, SINK_BLOCK, PRECISION,
         )  # fmt: skip
-        acc, total, top = _attend(
+        acc, total, _ = _attend(
             state, q, position, first, hi - 1, cache, table, tl.maximum(sinks, first - window + 1), hi, window,
             page_stride, token_stride, scale, PAGE, HEAD_DIM, BLOCK_D, BLOCK, PRECISION,
         )  # fmt: skip
