@@ -15,6 +15,7 @@ places, of one head each, are also one cache of several heads, as a view with a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -288,9 +289,8 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
         shape = places[0].cache.shape
         key = (shape, *(x.data_ptr() for place in places for x in place))
         if key not in self._addresses:
-            assert not torch.cuda.is_current_stream_capturing(), (
-                "no warm-up with these buffers before a graph"
-            )
+            capturing = places[0].cache.is_cuda and torch.cuda.is_current_stream_capturing()
+            assert not capturing, "no warm-up with these buffers before a graph"
             caches, tables, slots = map(list, zip(*places, strict=True))
             assert all(x.shape == shape and x.stride() == caches[0].stride() for x in caches)
             if self.heads.full:
@@ -375,7 +375,7 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
 
 def _merged(caches: list[Tensor]) -> Tensor:
     """Adjacent places of one head each as one cache of several heads, `(pages, heads, page tokens, 2 * head_dim)`."""
-    steps = {b.data_ptr() - a.data_ptr() for a, b in zip(caches, caches[1:], strict=False)}
+    steps = {b.data_ptr() - a.data_ptr() for a, b in pairwise(caches)}
     assert len(steps) < 2, (
         f"the places of a layer's FA heads are not adjacent: steps of {sorted(steps)} bytes"
     )

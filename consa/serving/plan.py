@@ -1,9 +1,10 @@
 """How vLLM is to hold a hybrid's KV cache, and what that takes. Nothing here imports vLLM.
 
 vLLM plans a cache per window and shares out pages of equal size. Every KV head has a place of its own, which keeps all
-tokens (FA) or sinks and window (SWA). vLLM puts places that keep the same into groups of equal size, and a request holds
-pages of a group, each a page of every place in it. So that all FA heads are one group, unused places are added until the
-number of SWA places is a multiple of the number of FA heads: the FA heads then fill a group, and the SWA places several.
+tokens (FA) or sinks and window (SWA). vLLM puts places that keep the same into groups of equal size, and a request
+holds pages of a group, each a page of every place in it. So that all FA heads are one group, unused places are added
+until the number of SWA places is a multiple of the number of FA heads: the FA heads then fill one group, and the SWA
+places one or more.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from consa.attention.branches import full_attention
 from consa.attention.reference import reference_attention
 from tests.compare import assert_close
 
@@ -172,18 +173,42 @@ def check(
     assert output[tokens:].isnan().all()
 
 
-def interpret() -> None:
-    """All small cases."""
-    assert os.environ.get("TRITON_INTERPRET") == "1"
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, *, cu_seqlens_q: Tensor, seqused_k: Tensor,
+    block_table: Tensor, softmax_scale: float, **ignored: Any,
+) -> Tensor:  # fmt: skip
+    """What vLLM's FlashAttention computes of paged keys and values `(pages, page tokens, kv_heads, head_dim)`."""
+    out = torch.empty_like(q) if out is None else out
+    starts, page = cu_seqlens_q.tolist(), k.shape[1]
+    for request, length in enumerate(seqused_k.tolist()):
+        rows = slice(*starts[request : request + 2])
+        if rows.start == rows.stop:
+            continue
+        position = torch.arange(length)
+        pages = block_table[request, position // page].long()
+        keys, values = (x[pages, position % page].transpose(0, 1)[None] for x in (k, v))
+        found = full_attention(q[rows].transpose(0, 1)[None], keys, values, scaling=softmax_scale)
+        out[rows] = found[0].transpose(0, 1)
+    return out
+
+
+def patch_interpreter() -> None:
+    """Make Triton's interpreter work with numpy 2.4, where int() of an array of one element is an error."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)  # its int() of an array of one element is an error since numpy 2.4
+        patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched
+
+
+def interpret() -> None:
+    """All small cases."""
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+    patch_interpreter()
     from consa.serving import kernels
 
     kernels.FLOAT32 = kernels.Blocks(16, 16, 4, 1)
