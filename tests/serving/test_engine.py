@@ -22,7 +22,8 @@ from consa import Allocation, convert, rules
 from consa.model import load_model
 from consa.register import HybridConfig
 from consa.serving import capacity, limits, plugin
-from consa.serving.attention import HybridAttention, _merged
+from consa.serving.attention import HybridAttention, HybridBuilder, _merged
+from consa.serving.pages import SinkSpec
 from consa.serving.plan import plan
 from tests.models import allocate, tiny, tokens
 from tests.serving.engine import engine, generate, groups, same_tokens, served
@@ -102,6 +103,36 @@ def test_a_real_model(num_sink_tokens: int, tmp_path: Path):
     prompts = [loaded.tokenizer(text[:length])["input_ids"] for length in (60, 300, 1500)]
     with engine(tmp_path / "hybrid") as llm:
         assert same_tokens(tmp_path / "hybrid", prompts, generate(llm, prompts))
+
+
+@pytest.mark.parametrize("reach", ["ours", "of the window"])
+def test_sinks_survive_where_page_tables_are_cleared(
+    reach: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Page tables as vLLM 0.33 clears them on a GPU, by what the cache says must stay."""
+    build = HybridBuilder.build
+
+    def cleared(self: HybridBuilder, prefix: int, common: Any, fast_build: bool = False) -> Any:
+        batch = build(self, prefix, common, fast_build)
+        if isinstance(spec := self.kv_cache_spec, SinkSpec):
+            batch.table = batch.table.clone()
+            firsts = batch.seq_lens - batch.query_starts.diff()
+            for row, first in zip(batch.table, firsts.tolist(), strict=True):
+                row[: max(first - spec.num_retained_tokens, 0) // spec.block_size] = 0
+        return batch
+
+    monkeypatch.setattr(HybridBuilder, "build", cleared)
+    if reach == "of the window":
+        monkeypatch.setattr(SinkSpec, "num_retained_tokens", property(lambda self: self.sliding_window - 1))
+    model = served("llama")
+    convert(model, allocate(model, window=WINDOW, num_sink_tokens=5), tmp_path / "hybrid")
+    with engine(tmp_path / "hybrid", block_size=16, max_num_batched_tokens=64) as llm:
+        # Page 0, which the cleared entries name, is made different from the sinks.
+        for layer in hybrid_layers(llm):
+            for place in (layer, *layer.places):
+                place.kv_cache[0] = 1
+        found = generate(llm, PROMPTS)
+    assert same_tokens(tmp_path / "hybrid", PROMPTS, found) == (reach == "ours")
 
 
 @pytest.mark.parametrize("sparsity", [0.25, 0.45, 0.9])

@@ -11,13 +11,17 @@ pytest.importorskip("vllm", reason="needs vLLM; run make test-vllm")
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from consa import Allocation
 from consa.serving.pages import SinkSpec
 from consa.serving.plan import DECODING_TOKENS, plan, unused_places
 from tests.test_serving_plan import CONTEXT, DENSE, HEADS, LAYERS, SHARES, drawn
+
+try:
+    from vllm.v1.core.kv_cache_planning import get_kv_cache_groups  # since vLLM 0.33
+except ImportError:
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 
 pytestmark = pytest.mark.vllm
 HEAD: dict[str, Any] = {"block_size": 16, "num_kv_heads": 1, "head_size": 128, "dtype": torch.bfloat16}
