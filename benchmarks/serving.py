@@ -21,9 +21,9 @@ from common import environment, parser_of, print_table, write_json
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from consa.allocation import Allocation
-from consa.checkpoint import convert
+from consa.bench.vllm import dense_folder, run_job
 from consa.constraints import Constraint, choose
-from consa.serving.bench import dense_folder, run_job
+from consa.model.convert import convert
 from consa.serving.limits import vllm_version
 from consa.serving.plan import plan
 

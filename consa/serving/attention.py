@@ -34,7 +34,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from consa.attention.branches import full_attention, sliding_attention
+from consa.attention.portable import full_attention, sliding_attention
 from consa.serving.pages import SinkSpec
 
 PAGE_TOKENS = 16  # what FlashAttention's pages are a multiple of

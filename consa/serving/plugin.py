@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from consa.attention import interface
 from consa.errors import ConsaError
-from consa.register import ARCHITECTURE_PREFIX, HybridConfig
+from consa.model import interface
+from consa.model.register import ARCHITECTURE_PREFIX, HybridConfig
 from consa.serving.limits import SERVED, engine_obstacle, hybrid_obstacle
 
 WATERMARK = (

@@ -19,8 +19,8 @@ from transformers import AutoConfig
 from vllm import SamplingParams
 
 from consa import Allocation, convert, rules
-from consa.model import load_model
-from consa.register import HybridConfig
+from consa.model.load import load_model
+from consa.model.register import HybridConfig
 from consa.serving import capacity, limits, plugin
 from consa.serving.attention import HybridAttention, HybridBuilder, _merged
 from consa.serving.pages import SinkSpec
