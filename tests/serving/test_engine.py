@@ -17,6 +17,7 @@ pytest.importorskip("vllm", reason="needs vLLM; run make test-vllm")
 
 from transformers import AutoConfig
 from vllm import SamplingParams
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from consa import Allocation, convert, rules
 from consa.model.load import load_model
@@ -91,6 +92,26 @@ def test_sinks_of_several_pages_in_a_pool_too_small_for_all(rows: list[list[int]
         again = generate(llm, prompts[::-1])[::-1]
     assert same_tokens(tmp_path / "hybrid", prompts, first)
     assert same_tokens(tmp_path / "hybrid", prompts, again)
+
+
+def test_requests_that_outgrow_the_pool_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Five answers begin in 30 pages and would end in 120, of 60."""
+    preempted: list[str] = []
+    preempt = Scheduler._preempt_request
+
+    def counted(self: Any, request: Any, *args: Any, **options: Any) -> None:
+        preempted.append(request.request_id)
+        preempt(self, request, *args, **options)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counted)
+    rows = np.array([[1, 0, 0], [0, 0, 0], [0, 1, 0], [1, 1, 1]], dtype=bool)
+    allocation = Allocation(full_attention=rows, window=WINDOW, num_sink_tokens=40)
+    convert(served("llama"), allocation, tmp_path / "hybrid")
+    prompts = [[first, *PROMPTS[2]] for first in range(5)]
+    with engine(tmp_path / "hybrid", block_size=32, max_model_len=800, num_gpu_blocks_override=60) as llm:
+        found = generate(llm, prompts, 360)
+    assert preempted
+    assert same_tokens(tmp_path / "hybrid", prompts, found)
 
 
 @pytest.mark.parametrize("num_sink_tokens", [0, 4])
