@@ -173,7 +173,7 @@ def skeleton(text: str) -> set[str]:
 def servers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The servers that `consa serve` would have become; the engine passes for installed."""
     started: list[Any] = []
-    monkeypatch.setattr(limits, "vllm_version", lambda: f"{limits.VERSION}.0")
+    monkeypatch.setattr(limits, "vllm_version", lambda: f"{limits.VERSIONS[0]}.0")
     monkeypatch.setattr(os, "execv", lambda program, words: started.append(words))
     return started
 

@@ -8,10 +8,10 @@ import os
 from consa.allocation import Allocation
 from consa.constraints import Constraint, violation
 
-VERSION = "0.32"  # of vLLM, whose attention modules and KV cache groups the plugin is written for
+VERSIONS = ("0.32", "0.33")  # of vLLM, whose attention module and KV cache groups the plugin is written for
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN = "consa"
-# Classes of transformers that vLLM has a class of the same name for, whose attention the plugin splits.
+# Classes of transformers that vLLM has a class of the same name for, whose attention the plugin replaces.
 SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 NATIVE_PLAIN = "ministral"  # the model_type of plain folders that vLLM's own classes read
 CHUNKS = (512, 8192)  # tokens; the upper one is vLLM's own number on large GPUs
@@ -37,8 +37,9 @@ def engine_obstacle(*, plugin: bool = True) -> str | None:
     version = vllm_version()
     if version is None:
         return "vLLM is not installed; run: pip install 'consa[vllm]'"
-    if version.split(".")[:2] != VERSION.split("."):
-        return f"this consa serves with vLLM {VERSION}, and {version} is installed; run: pip install 'consa[vllm]'"
+    if ".".join(version.split(".")[:2]) not in VERSIONS:
+        served = " or ".join(VERSIONS)
+        return f"this consa serves with vLLM {served}, and {version} is installed; run: pip install 'consa[vllm]'"
     if not plugin:
         return None
     names = {point.name for point in importlib.metadata.entry_points(group=PLUGIN_GROUP)}

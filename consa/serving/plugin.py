@@ -18,6 +18,9 @@ from consa.model import interface
 from consa.model.register import ARCHITECTURE_PREFIX, HybridConfig
 from consa.serving.limits import SERVED, engine_obstacle, hybrid_obstacle
 
+WATERMARK = (
+    0.02  # share of the pool's pages kept free when requests are admitted, unless the user gave a number
+)
 ARCHITECTURES = {ARCHITECTURE_PREFIX + name: name for name in SERVED}  # as `consa convert` names them
 
 
@@ -64,16 +67,14 @@ class Verification:
         for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
             if getattr(parallel, name) != 1:
                 raise ConsaError(f"{name} must be 1 for a hybrid, got {getattr(parallel, name)}")
-        if allocation.num_sink_tokens and allocation.sparsity:
-            _check_for_sinks(vllm_config, allocation.num_sink_tokens)
-
-
-def _check_for_sinks(vllm_config: Any, num_sink_tokens: int) -> None:
-    dtype = vllm_config.cache_config.cache_dtype
-    if dtype not in ("auto", "float16", "bfloat16"):
-        raise ConsaError(f"an allocation with {num_sink_tokens} sink tokens takes no kv_cache_dtype {dtype}")
-    if vllm_config.kv_transfer_config is not None:
-        raise ConsaError(f"an allocation with {num_sink_tokens} sink tokens takes no KV transfer")
+        dtype = vllm_config.cache_config.cache_dtype
+        if dtype not in ("auto", str(vllm_config.model_config.dtype).removeprefix("torch.")):
+            raise ConsaError(f"kv_cache_dtype must be auto for a hybrid, got {dtype}")
+        if vllm_config.kv_transfer_config is not None:
+            raise ConsaError("a hybrid takes no KV transfer; leave kv_transfer_config out")
+        scheduler = vllm_config.scheduler_config
+        # Many requests run, and all of them grow: without room for that, some would be computed twice.
+        scheduler.watermark = scheduler.watermark or WATERMARK
 
 
 def _refusing(reason: str) -> type[HybridConfig]:

@@ -10,11 +10,9 @@ from pathlib import Path
 from consa.errors import ConsaError
 from consa.model.convert import verify
 from consa.model.register import ARCHITECTURE_PREFIX
-from consa.serving.limits import engine_obstacle, hybrid_obstacle, plain_needs_transformers, prefill_chunk
+from consa.serving.limits import engine_obstacle, hybrid_obstacle, plain_needs_transformers
 
 TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")
-CHUNK = "--max-num-batched-tokens"
-CONTEXT = "--max-model-len"
 IMPLEMENTATION = "--model-impl"
 
 
@@ -50,9 +48,6 @@ def command(folder: Path, options: list[str]) -> list[str]:
                 f" leave {IMPLEMENTATION} {given} out"
             )
         chosen += [IMPLEMENTATION, "transformers"] if given is None else []
-    if _value(options, CHUNK) is None:
-        context = _number(options, CONTEXT) or config["max_position_embeddings"]
-        chosen += [CHUNK, str(prefill_chunk(allocation, context))]
     return [
         sys.executable,
         "-m",
