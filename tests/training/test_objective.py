@@ -93,6 +93,7 @@ def test_learning_takes_a_users_objective_and_resumes_with_it(tmp_path: Path):
         learn(tiny(), text(), config, run_dir=tmp_path)
     got = learn(tiny(), text(), config, objective=own(), run_dir=tmp_path)
     assert got.history == wanted.history and got.allocation.to_json() == wanted.allocation.to_json()
+    assert got.allocation.provenance["replaced"] == ["HalfAnswers(cross_entropy=1.0)"]
 
 
 def test_weights_of_one_change_nothing():
