@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from consa.training import distributed
 from consa.config import AdaptConfig, LearnConfig, RunConfig
-from consa.data.sequences import SequenceSet, Split, load_sequences
 from consa.data.documents import check_data
-from consa.model.load import LoadedModel, check_device, load_model
+from consa.data.sequences import SequenceSet, Split, load_sequences
 from consa.model.attach import make_dense
+from consa.model.load import LoadedModel, check_device, load_model
 from consa.progress import note
+from consa.training import distributed
 
 
 def check(where: RunConfig) -> None:
