@@ -1,4 +1,4 @@
-"""Files that are either whole or absent."""
+"""Writing files so that they are either complete or absent, and reading them with errors of one line."""
 
 from __future__ import annotations
 
@@ -11,23 +11,30 @@ import re
 import secrets
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from consa.errors import ConsaError
 
+JsonObject: TypeAlias = dict[str, Any]
+"""A JSON object as it is read from a file, before anything is known about its fields."""
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds all of it or what it held before, whatever kills the process.
+SEAL = b"sha256 "  # a sealed file ends in a line of this and the SHA-256 of everything before that line
+SEAL_BYTES = len(SEAL) + 64 + 1
+
+
+def write_atomically(path: Path, *content: bytes) -> None:
+    """Write the parts of `content` so that `path` holds all of them or what it held before, even after a kill.
 
     Raises:
-        ConsaError: the folder or the disk does not take it.
+        ConsaError: the folder or the disk cannot take the file.
     """
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:  # a new file, with the permissions that the user's umask gives
-            file.write(content)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -40,18 +47,54 @@ def write_atomically(path: Path, content: bytes) -> None:
             temporary.unlink()
 
 
+def write_sealed(path: Path, content: bytes) -> None:
+    """Write `content` atomically, followed by its SHA-256, so that `read_sealed` notices any later damage.
+
+    Raises:
+        ConsaError: the folder or the disk cannot take the file.
+    """
+    write_atomically(path, content, SEAL + hashlib.sha256(content).hexdigest().encode() + b"\n")
+
+
+def read_sealed(path: Path) -> bytes | None:
+    """Return what `write_sealed` wrote, or None if the file is missing, damaged or not sealed."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(max(0, os.fstat(file.fileno()).st_size - SEAL_BYTES))
+            seal = file.read()
+    except OSError:
+        return None
+    return content if seal == SEAL + hashlib.sha256(content).hexdigest().encode() + b"\n" else None
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether `read_sealed` would return the content; reads the file in blocks, for files larger than memory."""
+    try:
+        with path.open("rb") as file:
+            left, digest = os.fstat(file.fileno()).st_size - SEAL_BYTES, hashlib.sha256()
+            while left > 0 and (block := file.read(min(left, 2**20))):
+                digest.update(block)
+                left -= len(block)
+            return file.read() == SEAL + digest.hexdigest().encode() + b"\n"
+    except OSError:
+        return False
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed writers of files and folders left directly in `folder`, where nobody else may be writing."""
+    """Delete the temporary files and folders that killed processes left directly in `folder`.
+
+    No other process may be writing there.
+    """
     for path in list(folder.iterdir()):
         if re.fullmatch(r"\..+\.[0-9a-f]{16}", path.name):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def check_writable(folder: Path) -> None:
-    """Make sure that files can be put into a folder, which need not exist yet; leaves nothing there.
+    """Check that files can be written to a folder, which need not exist yet; nothing is left there.
 
     Raises:
-        ConsaError: something is in the way.
+        ConsaError: they cannot.
     """
     try:
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -66,7 +109,7 @@ def read_text(path: Path, *, max_bytes: int) -> str:
     """Read a UTF-8 file of at most `max_bytes` bytes.
 
     Raises:
-        ConsaError: missing, unreadable, too large or not UTF-8.
+        ConsaError: the file is missing, unreadable, too large or not UTF-8.
     """
     try:
         with path.open("rb") as file:
@@ -84,11 +127,11 @@ def read_text(path: Path, *, max_bytes: int) -> str:
         ) from error
 
 
-def read_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
+def read_json(path: Path, *, max_bytes: int) -> JsonObject:
     """Read a JSON object from a file of at most `max_bytes` bytes.
 
     Raises:
-        ConsaError: as `read_text`, or it holds no JSON object.
+        ConsaError: as `read_text`, or the file holds no JSON object.
     """
     text = read_text(path, max_bytes=max_bytes)
     try:
@@ -97,23 +140,23 @@ def read_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
         raise ConsaError(f"{path} is damaged: not JSON ({error})") from error
     if not isinstance(record, dict):
         raise ConsaError(f"{path} is damaged: it should hold an object, not {type(record).__name__}")
-    return cast(dict[str, Any], record)
+    return cast(JsonObject, record)
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write a JSON object, whole or not at all; its numbers are finite."""
+def write_json(path: Path, record: Mapping[str, object]) -> None:
+    """Write a JSON object atomically; every number in it must be finite."""
     write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
 def png(figure: Any) -> bytes:
-    """A figure of matplotlib as PNG; the same data give the same bytes."""
+    """Render a matplotlib figure as PNG; the same data give the same bytes."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
     return content.getvalue()
 
 
 def cache_dir() -> Path:
-    """Where converted models and tokenised text are kept: $CONSA_CACHE, else ~/.cache/consa."""
+    """The folder for converted models and tokenised text: $CONSA_CACHE, else ~/.cache/consa."""
     return Path(os.environ.get("CONSA_CACHE") or "~/.cache/consa").expanduser()
 
 

@@ -1,4 +1,4 @@
-"""Where a result came from, as far as a machine can tell."""
+"""Records of where a result came from: hardware, versions, and how two records of settings differ."""
 
 from __future__ import annotations
 
@@ -6,19 +6,36 @@ import importlib.metadata
 import platform
 import re
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import consa
 
 
+class Environment(TypedDict):
+    """What a result was computed on.
+
+    Attributes:
+        hardware: the GPU, or the CPU and its threads.
+        versions: of Python, consa and the libraries.
+    """
+
+    hardware: str
+    versions: dict[str, str]
+
+
+def environment() -> Environment:
+    """Describe the machine and the software of this process."""
+    return {"hardware": hardware(), "versions": versions()}
+
+
 def versions() -> dict[str, str]:
-    """Versions of what computes: Python, consa and the libraries whose numbers end up in a result."""
+    """Versions of Python, consa and the libraries that compute results."""
     found = {"python": platform.python_version(), "consa": consa.__version__}
     return found | {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
 
 
 def hardware() -> str:
-    """What computes: the GPU, or the CPU and how many threads torch uses on it."""
+    """Name of the GPU, or of the CPU with the number of threads that torch uses."""
     import torch
 
     if torch.cuda.is_available():
@@ -30,12 +47,12 @@ def hardware() -> str:
     return f"{name[1] if name else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def first_difference(found: Any, wanted: Any, name: str = "") -> str:
-    """The first setting in which two records differ, with both values, or ""."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in sorted(found.keys() | wanted.keys()):
-            difference = first_difference(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+def first_difference(before: object, now: object, name: str = "") -> str:
+    """Describe the first setting in which two records differ, with both values; "" if they are equal."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            difference = first_difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
             if difference:
                 return difference
         return ""
-    return "" if found == wanted else f"{name} was {found!r}, now {wanted!r}"
+    return "" if before == now else f"{name} was {before!r}, now {now!r}"

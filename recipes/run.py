@@ -12,7 +12,8 @@ from importlib import import_module
 from pathlib import Path
 
 from consa import Allocation, ConsaError
-from consa.runs.runs import run_adaptation, run_learning
+from consa.runs.adaptation import run_adaptation
+from consa.runs.learning import run_learning
 
 RECIPES = sorted(path.stem for path in Path(__file__).parent.glob("qwen*.py"))
 

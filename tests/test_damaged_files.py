@@ -23,14 +23,14 @@ from consa.cli import terminal
 from consa.config import EvalConfig, LearnConfig, RunConfig, SweepConfig
 from consa.data.sequences import load_sequences
 from consa.evaluation.cells import Cell, run_cells
-from consa.evaluation.losses import load_losses, save_losses
-from consa.files import read_json, read_text
+from consa.files import SEAL_BYTES, is_sealed, read_json, read_sealed, read_text, write_sealed
 from consa.model.convert import verify
 from consa.model.gguf import check_header
 from consa.model.layout import AttentionLayout
 from consa.model.load import load_model, read_layout
-from consa.runs import folder, runs
+from consa.runs import folder
 from consa.runs import sweep as sweeping
+from consa.runs.learning import run_learning
 from consa.training.resume import CHECKPOINT, METRICS, Checkpoint
 from tests.models import allocate, byte_tokenizer, tiny, write_gguf
 
@@ -80,11 +80,19 @@ def test_a_checkpoint_with_a_flipped_bit_is_refused(damage: bytes | None, tmp_pa
     assert run.load()
     if damage:
         content = (tmp_path / CHECKPOINT).read_bytes()
-        (tmp_path / CHECKPOINT).write_bytes(content[:-1] + damage)
+        place = len(content) - SEAL_BYTES - 1
+        (tmp_path / CHECKPOINT).write_bytes(content[:place] + damage + content[place + 1 :])
     else:
         text = (tmp_path / METRICS).read_text()
         (tmp_path / METRICS).write_text(text.replace("1.5", "1.7"))
     refuses(run.load, CHECKPOINT, "damaged", "delete the folder")
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(tmp_path: Path):
+    run = Checkpoint(tmp_path, {"a": 1})
+    assert run.load() is None
+    (tmp_path / "checkpoint.safetensors").touch()
+    refuses(run.load, "another version of consa", "delete the folder")
 
 
 @pytest.mark.parametrize("text", [DEEP, '{"run": [], "learn": []}', '{"run": null, "learn": 0}', "{}", "[]"])
@@ -92,7 +100,7 @@ def test_a_damaged_record_of_a_run_is_refused(text: str, tmp_path: Path):
     (tmp_path / "config.json").write_text(text)
     (tmp_path / "text").write_text("text")
     where, config = RunConfig(model="./nowhere", data=str(tmp_path / "text")), LearnConfig()
-    refuses(lambda: runs.run_learning(where, config, tmp_path, command=""), "config.json: damaged")
+    refuses(lambda: run_learning(where, config, tmp_path, command=""), "config.json: damaged")
 
 
 @pytest.mark.parametrize("text", [DEEP, '{"run": {}, "sweep": {}, "eval": null}', '{"run": 0.5}'])
@@ -133,16 +141,25 @@ def test_a_damaged_cell_is_measured_again(damage: str, tmp_path: Path):
     assert path.read_text() == text
 
 
-def test_damaged_losses_are_measured_again(tmp_path: Path):
-    values = np.arange(6, dtype=np.float32).reshape(2, 3)
-    save_losses(tmp_path / "a.npy", values)
-    content = (tmp_path / "a.npy").read_bytes()
-    assert np.array_equal(load_losses(tmp_path / "a.npy", (2, 3)), values)  # pyright: ignore
-    assert load_losses(tmp_path / "a.npy", (3, 2)) is None
-    huge = content.replace(b"(2, 3)", b"(2, 3" + b"0" * 30 + b")")
-    for damaged in (b"", content[:-40], content[:-34] + b"?" + content[-33:], b"PK\x03\x04" + content, huge):
-        (tmp_path / "a.npy").write_bytes(damaged)
-        assert load_losses(tmp_path / "a.npy", (2, 3)) is None
+@pytest.mark.parametrize("content", [b"", b"text", bytes(range(256)) * 5000])
+def test_a_sealed_file_is_read_whole_or_not_at_all(content: bytes, tmp_path: Path):
+    path = tmp_path / "a"
+    assert read_sealed(path) is None and not is_sealed(path)
+    write_sealed(path, content)
+    assert read_sealed(path) == content and is_sealed(path)
+    whole = path.read_bytes()
+    for damaged in (
+        content,
+        whole[:-1],
+        whole[1:],
+        whole + b"\n",
+        b"x" + whole,
+        whole[:-SEAL_BYTES] + b"?" + whole[-SEAL_BYTES:],
+        bytes([whole[0] ^ 1]) + whole[1:],
+        whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:],
+    ):
+        path.write_bytes(damaged)
+        assert read_sealed(path) is None and not is_sealed(path)
 
 
 def test_a_damaged_token_cache_is_made_again(tmp_path: Path):

@@ -1,1 +1,1 @@
-"""What each head attends to, and how that goes with an allocation."""
+"""Measure what each KV head attends to, and relate it to allocations."""

@@ -1,4 +1,4 @@
-"""What each head attends to: measured on text in one pass, a block of queries at a time, never an S x S matrix.
+"""Measure what each head attends to, in one pass over text and in blocks of queries: no S x S matrix is made.
 
 Shape suffixes: H KV heads, G query heads per KV head, Q queries of a block, K keys up to its last query, D head_dim.
 """
@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,22 +21,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from consa import rules
 from consa.allocation import NUM_SINK_TOKENS, Allocation
 from consa.attention import masks
-from consa.behaviour.relate import Behaviour
-from consa.config import RunConfig
+from consa.behaviour.record import Behaviour
 from consa.data.questions import examples
 from consa.errors import ConsaError
 from consa.model import loss
 from consa.model.attach import attached, observed
 from consa.model.layout import attention_layout
-from consa.progress import note, progress
-from consa.provenance import hardware, versions
-from consa.runs import inputs
+from consa.provenance import environment
 
-MAX_BLOCK_SCORES = 2**22  # scores of one layer that exist at once; 16 MiB, which suit a CPU's caches
-GPU_BLOCKS = 16  # as many of those at once; a GPU wants fewer and larger steps
-REPEATED_TOKENS = 256  # of the random sequence that comes twice
+MAX_BLOCK_SCORES = 2**22  # scores of one layer that exist at once; 16 MiB fit a CPU's caches
+GPU_BLOCKS = 16  # times as many on a GPU, which is faster with fewer and larger steps
+REPEATED_TOKENS = 256  # length of the random sequence that is repeated
 NUM_NEEDLES = 4
-NEEDLE_TOKENS = 2048  # of the text that hides one, if the model takes as many
+NEEDLE_TOKENS = 2048  # length of the text that hides a needle, if the model has as many positions
 
 
 def measure(
@@ -52,24 +48,24 @@ def measure(
     identity: Mapping[str, Any] | None = None,
     on_pass: Callable[[int, str], None] | None = None,
 ) -> Behaviour:
-    """Measure what each KV head attends to under full attention, mean over its query heads and over queries.
+    """Measure what each KV head attends to under full attention: means over its query heads and over queries.
 
-    Layers that the model slides itself are measured as they are.
+    Layers with a native window keep it.
 
     Args:
-        model: a causal language model; left as it was.
+        model: a causal language model; it does not change.
         sequences: int tokens `(num_sequences, seq_len)`, the text to measure on.
         window: tokens a sliding-window query would see, itself included.
         num_sink_tokens: first tokens of a sequence that count as sinks.
         seed: of the random sequence and the needles.
-        tokenizer: the model's own; gives the needle score, which is left out without it.
-        causal_sequences: how many of the sequences, from the first on, to measure each head's causal effect on; costs
-            a forward pass over them per KV head, 0 leaves it out.
-        identity: of the model, for the provenance.
-        on_pass: called after each pass with the number of passes so far and what it was; `num_passes` is the total.
+        tokenizer: of the model, for the needle score; without it that score is missing.
+        causal_sequences: number of sequences, from the first on, to measure each head's causal effect on, which costs
+            a forward pass over them for each KV head; 0 leaves that measure out.
+        identity: of the model, for the record.
+        on_pass: called after each of `num_passes` passes with their number so far and the name of the last one.
 
     Raises:
-        ConsaError: nothing lies beyond the window, or there are not as many sequences.
+        ConsaError: the window covers the sequences, or there are fewer sequences than asked for.
     """
     layout = attention_layout(model)
     seq_len = sequences.shape[1]
@@ -120,8 +116,7 @@ def measure(
         "seq_len": seq_len,
         "seed": seed,
         "causal_sequences": causal_sequences,
-        "hardware": hardware(),
-        "versions": versions(),
+        **environment(),
     }
     return Behaviour(
         measures={name: values.astype(np.float32) for name, values in measures.items()},
@@ -131,48 +126,8 @@ def measure(
     )
 
 
-def run(
-    where: RunConfig,
-    out: Path,
-    *,
-    seq_len: int,
-    num_sequences: int,
-    window: int,
-    num_sink_tokens: int,
-    seed: int,
-    causal_sequences: int,
-) -> Behaviour:
-    """Load, measure on held-out text, write `out`; arguments as in `measure`.
-
-    Raises:
-        ConsaError: something the caller can mend.
-    """
-    if num_sequences < 1:
-        raise ConsaError(f"num_sequences must be at least 1, got {num_sequences}")
-    inputs.check(where)
-    loaded = inputs.load(where)
-    heldout = inputs.heldout_text(replace(where, num_heldout=num_sequences), seq_len, loaded)
-    if len(heldout.tokens) < num_sequences:
-        note(f"The text has {len(heldout.tokens)} held-out sequences of {seq_len} tokens: all are measured")
-    total = num_passes(loaded.model, len(heldout.tokens), needles=True, causal=causal_sequences > 0)
-    with progress("Observing", total) as tell:
-        behaviour = measure(
-            loaded.model,
-            heldout.tokens,
-            window=window,
-            num_sink_tokens=num_sink_tokens,
-            seed=seed,
-            tokenizer=loaded.tokenizer,
-            causal_sequences=causal_sequences,
-            identity=loaded.identity | {"data": where.data},
-            on_pass=tell,
-        )
-    behaviour.save(out)
-    return behaviour
-
-
 def num_passes(model: PreTrainedModel, num_sequences: int, *, needles: bool, causal: bool) -> int:
-    """How many passes `measure` makes in all."""
+    """Number of passes that `measure` makes."""
     layout = attention_layout(model)
     units = (layout.num_layers - len(layout.native_windows)) * layout.num_kv_heads
     return num_sequences + 1 + NUM_NEEDLES * needles + (1 + units) * causal
@@ -248,7 +203,7 @@ class _TextObserver:
 
 
 class _NeedleObserver:
-    """Measures the queries that predict an answer: what they pay to where it was said."""
+    """Measures the attention of queries that predict an answer to the place where the text states it."""
 
     def __init__(self, queries: Tensor, keys: Tensor, dense: Allocation, means: _Means) -> None:
         self.queries = queries
@@ -265,7 +220,7 @@ class _NeedleObserver:
 def _log_attention(
     q: Tensor, k: Tensor, queries: Tensor, scaling: float, softcap: float | None, native_window: int | None
 ) -> Tensor:
-    """Log of the attention of some queries of one sequence, float32 `(H,G,Q,K)`, very negative where nothing is seen.
+    """Log of the attention of some queries of one sequence, float32 `(H,G,Q,K)`; very negative for invisible keys.
 
     Args:
         q: `(1, q_heads, seq, head_dim)`.
@@ -273,7 +228,7 @@ def _log_attention(
         queries: `(Q,)` ascending positions; K reaches up to the last.
         scaling: factor on the scores.
         softcap: bound on the scores by tanh, or None.
-        native_window: of a layer that slides, or None.
+        native_window: of the layer in the model itself, or None.
     """
     end = int(queries[-1]) + 1
     k = k[0, :, :end].float()
@@ -292,7 +247,7 @@ def _log_attention(
 def _sum_by_distance(p: Tensor) -> Tensor:
     """Sum over the queries of a block by the distance of the key: `(H,Q,K)` to `(H,K)`; the last query is on key K - 1.
 
-    Padded by Q - 1 columns on the left, rows one element longer than they are put equal distances below each other.
+    Pad Q - 1 columns on the left and read rows that are one element longer: equal distances are then in one column.
     """
     H, Q, K = p.shape
     padded = F.pad(p, (Q - 1, 0))
@@ -301,7 +256,7 @@ def _sum_by_distance(p: Tensor) -> Tensor:
 
 
 def _bucket_edges(seq_len: int) -> list[int]:
-    """Distances at which buckets begin, and where the last one ends: 0, 1, 2, 4, 8, ..."""
+    """First distance of each bucket, then the end of the last one: 0, 1, 2, 4, 8, ..."""
     return [0, *(2**k for k in range(seq_len.bit_length()) if 2**k < seq_len), seq_len]
 
 
@@ -310,7 +265,7 @@ def _batch(model: PreTrainedModel, tokens: np.ndarray) -> Tensor:
 
 
 def _repeated_sequence(vocab_size: int, seed: int) -> np.ndarray:
-    """Distinct random tokens: one to be the sink, then the others twice over."""
+    """Distinct random tokens: one that serves as the sink, then the others twice."""
     drawn = np.random.default_rng(seed).permutation(vocab_size)[: REPEATED_TOKENS + 1]
     return np.concatenate([drawn, drawn[1:]])
 
@@ -318,7 +273,7 @@ def _repeated_sequence(vocab_size: int, seed: int) -> np.ndarray:
 def _needles(
     tokenizer: PreTrainedTokenizerBase, length: int, seed: int
 ) -> list[tuple[np.ndarray, Tensor, Tensor]]:
-    """Tokens of a text and its answer, the positions that predict the answer, and those where the text says it."""
+    """Tokens of a text with its answer, positions that predict the answer, and positions where the text states it."""
     found = []
     for example in examples("single", tokenizer, length=length, count=NUM_NEEDLES, seed=seed):
         (answer,) = example.answers
@@ -339,7 +294,7 @@ def _needles(
 def _causal_effect(
     model: PreTrainedModel, sequences: np.ndarray, dense: Allocation, tell: Callable[[str], None]
 ) -> np.ndarray:
-    """Rise of the mean loss beyond the window, where alone it can rise, when one KV head slides; `(L,H)`."""
+    """Increase of the mean loss when one KV head slides, over the positions after the window; `(L,H)`."""
 
     def mean_loss(full: np.ndarray) -> float:
         with attached(model, replace(dense, full_attention=full)):

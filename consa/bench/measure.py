@@ -8,7 +8,6 @@ import gc
 import json
 import platform
 import re
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -268,5 +267,11 @@ def peak_bytes(device: torch.device) -> int:
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     if found:
         return int(found[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil  # installed with accelerate
+
+        return psutil.Process().memory_info().peak_wset  # pyright: ignore[reportAttributeAccessIssue]
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return highest if platform.system() == "Darwin" else highest * 1024

@@ -71,7 +71,7 @@ def adapt(*, allocation: Kept, out: Out = None, tensorboard: Tensorboard = False
     from consa.allocation import Allocation
 
     kept = Allocation.load(allocation)
-    from consa.runs.runs import run_adaptation
+    from consa.runs.adaptation import run_adaptation
 
     summary = run_adaptation(run_config, kept, config, folder, command=command, tensorboard=tensorboard)
     _show_losses(summary, folder, "model", "summary.md")
@@ -87,14 +87,14 @@ def _name_of(run_config: RunConfig, config: LearnConfig) -> str:
 def _run(run_config: RunConfig, config: LearnConfig, folder: Path, command: str, tensorboard: bool) -> None:
     """Learn, then show the table of losses."""
     run_config.start_for(config)  # bad settings raise before heavy imports
-    from consa.runs.runs import run_learning
+    from consa.runs.learning import run_learning
 
     summary = run_learning(run_config, config, folder, command=command, tensorboard=tensorboard)
     made = ("model",) if config.mode == "joint" else ()
     _show_losses(summary, folder, "allocation.json", *made, "heatmap.png", "summary.md")
 
 
-def _show_losses(summary: dict[str, Any], folder: Path, *names: str) -> None:
+def _show_losses(summary: Any, folder: Path, *names: str) -> None:
     """Print the losses of a run and the paths of its files; processes other than the main one print nothing."""
     if not summary:
         return

@@ -43,9 +43,9 @@ def evaluate(
     command = command_line("eval", run_config, config)
     for name in allocation or ():
         command += f" --allocation {shlex.quote(name)}"
-    from consa.evaluation import suite
+    from consa.runs.evaluation import run_evaluation
 
-    table, paths = suite.run(
+    table, paths = run_evaluation(
         run_config,
         config,
         allocation or [],
@@ -161,17 +161,18 @@ def behaviour(
         if allocation and not was_given(ctx, name):
             limits[name] = getattr(allocation, name)
     run_config = RunConfig(**options)
-    from consa.behaviour import measure as verb
-    from consa.behaviour.relate import MEASURES, relate
+    from consa.behaviour.record import MEASURES
+    from consa.behaviour.relate import relate
     from consa.model.layout import check_fits
     from consa.model.load import read_layout
+    from consa.runs.behaviour import run_behaviour
 
     path = out or cast(Path, run) / "behaviour.safetensors"
     if path.is_dir():
         raise ConsaError(f"out must be a file, got the folder {path}")
     if allocation:
         check_fits(allocation, read_layout(run_config.model), run_config.model)
-    measured = verb.run(
+    measured = run_behaviour(
         run_config, path, num_sequences=sequences, causal_sequences=causal_sequences, **limits
     )
     columns, rows = ["measure", "lowest", "mean", "highest"], []
@@ -208,7 +209,7 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML page about runs: allocations, losses, behaviour, memory and speed. It needs no network."""
-    from consa.behaviour.relate import Behaviour
+    from consa.behaviour.record import Behaviour
     from consa.report import page
 
     words = ["consa", "report", *map(str, runs), "--out", str(out)]

@@ -22,14 +22,14 @@ import numpy as np
 
 from consa.data.documents import Document, Source, find_sources
 from consa.errors import ConsaError
-from consa.files import cache_dir, write_atomically
+from consa.files import cache_dir, is_sealed, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Split = Literal["all", "train", "heldout"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every cache key: raise it when the same input should give other sequences or other files."""
 
 PIECE_CHARS = 2**20
@@ -275,7 +275,7 @@ def _split_long(text: str) -> Iterator[str]:
 _BOUNDARY = re.compile(r"(?<=\S)(?:(?= \S)|\n(?=\S))")  # before a lone space, after a lone line break
 
 
-# The cache: an array and a JSON file per key; the JSON file comes last and vouches for both.
+# The cache: a sealed array and a sealed JSON file for each key; the JSON file is written last.
 
 
 def _entry_path(folder: Path | None, identity: list[Any]) -> Path:
@@ -284,41 +284,31 @@ def _entry_path(folder: Path | None, identity: list[Any]) -> Path:
 
 
 def _load_entry(entry: Path) -> SequenceSet | None:
-    """Return what is stored, None if it is absent, incomplete or damaged."""
-    array = entry.with_suffix(".npy")
-    try:
-        record = json.loads(entry.with_suffix(".json").read_bytes())
-        if record.pop("checksum") != _checksum(array, record):
-            return None
-        return SequenceSet(
-            tokens=np.load(array, mmap_mode="r", allow_pickle=False),
-            domains=tuple(record.pop("domains")),
-            documents=np.array(record.pop("documents"), np.int64),
-            **record,
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    """Return the stored sequences, or None if they are missing, incomplete or damaged."""
+    array, record = entry.with_suffix(".npy"), read_sealed(entry.with_suffix(".json"))
+    if record is None or not is_sealed(array):
         return None
+    fields = json.loads(record)
+    return SequenceSet(
+        tokens=np.load(array, mmap_mode="r", allow_pickle=False),
+        domains=tuple(fields.pop("domains")),
+        documents=np.array(fields.pop("documents"), np.int64),
+        **fields,
+    )
 
 
 def _store_entry(entry: Path, built: SequenceSet) -> SequenceSet:
-    """Write `built` and return it memory-mapped; warn and return it as it is if the folder does not take it."""
+    """Write `built` and return it memory-mapped; if the folder cannot take it, warn and return `built`."""
     content = io.BytesIO()
     np.save(content, built.tokens, allow_pickle=False)
     record = vars(built) | {"documents": built.documents.tolist()}
     del record["tokens"]
     try:
-        write_atomically(entry.with_suffix(".npy"), content.getvalue())
-        record["checksum"] = _checksum(entry.with_suffix(".npy"), record)
-        write_atomically(entry.with_suffix(".json"), json.dumps(record).encode())
-    except (ConsaError, OSError) as error:
+        write_sealed(entry.with_suffix(".npy"), content.getvalue())
+        write_sealed(entry.with_suffix(".json"), json.dumps(record).encode())
+    except ConsaError as error:
         warnings.warn(
-            f"tokens are not cached, set CONSA_CACHE to a folder that takes them: {error}", stacklevel=3
+            f"tokens are not cached ({error}); set CONSA_CACHE to a folder with room",
+            stacklevel=3,
         )
     return _load_entry(entry) or built
-
-
-def _checksum(array: Path, record: dict[str, Any]) -> str:
-    with open(array, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    digest.update(json.dumps(record).encode())
-    return digest.hexdigest()

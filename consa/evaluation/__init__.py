@@ -1,1 +1,1 @@
-"""What an allocation costs: losses by position and domain, retrieval, lm-eval's tasks, side by side."""
+"""Measure what an allocation costs: losses by position and domain, retrieval, lm-eval tasks, in one table."""

@@ -1,4 +1,4 @@
-"""Measurements that are made once: each is kept in a small JSON file, named after everything it depends on."""
+"""Measurements that are made once: each result is kept in a small file, named after everything it depends on."""
 
 from __future__ import annotations
 
@@ -7,13 +7,34 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from consa.allocation import Allocation
 from consa.errors import ConsaError
-from consa.files import read_json, write_atomically
+from consa.files import JsonObject, read_sealed, write_sealed
 from consa.progress import progress
 
-MAX_FILE_BYTES = 64 * 2**20
+Advance = Callable[[int], None]
+"""Called during a measurement with the number of steps done since the last call."""
+
+Results = dict[tuple[str, str], JsonObject]
+"""Results by names of allocation and measure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Something that can be measured of every allocation.
+
+    Attributes:
+        name: unique among the measures of a table.
+        settings: JSON-able; everything that decides the result besides the model and the allocation.
+        size: number of steps, for the progress bar.
+        compute: returns the JSON-able result for an allocation; None stands for the model as it is.
+    """
+
+    name: str
+    settings: JsonObject
+    size: int
+    compute: Callable[[Allocation | None, Advance], JsonObject]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,33 +43,33 @@ class Cell:
 
     Attributes:
         allocation: its name.
-        measure: what is measured.
-        depends_on: JSON-able, all that decides the result.
-        size: steps that it takes, for the progress bar.
-        compute: makes the result, JSON-able; calls its argument with the number of steps done since the last call.
+        measure: name of what is measured.
+        depends_on: JSON-able; everything that decides the result.
+        size: number of steps, for the progress bar.
+        compute: returns the JSON-able result.
     """
 
     allocation: str
     measure: str
-    depends_on: dict[str, Any]
+    depends_on: JsonObject
     size: int
-    compute: Callable[[Callable[[int], None]], dict[str, Any]]
+    compute: Callable[[Advance], JsonObject]
 
     def path(self, folder: Path) -> Path:
-        """The cell's file."""
+        """The file that holds the result."""
         described = json.dumps({"measure": self.measure} | self.depends_on, sort_keys=True)
-        return folder / "cells" / f"{hashlib.sha256(described.encode()).hexdigest()[:32]}.json"
+        return folder / "cells" / f"{digest(described)[:32]}.json"
 
 
-def run_cells(cells: Sequence[Cell], folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The results of all cells by (allocation, measure): those that `folder` holds are read, the others computed.
+def run_cells(cells: Sequence[Cell], folder: Path) -> Results:
+    """Return the results of all cells: those that `folder` holds are read, the others are computed and kept.
 
     Raises:
-        ConsaError: the folder does not take a result.
+        ConsaError: a measurement fails, or the folder cannot take a result.
     """
     paths = [cell.path(folder) for cell in cells]
-    found = {path: _read(path) for path in paths}
-    missing = {path: cell for path, cell in zip(paths, cells, strict=True) if found[path] is None}
+    results = {path: _read(path) for path in paths}
+    missing = {path: cell for path, cell in zip(paths, cells, strict=True) if results[path] is None}
     done = 0
     with progress("Measuring", sum(cell.size for cell in missing.values())) as update:
         for path, cell in missing.items():
@@ -58,24 +79,24 @@ def run_cells(cells: Sequence[Cell], folder: Path) -> dict[tuple[str, str], dict
                 done += count
                 update(done, text)
 
-            record = {"measure": cell.measure, **cell.depends_on, "result": cell.compute(advance)}
-            record["sha256"] = _digest(record)
-            write_atomically(path, (json.dumps(record, indent=1) + "\n").encode())
-            found[path] = record
+            try:
+                result = results[path] = cell.compute(advance)
+            except ConsaError as error:
+                raise ConsaError(f"{cell.allocation}: {error}") from error
+            record = {"measure": cell.measure, **cell.depends_on, "result": result}
+            write_sealed(path, (json.dumps(record, indent=1) + "\n").encode())
     return {
-        (cell.allocation, cell.measure): record["result"]
+        (cell.allocation, cell.measure): result
         for path, cell in zip(paths, cells, strict=True)
-        if (record := found[path])
+        if (result := results[path]) is not None
     }
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        record = read_json(path, max_bytes=MAX_FILE_BYTES)
-    except ConsaError:  # absent or damaged: computed again
-        return None
-    return record if record.pop("sha256", None) == _digest(record) else None
+def _read(path: Path) -> JsonObject | None:
+    content = read_sealed(path)
+    return None if content is None else json.loads(content)["result"]
 
 
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
+def digest(content: str | bytes) -> str:
+    """SHA-256 of a text, as hex."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, run on a hybrid through the harness's own API."""
+"""Tasks of EleutherAI's lm-evaluation-harness, run on a hybrid through the harness's Python interface."""
 
 from __future__ import annotations
 
@@ -6,21 +6,70 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 from consa.allocation import Allocation
+from consa.config import EvalConfig
 from consa.errors import ConsaError, first_line, missing_extra
+from consa.evaluation.cells import Advance, Measure
 from consa.model.attach import attached
 from consa.model.load import LoadedModel
+from consa.progress import note
+
+
+def find(config: EvalConfig, loaded: LoadedModel) -> Any:
+    """lm-eval's task manager if any of its tasks is asked for, else None.
+
+    Raises:
+        ConsaError: lm-eval is not installed, or has no such task.
+    """
+    if not config.harness_tasks:
+        return None
+    note("Looking up lm-eval's tasks")
+    made = {"tokenizer": loaded.tokenizer.name_or_path, "max_seq_lengths": list(config.retrieval_lengths)}
+    return find_tasks(config.harness_tasks, metadata=made)
+
+
+def measures(loaded: LoadedModel, config: EvalConfig, manager: Any) -> Iterator[Measure]:
+    """Yield a measure for each of lm-eval's tasks; `manager` is what `find` returned."""
+    settings = {"limit": config.limit, "seed": config.seed, "lengths": config.retrieval_lengths}
+    for task in config.harness_tasks:
+        yield Measure(
+            name=measure_name(task),
+            settings=settings | {"lm-eval": version("lm-eval")},
+            size=1,
+            compute=partial(_compute, loaded, config, manager, task),
+        )
+
+
+def measure_name(task: str) -> str:
+    """Name of the measure of one of lm-eval's tasks."""
+    return f"lm-eval {task}"
+
+
+def _compute(
+    loaded: LoadedModel,
+    config: EvalConfig,
+    manager: Any,
+    task: str,
+    allocation: Allocation | None,
+    advance: Advance,
+) -> dict[str, float]:
+    limits = {"limit": config.limit, "seed": config.seed, "batch_size": config.batch_size}
+    metrics = run_task(loaded, allocation, task, manager=manager, **limits)
+    advance(1)
+    return metrics
 
 
 def find_tasks(names: Sequence[str], **options: Any) -> Any:
-    """The harness's task manager, once it is sure that it knows all of `names`. Takes up to a minute.
+    """Return the harness's task manager after checking that it knows all of `names`; takes up to a minute.
 
     Args:
-        names: of tasks or groups of them.
-        options: for `lm_eval.tasks.TaskManager`, such as `include_path`, a folder with more tasks, and `metadata`,
+        names: of tasks or groups of tasks.
+        options: for `lm_eval.tasks.TaskManager`, for example `include_path`, a folder with more tasks, and `metadata`,
             where RULER's tasks look for "tokenizer" (a name or folder) and "max_seq_lengths" (in tokens).
 
     Raises:
@@ -35,8 +84,8 @@ def find_tasks(names: Sequence[str], **options: Any) -> Any:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, n=8) or manager.all_tasks[:8]
             raise ConsaError(
-                f"lm-eval has no task {name!r} among its {len(manager.all_tasks)}; take one such as"
-                f" {', '.join(close)} (all of them: lm-eval ls tasks)"
+                f"lm-eval has no task {name!r} among its {len(manager.all_tasks)}; similar names are"
+                f" {', '.join(close)} (run lm-eval ls tasks for all of them)"
             )
     return manager
 
@@ -55,19 +104,19 @@ def run_task(
 
     Args:
         loaded: model and tokenizer.
-        allocation: attached for the purpose; None leaves the model as it is.
+        allocation: attached while the task runs; None leaves the model as it is.
         task: its name.
         manager: what `find_tasks` returned.
-        limit: documents of each task; all unless given.
+        limit: documents of each task; None takes all.
         batch_size: texts computed at once.
-        seed: of the harness's own choices, such as few-shot examples.
+        seed: of the harness's random choices, for example of few-shot examples.
 
     Returns:
-        Metric -> value, as "task metric" or, where a filter other than "none" comes before, "task metric,filter".
-        Standard errors end in "_stderr".
+        Metric -> value; the key is "task metric", or "task metric,filter" for a filter other than "none". Keys of
+        standard errors end in "_stderr".
 
     Raises:
-        ConsaError: the task cannot be run, for instance without its data.
+        ConsaError: the task cannot be run, for example because its data is missing.
     """
     lm_eval, huggingface = import_module("lm_eval"), import_module("lm_eval.models.huggingface")
     with _as_converted(loaded, allocation):
@@ -97,13 +146,13 @@ def run_task(
 
 
 def _is_unused_length(metric: str, value: float) -> bool:
-    """RULER's tasks have a metric per length, and -1 at those that were not asked for."""
+    """RULER's tasks have a metric for each length; it is -1 for lengths that were not asked for."""
     return metric.partition(",")[0].isdigit() and value < 0
 
 
 @contextmanager
 def _as_converted(loaded: LoadedModel, allocation: Allocation | None) -> Iterator[None]:
-    """Within the block the model is as `consa.load` gives it: `generate`, which the harness calls, makes its cache."""
+    """Make the model as `consa.load` returns it: `generate`, which the harness calls, makes the hybrid cache."""
     if allocation is None:
         yield
         return

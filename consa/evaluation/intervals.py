@@ -17,7 +17,7 @@ class Estimate:
 
     Attributes:
         mean: over all values.
-        low: the interval's lower end; NaN where a single document leaves nothing to resample.
+        low: the interval's lower end; NaN if there is only one document, which leaves nothing to resample.
         high: its upper end.
     """
 
@@ -32,13 +32,13 @@ class Estimate:
 
 
 def bootstrap(values: np.ndarray, documents: np.ndarray, *, seed: int = 0) -> Estimate:
-    """Estimate a mean by the percentile bootstrap over documents, whose sequences are drawn together.
+    """Estimate a mean by the percentile bootstrap over documents; the sequences of a document are drawn together.
 
-    Differences of two measurements on the same sequences give a paired interval.
+    For a paired interval, pass the differences of two measurements on the same sequences.
 
     Args:
         values: `(num_sequences,)`.
-        documents: `(num_sequences,)`, which document each sequence is from.
+        documents: `(num_sequences,)`, the document that each sequence is from.
         seed: of the draws.
     """
     _, place = np.unique(documents, return_inverse=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,75 +14,37 @@ import numpy as np
 from consa import published, rules
 from consa.allocation import Allocation
 from consa.config import EvalConfig, RunConfig
-from consa.data import questions
 from consa.data.sequences import SequenceSet
 from consa.data.tsv import read_tsv
 from consa.errors import ConsaError
-from consa.evaluation.answers import ask
-from consa.evaluation.cells import Cell, run_cells
-from consa.evaluation.harness import find_tasks, run_task
-from consa.evaluation.intervals import bootstrap
-from consa.evaluation.losses import buckets_of, heldout_losses, recovered
+from consa.evaluation import answers, harness, losses
+from consa.evaluation.cells import Cell, Measure, Results, run_cells
+from consa.evaluation.intervals import Estimate, bootstrap
+from consa.evaluation.losses import LOSSES, recovered
 from consa.evaluation.table import Line, Table
-from consa.files import write_json
 from consa.model.layout import AttentionLayout, check_fits
-from consa.model.load import LoadedModel, read_layout
-from consa.progress import note
-from consa.provenance import hardware, versions
-from consa.runs import inputs
-from consa.runs.folder import CONFIG, check_free
+from consa.model.load import LoadedModel
+from consa.provenance import environment, versions
 
 DENSE = "dense"
 ALL_SWA = "all_swa"
-LOSSES = "losses"
-SETTINGS = "eval-config.json"
 
-
-def run(
-    where: RunConfig, config: EvalConfig, names: Sequence[str], folder: Path, *, command: str
-) -> tuple[Table, list[Path]]:
-    """Load, measure, write the table. Killed and called again, it measures what is missing.
-
-    Args:
-        where: model and text.
-        config: what is measured.
-        names: of allocations, as `named` takes them.
-        folder: for the results.
-        command: that does the same again, for the record.
-
-    Returns:
-        The table and the files it was written to.
-
-    Raises:
-        ConsaError: something the caller can mend; what is wrong is found before long work.
-    """
-    inputs.check(replace(where, data=where.heldout_data or where.data))  # nothing is learned here
-    layout = read_layout(where.model)
-    allocations = {name: named(name, where.model, layout, config) for name in dict.fromkeys(names)}
-    start = start_of(where, config, allocations)
-    if not any((folder / name).exists() for name in (SETTINGS, CONFIG)):  # nor in the folder of a run
-        check_free(folder)
-    settings = {"run": asdict(where), "eval": asdict(config), "allocations": list(names), "command": command}
-    loaded = load(where, config)
-    harness = find_harness(config, loaded)
-    heldout = inputs.heldout_text(where, config.seq_len, loaded)
-    write_json(folder / SETTINGS, settings)
-    table = evaluate(loaded, allocations, heldout, config, folder, start=start, harness=harness, how=settings)
-    return table, table.write(folder)
+Allocations = dict[str, Allocation | None]
+"""Allocations by name; None is the model as it is."""
 
 
 def named(name: str, model: str, layout: AttentionLayout, config: EvalConfig) -> Allocation | None:
-    """The allocation that a name stands for; None is the model as it is.
+    """Return the allocation that a name stands for; None is the model as it is.
 
     Args:
-        name: "dense", "all_swa", a rule, an allocation's file, a run's folder, one published, or a .tsv file of
-            DuoAttention or PruLong.
+        name: "dense", "all_swa", a rule, an allocation's file, a run's folder, a published allocation, or a .tsv file
+            of DuoAttention or PruLong.
         model: its name, for messages.
         layout: of the model.
         config: settings of rules and .tsv files.
 
     Raises:
-        ConsaError: there is none of that name, or it does not fit the model.
+        ConsaError: there is no such allocation, or it does not fit the model.
     """
     shape = layout.shape
     limits = {"window": config.window, "num_sink_tokens": config.num_sink_tokens}
@@ -99,7 +58,7 @@ def named(name: str, model: str, layout: AttentionLayout, config: EvalConfig) ->
     path = published.resolve(name)
     if not os.path.isfile(path):
         known = (DENSE, ALL_SWA, *rules.RULES, *published.names())
-        raise ConsaError(f"allocation {name!r} is no file, and none of {', '.join(known)}")
+        raise ConsaError(f"allocation {name!r} is neither a file nor one of {', '.join(known)}")
     if path.suffix == ".tsv":
         allocation = read_tsv(path, num_layers=shape[0], num_kv_heads=shape[1], **limits)
     else:
@@ -112,7 +71,7 @@ def named(name: str, model: str, layout: AttentionLayout, config: EvalConfig) ->
 
 
 def start_of(where: RunConfig, config: EvalConfig, allocations: Mapping[str, Allocation | None]) -> int:
-    """The first position whose loss counts, for the largest of the windows.
+    """Return the first position whose loss counts, which the largest window decides.
 
     Raises:
         ConsaError: no position is left from there on, or a window with its sinks covers whole sequences.
@@ -123,257 +82,191 @@ def start_of(where: RunConfig, config: EvalConfig, allocations: Mapping[str, All
     )
 
 
-def find_harness(config: EvalConfig, loaded: LoadedModel) -> Any:
-    """lm-eval's task manager if any of its tasks is asked for, else None.
-
-    Raises:
-        ConsaError: lm-eval is not installed, or has no such task.
-    """
-    if not config.harness_tasks:
-        return None
-    note("Looking up lm-eval's tasks")
-    made = {"tokenizer": loaded.tokenizer.name_or_path, "max_seq_lengths": list(config.retrieval_lengths)}
-    return find_tasks(config.harness_tasks, metadata=made)
-
-
-def load(where: RunConfig, config: EvalConfig) -> LoadedModel:
-    """The model, if its positions suffice for what is measured.
-
-    Raises:
-        ConsaError: they do not, or as `load_model`.
-    """
-    loaded = inputs.load(where)
-    longest = loaded.model.config.get_text_config().max_position_embeddings
-    asked = {"seq_len": config.seq_len}
-    made = [task for task in config.harness_tasks if task.startswith(("niah", "ruler"))]
-    if config.retrieval_tasks or made:
-        asked["lengths"] = max(config.retrieval_lengths)
-    for name, tokens in asked.items():
-        if tokens > longest:
-            raise ConsaError(f"{name} must be at most the {longest} positions of {where.model}, got {tokens}")
-    return loaded
-
-
-def evaluate(
-    loaded: LoadedModel,
-    allocations: Mapping[str, Allocation | None],
-    heldout: SequenceSet,
-    config: EvalConfig,
-    folder: Path,
-    *,
-    start: int,
-    harness: Any,
-    how: dict[str, Any],
-) -> Table:
-    """Measure allocations, dense and all-SWA at each of their windows; what the folder holds is not measured again.
-
-    Args:
-        loaded: the model.
-        allocations: by name; None is the model as it is.
-        heldout: the text.
-        config: what is measured.
-        folder: for the cells.
-        start: first position whose loss counts.
-        harness: what `find_harness` returned.
-        how: for the table's record.
-    """
-    allocations = with_ends(allocations, loaded.layout, config)
-    common = {
-        "model": loaded.identity,
-        "computed": [str(loaded.model.dtype), str(loaded.model.device.type), versions()],
-    }
-    measures = _measures(loaded, heldout.tokens, config, start, harness)
-    cells = [
-        Cell(
-            allocation=name,
-            measure=measure.name,
-            depends_on=common
-            | {"allocation": allocation and allocation.decision(), "settings": measure.settings},
-            size=measure.size,
-            compute=partial(measure.compute, allocation),
-        )
-        for name, allocation in allocations.items()
-        for measure in measures
-    ]
-    results = run_cells(cells, folder)
-    how = how | {
-        "model": loaded.identity,
-        "heldout_sequences": len(heldout.tokens),
-        "heldout_documents": len(np.unique(heldout.documents)),
-        "hardware": hardware(),
-        "versions": versions(),
-    }
-    return Table(
-        start=start,
-        cache_tokens=config.cache_tokens,
-        lines=_lines(loaded.layout, allocations, results, heldout, config),
-        how=how,
-    )
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Something to measure of every allocation.
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What the allocations of one model are measured on; every verb that measures uses it.
 
     Attributes:
-        name: unique.
-        settings: JSON-able, all that decides the result besides model and allocation.
-        size: steps that it takes.
-        compute: makes the result of an allocation; its second argument is called with steps done.
+        loaded: the model.
+        heldout: the text.
+        config: what is measured.
+        folder: keeps the results; what it holds is not measured again.
+        start: first position whose loss counts.
+        manager: what `harness.find` returned, if lm-eval's tasks are asked for.
     """
 
-    name: str
-    settings: dict[str, Any]
-    size: int
-    compute: Callable[[Allocation | None, Callable[[int], None]], dict[str, Any]]
+    loaded: LoadedModel
+    heldout: SequenceSet
+    config: EvalConfig
+    folder: Path
+    start: int
+    manager: Any = None
 
+    def evaluate(self, allocations: Mapping[str, Allocation | None], how: Mapping[str, object]) -> Table:
+        """Measure allocations beside dense and all-SWA at each of their windows; `how` joins the table's record."""
+        whole = self.with_ends(allocations)
+        return self.table(whole, self.measure(whole), how=how)
 
-def _measures(
-    loaded: LoadedModel, tokens: np.ndarray, config: EvalConfig, start: int, harness: Any
-) -> list[Measure]:
-    def losses(allocation: Allocation | None, advance: Callable[[int], None]) -> dict[str, list[float]]:
-        """Mean of every sequence: of "all" positions from `start` on, and of each bucket by its first position."""
-        found = heldout_losses(
-            loaded.model, tokens, allocation, batch_size=config.batch_size, on_batch=advance
-        )
-        parts = {"all": found[:, start:]}
-        parts |= {str(first): found[:, first:end] for first, end in buckets_of(found.shape[1])}
-        return {part: values.mean(1, dtype=np.float64).tolist() for part, values in parts.items()}
+    def with_ends(self, allocations: Mapping[str, Allocation | None]) -> Allocations:
+        """Dense first, all-SWA at every window and number of sinks that occur, then the others as given.
 
-    measures = [
-        Measure(LOSSES, {"tokens": _digest(tokens.tobytes()), "start": start}, len(tokens), losses),
-    ]
-    for task, length in _questions(config):
-        examples = questions.examples(
-            task, loaded.tokenizer, length=length, count=config.examples, seed=config.seed
-        )
-        text = json.dumps([[example.prompt, example.answers] for example in examples])
+        If several windows or numbers of sinks occur, they become part of the names: "all_swa 128+4".
+        """
+        config, layout = self.config, self.loaded.layout
+        limits = _all_limits(allocations, config)
+        ends = [
+            (ALL_SWA, named(ALL_SWA, "", layout, replace(config, window=window, num_sink_tokens=sinks)))
+            for window, sinks in limits
+        ]
+        others = [(name, allocation) for name, allocation in allocations.items() if name != ALL_SWA]
+        return {DENSE: None} | {
+            name
+            if len(limits) == 1
+            else f"{name} {allocation.window}+{allocation.num_sink_tokens}": allocation
+            for name, allocation in (*ends, *others)
+            if allocation
+        }
 
-        def answers(
-            allocation: Allocation | None, advance: Callable[[int], None], examples: Any = examples
-        ) -> dict[str, Any]:
-            return ask(loaded, allocation, examples, batch_size=config.batch_size, on_example=advance)
+    def measures(self) -> list[Measure]:
+        """Everything that is measured of every allocation."""
+        config, batch_size = self.config, self.config.batch_size
+        return [
+            losses.heldout(self.loaded, self.heldout.tokens, start=self.start, batch_size=batch_size),
+            *answers.measures(self.loaded, config),
+            *harness.measures(self.loaded, config, self.manager),
+        ]
 
-        measures.append(Measure(f"{task} {length}", {"text": _digest(text.encode())}, len(examples), answers))
-    limits: dict[str, Any] = {"limit": config.limit, "seed": config.seed}
-    for task in config.harness_tasks:
+    def measure(
+        self,
+        allocations: Mapping[str, Allocation | None],
+        *,
+        also: Mapping[str, Measure] | None = None,
+        trained: Mapping[str, object] | None = None,
+    ) -> Results:
+        """Measure allocations, and return the results by names of allocation and measure.
 
-        def scores(
-            allocation: Allocation | None, advance: Callable[[int], None], task: str = task
-        ) -> dict[str, float]:
-            found = run_task(
-                loaded, allocation, task, manager=harness, batch_size=config.batch_size, **limits
+        Args:
+            allocations: by name.
+            also: one more measure for some of the allocations, by name.
+            trained: JSON-able settings by which the model was trained since it was loaded; None if it was not.
+
+        Raises:
+            ConsaError: a measurement fails, or the folder cannot take a result.
+        """
+        computed = [str(self.loaded.model.dtype), str(self.loaded.model.device.type), versions()]
+        model = {"model": self.loaded.identity, "computed": computed, "trained": trained}
+        shared, also = self.measures(), also or {}
+        cells = [
+            Cell(
+                allocation=name,
+                measure=measure.name,
+                depends_on=model
+                | {"allocation": allocation and allocation.decision(), "settings": measure.settings},
+                size=measure.size,
+                compute=partial(measure.compute, allocation),
             )
-            advance(1)
-            return found
+            for name, allocation in allocations.items()
+            for measure in (*shared, *([also[name]] if name in also else []))
+        ]
+        return run_cells(cells, self.folder)
 
-        settings = limits | {"lengths": config.retrieval_lengths, "lm-eval": version("lm-eval")}
-        measures.append(Measure(f"lm-eval {task}", settings, 1, scores))
-    return measures
+    def table(
+        self,
+        allocations: Mapping[str, Allocation | None],
+        results: Results,
+        *,
+        how: Mapping[str, object],
+        made: str | None = None,
+    ) -> Table:
+        """Make the table of measured allocations.
+
+        Args:
+            allocations: dense first, then all-SWA, then the others, by name.
+            results: what `measure` returned for them.
+            how: joins the table's record.
+            made: name of the allocation that this run made, if it made one.
+        """
+        counts = {
+            "heldout_sequences": len(self.heldout.tokens),
+            "heldout_documents": len(np.unique(self.heldout.documents)),
+            "seq_len": self.config.seq_len,
+        }
+        return Table(
+            start=self.start,
+            cache_tokens=self.config.cache_tokens,
+            lines=tuple(self._lines(allocations, results, made)),
+            how={**how, "model": self.loaded.identity, **counts, **environment()},
+        )
+
+    def _lines(
+        self, allocations: Mapping[str, Allocation | None], results: Results, made: str | None
+    ) -> Iterator[Line]:
+        config, layout, documents = self.config, self.loaded.layout, self.heldout.documents
+        dense_cache = rules.dense(*layout.shape, native_windows=layout.native_windows)
+        domains = np.array(self.heldout.domains)
+        several = names if len(names := sorted(set(self.heldout.domains))) > 1 else []
+        measured = {
+            name: {part: np.array(values) for part, values in results[name, LOSSES].items()}
+            for name in allocations
+        }
+        floors: dict[tuple[int, int], float] = {}  # loss of all-SWA, by window and sinks
+        for name, allocation in allocations.items():
+            if allocation and not allocation.full_attention.any():
+                floors.setdefault(_limits(allocation), measured[name]["all"].mean())
+
+        def estimate(values: np.ndarray, chosen: Any = slice(None)) -> Estimate:
+            return bootstrap(values[chosen], documents[chosen], seed=config.seed)
+
+        dense = measured[DENSE]
+        for name, allocation in allocations.items():
+            own = measured[name]
+            rise = {part: own[part] - dense[part] for part in own}
+            firsts = [part for part in own if part != "all"]
+            floor = max(floors.values()) if allocation is None else floors[_limits(allocation)]
+            retrieval: dict[str, dict[int, float]] = {}
+            for task, length in answers.tasks_of(config):
+                scores = results[name, f"{task} {length}"]["scores"]
+                retrieval.setdefault(task, {})[length] = float(np.mean(scores))
+            yield Line(
+                name=name,
+                kind=name if name == made else _kind_of(allocation, learned="other" if made else "learned"),
+                sparsity=allocation.sparsity if allocation else 0.0,
+                cache_bytes=(allocation or dense_cache).kv_cache_bytes(
+                    config.cache_tokens, head_dim=layout.head_dim
+                ),
+                loss=estimate(own["all"]),
+                difference=estimate(rise["all"]),
+                recovered=recovered(own["all"].mean(), dense=dense["all"].mean(), floor=floor),
+                by_position={int(part): estimate(own[part]) for part in firsts},
+                differences_by_position={int(part): estimate(rise[part]) for part in firsts},
+                by_domain={domain: estimate(own["all"], domains == domain) for domain in several},
+                differences_by_domain={
+                    domain: estimate(rise["all"], domains == domain) for domain in several
+                },
+                retrieval=retrieval,
+                tasks={
+                    metric: value
+                    for task in config.harness_tasks
+                    for metric, value in results[name, harness.measure_name(task)].items()
+                },
+            )
 
 
-def _questions(config: EvalConfig) -> list[tuple[str, int]]:
-    return [(task, length) for task in config.retrieval_tasks for length in config.retrieval_lengths]
-
-
-def with_ends(
-    allocations: Mapping[str, Allocation | None], layout: AttentionLayout, config: EvalConfig
-) -> dict[str, Allocation | None]:
-    """Dense first, all-SWA at every window and number of sinks that occur, then the others as given.
-
-    Where several occur, names say which: "all_swa 128+4".
-    """
-    limits = _all_limits(allocations, config)
-    ends = [
-        (ALL_SWA, named(ALL_SWA, "", layout, replace(config, window=window, num_sink_tokens=sinks)))
-        for window, sinks in limits
-    ]
-    others = [(name, allocation) for name, allocation in allocations.items() if name != ALL_SWA]
-    return {DENSE: None} | {
-        name if len(limits) == 1 else f"{name} {allocation.window}+{allocation.num_sink_tokens}": allocation
-        for name, allocation in (*ends, *others)
-        if allocation
-    }
+def _kind_of(allocation: Allocation | None, *, learned: str = "learned") -> str:
+    if allocation is None:
+        return "dense"
+    if not allocation.full_attention.any():
+        return "all-SWA"
+    return learned if allocation.provenance.get("method") == "consa" else "other"
 
 
 def _all_limits(
     allocations: Mapping[str, Allocation | None], config: EvalConfig
 ) -> tuple[tuple[int, int], ...]:
-    """Every window and number of sinks that occurs, or those of rules."""
+    """Every window and number of sinks that occurs; those of the config if there is no allocation."""
     given = dict.fromkeys(_limits(allocation) for allocation in allocations.values() if allocation)
     return tuple(given) or ((config.window, config.num_sink_tokens),)
 
 
-def _lines(
-    layout: AttentionLayout,
-    allocations: Mapping[str, Allocation | None],
-    results: Mapping[tuple[str, str], dict[str, Any]],
-    heldout: SequenceSet,
-    config: EvalConfig,
-) -> tuple[Line, ...]:
-    losses = {
-        name: {part: np.array(values) for part, values in results[name, LOSSES].items()}
-        for name in allocations
-    }
-    domains = np.array(heldout.domains)
-    several = sorted(set(heldout.domains)) if len(set(heldout.domains)) > 1 else []
-    floors = {
-        _limits(allocation): losses[name]["all"].mean()
-        for name, allocation in allocations.items()
-        if allocation and not allocation.full_attention.any()
-    }
-    dense_cache = rules.dense(*layout.shape, native_windows=layout.native_windows)
-
-    def estimate(values: np.ndarray, chosen: Any = slice(None)) -> Any:
-        return bootstrap(values[chosen], heldout.documents[chosen], seed=config.seed)
-
-    lines = []
-    for name, allocation in allocations.items():
-        own, dense = losses[name], losses[DENSE]
-        firsts = [part for part in own if part != "all"]
-        floor = max(floors.values()) if allocation is None else floors[_limits(allocation)]
-        found: dict[str, dict[int, float]] = {}
-        for task, length in _questions(config):
-            scores = results[name, f"{task} {length}"]["scores"]
-            found.setdefault(task, {})[length] = float(np.mean(scores))
-        line = Line(
-            name=name,
-            kind=_kind_of(allocation),
-            sparsity=allocation.sparsity if allocation else 0.0,
-            cache_bytes=(allocation or dense_cache).kv_cache_bytes(
-                config.cache_tokens, head_dim=layout.head_dim
-            ),
-            loss=estimate(own["all"]),
-            difference=estimate(own["all"] - dense["all"]),
-            recovered=recovered(own["all"].mean(), dense=dense["all"].mean(), floor=floor),
-            by_position={int(part): estimate(own[part]) for part in firsts},
-            differences_by_position={int(part): estimate(own[part] - dense[part]) for part in firsts},
-            by_domain={domain: estimate(own["all"], domains == domain) for domain in several},
-            differences_by_domain={
-                domain: estimate(own["all"] - dense["all"], domains == domain) for domain in several
-            },
-            retrieval=found,
-            tasks={
-                metric: value
-                for task in config.harness_tasks
-                for metric, value in results[name, f"lm-eval {task}"].items()
-            },
-        )
-        lines.append(line)
-    return tuple(lines)
-
-
-def _kind_of(allocation: Allocation | None) -> str:
-    if allocation is None:
-        return "dense"
-    if not allocation.full_attention.any():
-        return "all-SWA"
-    return "learned" if allocation.provenance.get("method") == "consa" else "other"
-
-
 def _limits(allocation: Allocation) -> tuple[int, int]:
     return allocation.window, allocation.num_sink_tokens
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -1,4 +1,4 @@
-"""What was measured of several allocations, as one table: on the terminal, as JSON, CSV and figure."""
+"""The measurements of several allocations as one table: on the terminal, as JSON, CSV and figure."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from consa.evaluation.intervals import Estimate
-from consa.files import png, write_atomically
+from consa.files import JsonObject, png, write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One allocation.
+    """The measurements of one allocation. Differences are to the dense model's loss, paired by sequence.
 
     Attributes:
         name: of the allocation.
-        kind: "dense", "all-SWA", "learned", or "other".
+        kind: "dense", "all-SWA", "learned", "adapted" or "other".
         sparsity: achieved share of units on SWA.
-        cache_bytes: its KV cache.
+        cache_bytes: size of its KV cache with `Table.cache_tokens` tokens, in bytes.
         loss: mean cross-entropy in nats, from `Table.start` on.
-        difference: of that loss to the dense model's, paired by sequence.
-        recovered: share of the gap from all-SWA (of the same window) to dense that it closes; NaN without a gap.
-        by_position: loss in each bucket of positions, by its first position.
-        differences_by_position: those of the same buckets to the dense model, paired.
-        by_domain: loss in each of the text's domains, from `Table.start` on; empty if there is only one.
-        differences_by_domain: those to the dense model, paired.
-        retrieval: task -> length in tokens -> share of answers found.
+        difference: of `loss`.
+        recovered: share of the gap from all-SWA (of the same window) to dense that is closed; NaN without a gap.
+        by_position: loss in each bucket of positions, by the bucket's first position.
+        differences_by_position: of `by_position`.
+        by_domain: loss in each domain of the text, from `Table.start` on; empty if there is only one domain.
+        differences_by_domain: of `by_domain`.
+        retrieval: task -> prompt length in tokens -> share of answers found.
         tasks: lm-eval's "task metric" -> value.
     """
 
@@ -55,40 +55,78 @@ class Line:
         values = [value for lengths in self.retrieval.values() for value in lengths.values()]
         return sum(values) / len(values) if values else math.nan
 
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Line:
+        """Make the line of `Table.to_record` again."""
+
+        def estimates(name: str, key: Callable[[str], Any]) -> dict[Any, Estimate]:
+            return {key(part): _estimate(value) for part, value in record[name].items()}
+
+        def numbers(values: Mapping[str, float | None], key: Callable[[str], Any]) -> dict[Any, float]:
+            return {key(part): _number(value) for part, value in values.items()}
+
+        return cls(
+            name=record["name"],
+            kind=record["kind"],
+            sparsity=record["sparsity"],
+            cache_bytes=record["cache_bytes"],
+            loss=_estimate(record["loss"]),
+            difference=_estimate(record["difference"]),
+            recovered=_number(record["recovered"]),
+            by_position=estimates("by_position", int),
+            differences_by_position=estimates("differences_by_position", int),
+            by_domain=estimates("by_domain", str),
+            differences_by_domain=estimates("differences_by_domain", str),
+            retrieval={task: numbers(lengths, int) for task, lengths in record["retrieval"].items()},
+            tasks=numbers(record["tasks"], str),
+        )
+
+
+class Section(NamedTuple):
+    """A part of the table as text.
+
+    Attributes:
+        title: what the numbers are.
+        columns: their headings; the first is that of the names.
+        rows: of as many cells.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """All allocations, dense first.
+    """The measurements of all allocations, dense first.
 
     Attributes:
-        start: first position that counts for `Line.loss`.
-        cache_tokens: in the caches of `Line.cache_bytes`.
-        lines: one per allocation.
+        start: first position whose loss counts for `Line.loss`.
+        cache_tokens: number of tokens in the caches of `Line.cache_bytes`.
+        lines: one for each allocation.
         how: JSON-able record of model, text, settings, versions and hardware.
     """
 
     start: int
     cache_tokens: int
     lines: tuple[Line, ...]
-    how: dict[str, Any]
+    how: Mapping[str, Any]
 
     def line(self, name: str) -> Line:
         """The line of that name."""
-        return next(line for line in self.lines if line.name == name)
+        return {line.name: line for line in self.lines}[name]
 
-    def sections(self) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-        """Title, columns and rows of each part for the terminal, all as text."""
+    def sections(self) -> Iterator[Section]:
+        """The parts of the table for the terminal."""
         dense = self.lines[0]
 
-        def section(
-            title: str, columns: list[str], row: Callable[[Line], list[str]]
-        ) -> tuple[str, list[str], list[list[str]]]:
-            return title, ["allocation", *columns], [[line.name, *row(line)] for line in self.lines]
+        def section(title: str, columns: list[str], row: Callable[[Line], list[str]]) -> Section:
+            return Section(title, ["allocation", *columns], [[line.name, *row(line)] for line in self.lines])
 
         yield section(
             f"Held-out loss (nats) from position {self.start} on, with 95 % confidence intervals of the difference to"
-            f" dense; KV cache at {self.cache_tokens} tokens",
-            ["sparsity", "cache", "loss", "to dense", "recovered"],
+            f" dense; KV cache with {self.cache_tokens} tokens, as a share of the dense model's",
+            ["sparsity", "KV cache", "loss", "difference to dense", "recovered"],
             lambda line: [
                 f"{line.sparsity:.4f}",
                 f"{line.cache_bytes / dense.cache_bytes:.1%}",
@@ -98,19 +136,19 @@ class Table:
             ],
         )
         yield section(
-            "Loss beyond the dense model's (nats), by first position",
+            "Loss above the dense model's (nats), by first position",
             [str(first) for first in dense.by_position],
             lambda line: [f"{estimate.mean:.4f}" for estimate in line.differences_by_position.values()],
         )
         if dense.by_domain:
             yield section(
-                f"Loss beyond the dense model's (nats) from position {self.start} on, by domain",
+                f"Loss above the dense model's (nats) from position {self.start} on, by domain",
                 [domain or "(none)" for domain in dense.by_domain],
                 lambda line: [str(estimate) for estimate in line.differences_by_domain.values()],
             )
         if dense.retrieval:
             yield section(
-                "Share of hidden answers found, by task and tokens of text",
+                "Share of hidden answers found, by task and prompt length in tokens",
                 [f"{task} {length}" for task, lengths in dense.retrieval.items() for length in lengths],
                 lambda line: [f"{v:.2f}" for lengths in line.retrieval.values() for v in lengths.values()],
             )
@@ -125,10 +163,10 @@ class Table:
         """Write `name`.json, .csv and .png into the folder; returns their paths.
 
         Raises:
-            ConsaError: the folder does not take them.
+            ConsaError: the folder cannot take them.
         """
         content = {
-            ".json": self.to_json().encode(),
+            ".json": (json.dumps(self.to_record(), indent=1, allow_nan=False) + "\n").encode(),
             ".csv": self.to_csv().encode(errors="backslashreplace"),
             ".png": self.figure(),
         }
@@ -136,12 +174,26 @@ class Table:
             write_atomically(folder / f"{name}{suffix}", data)
         return [folder / f"{name}{suffix}" for suffix in content]
 
-    def to_json(self) -> str:
-        """All of it; what is not a number there is null."""
-        return json.dumps(_without_nan(asdict(self)), indent=1, allow_nan=False) + "\n"
+    def to_record(self) -> JsonObject:
+        """The whole table, JSON-able; numbers that are not finite are None."""
+        return json.loads(json.dumps(_without_nan(asdict(self))))
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Table:
+        """Make the table of `to_record` again.
+
+        Raises:
+            LookupError, TypeError, ValueError, AttributeError: the record is not as `to_record` writes it.
+        """
+        lines = tuple(Line.from_record(line) for line in record["lines"])
+        if not lines:
+            raise ValueError("the table has no lines")
+        return cls(
+            start=record["start"], cache_tokens=record["cache_tokens"], lines=lines, how=record.get("how", {})
+        )
 
     def to_csv(self) -> str:
-        """A row per allocation; columns such as "by_position.512.mean"."""
+        """A row for each allocation; columns are named like "by_position.512.mean"."""
         rows = [_flat(_without_nan(asdict(line))) for line in self.lines]
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -150,7 +202,7 @@ class Table:
         return text.getvalue()
 
     def figure(self) -> bytes:
-        """Loss beyond the dense model's by position, and each retrieval task's accuracy by length, as PNG."""
+        """Plot loss above the dense model's by position, and each retrieval task's accuracy by length, as PNG."""
         from matplotlib.figure import Figure
 
         tasks = self.lines[0].retrieval
@@ -167,19 +219,24 @@ class Table:
                 axes.plot(list(lengths), list(lengths.values()), **style)
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(list(lengths), [str(length) for length in lengths])
-                axes.set(title=task, xlabel="tokens of text", ylabel="answers found", ylim=(-0.03, 1.03))
+                axes.set(
+                    title=task,
+                    xlabel="prompt length, tokens",
+                    ylabel="share of answers found",
+                    ylim=(-0.03, 1.03),
+                )
         by_position.set_xticks(
             range(len(self.lines[0].by_position)), [str(f) for f in self.lines[0].by_position]
         )
         by_position.set(
-            title="by position", xlabel="from position", ylabel="loss beyond dense, nats (95 % CI)"
+            title="by position", xlabel="first position", ylabel="loss above dense, nats (95 % CI)"
         )
         by_position.legend(frameon=False, fontsize="small")
         return png(drawing)
 
 
 def number(value: float | None) -> str:
-    """A number for people; a dash where there is none."""
+    """Format a number; a dash stands for None and NaN."""
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
@@ -191,8 +248,16 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _flat(record: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _estimate(record: Mapping[str, float | None]) -> Estimate:
+    return Estimate(*(_number(record[name]) for name in ("mean", "low", "high")))
+
+
+def _flat(record: Mapping[Any, Any], prefix: str = "") -> JsonObject:
+    flat: JsonObject = {}
     for key, value in record.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

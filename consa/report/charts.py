@@ -1,30 +1,31 @@
-"""What each chart of the report shows, as Vega-Lite, and the rows of its data."""
+"""The charts of the report as Vega-Lite, and the rows of their data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from consa.allocation import Allocation
-from consa.behaviour.relate import MEASURES, Behaviour
+from consa.behaviour.record import MEASURES, Behaviour
 from consa.report.vega import Chart, Columns, Spec
 from consa.runs.figures import shades
 
-# Told apart by colour-blind readers, and seen on light and dark.
+# Colour-blind readers can tell them apart, and they are visible on light and dark pages.
 FA, SWA, OTHER = "#2868ad", "#d9952b", "#84878c"
 DECISIONS = {"FA": FA, "SWA": SWA}
-KINDS = {"learned": FA, "dense": "#4f9d69", "all-SWA": SWA, "other": OTHER}
+KINDS = {"learned": FA, "adapted": FA, "dense": "#4f9d69", "all-SWA": SWA, "other": OTHER}
 LEARNING = ("loss", "expected_sparsity", "target", "multiplier", "fractional")  # of a step
 ADAPTATION = ("loss", "heldout_loss", "learning_rate")
+LINES: Spec = {"type": "line", "point": {"size": 30}}
 MAX_POINTS = 400  # of a curve
 DIGITS = 4  # significant, of numbers in a page
 
 
 def units(allocation: Allocation, behaviour: Behaviour | None) -> Columns:
-    """A row per unit: where it is, what was decided, its score and what was measured of it."""
+    """A row for each unit: its place, the decision, its score and its behaviour."""
     by_layer = allocation.granularity == "layer"
     heads = range(1 if by_layer else allocation.num_kv_heads)
     places = [(layer, head) for layer in range(allocation.num_layers) for head in heads]
@@ -53,44 +54,39 @@ def units(allocation: Allocation, behaviour: Behaviour | None) -> Columns:
 
 
 def heatmap(name: str, data: str, allocation: Allocation, behaviour: Behaviour | None) -> Chart:
-    """Layers to the right, KV heads downwards; the further a score from the decision, the stronger the colour."""
-    fields = ["unit", "decision"] + ["score"] * (allocation.scores is not None)
-    tooltip = [{"field": field, "title": field} for field in fields]
-    if allocation.provenance.get("method") == "consa" and allocation.scores is not None:
-        tooltip[-1]["title"] = "log_alpha"
-    tooltip += _measure_tooltips(behaviour)
+    """Heatmap with a column for each layer and a row for each KV head; colours show decision and score."""
+    tooltip = _tooltip("unit", "decision")
+    if allocation.scores is not None:
+        learned = allocation.provenance.get("method") == "consa"
+        tooltip.append({"field": "score", "title": "log_alpha" if learned else "score"})
     num_full = int(allocation.full_attention.sum())
     num_units = len(allocation.layers) * allocation.num_kv_heads
     rows = 1 if allocation.granularity == "layer" else allocation.num_kv_heads
-    decisions = DECISIONS | ({"native window": OTHER} if allocation.native_windows else {})
-    spec: Spec = {
-        "mark": {"type": "rect", "cornerRadius": 2, "tooltip": True},
-        "height": rows * (26 if rows <= 8 else 14),
-        "encoding": {
-            "x": _layers(allocation.num_layers),
-            "y": _places("head", "KV head") | {"scale": {"paddingInner": 0.1}},
-            "color": _colour("decision", decisions),
-            "opacity": {
-                "field": "shade",
-                "type": "quantitative",
-                "legend": None,
-                "scale": {"domain": [0, 1], "range": [0.55, 1]},
-            },
-            "tooltip": tooltip,
-        },
-    }
+    shade = _amount("shade", None) | {"legend": None, "scale": {"domain": [0, 1], "range": [0.55, 1]}}
     return Chart(
         name=f"{name}-allocation",
         title="Which units keep full attention",
         description=f"Heatmap of {num_units} KV heads in {allocation.num_layers} layers, {num_full} of them on full"
-        " attention; the text below says at which depth.",
-        spec=spec,
+        " attention; the text below describes their depth.",
+        spec={
+            "mark": {"type": "rect", "cornerRadius": 2, "tooltip": True},
+            "height": rows * (26 if rows <= 8 else 14),
+            "encoding": {
+                "x": _layers(allocation.num_layers),
+                "y": _places("head", "KV head") | {"scale": {"paddingInner": 0.1}},
+                "color": _colour(
+                    "decision", DECISIONS | ({"native window": OTHER} if allocation.native_windows else {})
+                ),
+                "opacity": shade,
+                "tooltip": tooltip + _measure_tooltips(behaviour),
+            },
+        },
         data=data,
     )
 
 
 def history(records: Sequence[Mapping[str, float]], *, adapted: bool) -> Columns:
-    """The steps of a run; of a long one, means of neighbouring steps. Held-out losses are of some steps alone."""
+    """The steps of a run; a long run becomes means of neighbouring steps. Only some steps have a held-out loss."""
     parts = np.array_split(np.arange(len(records)), min(len(records), MAX_POINTS))
 
     def column(name: str) -> list[float | None]:
@@ -103,49 +99,36 @@ def history(records: Sequence[Mapping[str, float]], *, adapted: bool) -> Columns
 
 
 def curves(name: str, data: str, *, adapted: bool) -> list[Chart]:
-    """By step: loss, sparsity with its target, multiplier and share of fractional gates; or loss and learning rate."""
-    step = {
-        "field": "step",
-        "type": "quantitative",
-        "title": "step",
-        "axis": {"grid": False, "tickMinStep": 1},
-    }
+    """Curves over the steps, of learning or of adaptation."""
+    axis = {"grid": False, "tickMinStep": 1}
+    step = _amount("step", "step") | {"axis": axis}
 
     def line(field: str, title: str, domain: list[float] | None = None, **mark: Any) -> Spec:
+        y = _amount(field, title) | {"scale": {"domain": domain} if domain else {"zero": False}}
         return {
             "mark": {"type": "line", "color": FA, "point": {"size": 14, "color": FA}, **mark},
-            "encoding": {
-                "x": step,
-                "y": _amount(field, title) | {"scale": {"domain": domain} if domain else {"zero": False}},
-                "tooltip": [{"field": "step"}, {"field": field, "format": ".4~r"}],
-            },
+            "encoding": {"x": step, "y": y, "tooltip": _tooltip("step", **{field: ".4~r"})},
         }
 
     target = line("target", "sparsity", [0, 1], color=SWA, strokeDash=[5, 3], point=False)
     expected = line("expected_sparsity", "sparsity", [0, 1])
-    panels = {
-        "loss": ("Training loss", "loss of each step", line("loss", "nats")),
-        "sparsity": (
-            "Expected sparsity (blue) and its target (dashed)",
-            "expected sparsity following a rising target",
-            {"layer": [target, expected]},
-        ),
-        "multiplier": ("Lagrange multiplier", "multiplier of each step", line("multiplier", "nats")),
-        "fractional": (
-            "Share of fractional gates",
-            "share of gates not yet decided",
-            line("fractional", "share", [0, 1]),
-        ),
-    }
+    fractional = line("fractional", "share", [0, 1])
+    measured = {"transform": [{"filter": "isValid(datum.heldout_loss)"}], **line("heldout_loss", "nats")}
+    rate = line("learning_rate", "learning rate")
+    rate["encoding"]["y"]["axis"] = {"format": ".1e"}
+    panels = [("loss", "Training loss", "loss of each step", line("loss", "nats"))]
     if adapted:
-        measured = {"transform": [{"filter": "isValid(datum.heldout_loss)"}], **line("heldout_loss", "nats")}
-        rate = line("learning_rate", "learning rate")
-        rate["encoding"]["y"]["axis"] = {"format": ".1e"}
-        panels = {
-            "loss": panels["loss"],
-            "heldout": ("Held-out loss", "held-out loss of some steps", measured),
-            "rate": ("Learning rate", "learning rate of each step", rate),
-        }
+        panels += [
+            ("heldout", "Held-out loss", "held-out loss at some of the steps", measured),
+            ("rate", "Learning rate", "learning rate of each step", rate),
+        ]
+    else:
+        sparsity = "Expected sparsity (blue) and its target (dashed)"
+        panels += [
+            ("sparsity", sparsity, "expected sparsity and its rising target", {"layer": [target, expected]}),
+            ("multiplier", "Lagrange multiplier", "multiplier of each step", line("multiplier", "nats")),
+            ("fractional", "Share of fractional gates", "share of gates not decided yet", fractional),
+        ]
     return [
         Chart(
             name=f"{name}-{panel}",
@@ -154,93 +137,69 @@ def curves(name: str, data: str, *, adapted: bool) -> list[Chart]:
             spec={"height": 170, **spec},
             data=data,
         )
-        for panel, (title, description, spec) in panels.items()
+        for panel, title, description, spec in panels
     ]
 
 
-def by_position(name: str, data: str, *, intervals: bool, made: str = "learned") -> Chart:
-    """Loss beyond the dense model's, by position; rows hold allocation, kind, from, rise, low and high.
-
-    `made` is the kind of what the run made.
-    """
+def by_position(name: str, data: str, kinds: Collection[str]) -> Chart:
+    """Loss above the dense model's, by position; rows hold allocation, kind, from, rise, low and high."""
     shared = {
         "x": _places("from", "from position"),
-        "color": _colour("kind", {made if kind == "learned" else kind: c for kind, c in KINDS.items()}),
+        "color": _kinds(kinds),
         "detail": {"field": "allocation"},
     }
-    lines = {
-        "mark": {"type": "line", "point": {"size": 30}, "strokeWidth": 2},
-        "encoding": shared
-        | {
-            "y": _amount("rise", "nats beyond dense"),
-            "opacity": {"condition": {"test": "datum.kind === 'other'", "value": 0.6}, "value": 1},
-            "tooltip": [{"field": "allocation"}, {"field": "from"}, {"field": "rise", "format": ".4f"}],
-        },
+    own = {
+        "y": _amount("rise", "nats above dense"),
+        "opacity": {"condition": {"test": "datum.kind === 'other'", "value": 0.6}, "value": 1},
+        "tooltip": _tooltip("allocation", "from", rise=".4f"),
     }
-    band = {
-        "mark": {"type": "area", "opacity": 0.15},
-        "encoding": shared | {"y": _amount("low", "nats beyond dense"), "y2": {"field": "high"}},
-    }
+    ends = {"y": _amount("low", "nats above dense"), "y2": {"field": "high"}}
+    lines = {"mark": LINES | {"strokeWidth": 2}, "encoding": shared | own}
+    band = {"mark": {"type": "area", "opacity": 0.15}, "encoding": shared | ends}
     return Chart(
         name=f"{name}-by-position",
-        title="Loss beyond the dense model's, by position" + (" (95 % intervals)" if intervals else ""),
-        description="Line chart of the rise of the loss over the dense model's by position in the text, a line for"
-        " each allocation; the table holds the same numbers.",
-        spec={"height": 240, "layer": [band, lines] if intervals else [lines]},
+        title="Loss above the dense model's, by position (95 % intervals)",
+        description="Line chart of the difference between each allocation's loss and the dense model's, by position in"
+        " the text; the table has the numbers.",
+        spec={"height": 240, "layer": [band, lines]},
         data=data,
     )
 
 
-def retrieval(name: str, data: str, task: str) -> Chart:
-    """Share of answers found by length of text, for one task; rows hold allocation, kind, task, length and share."""
+def retrieval(name: str, data: str, task: str, kinds: Collection[str]) -> Chart:
+    """Share of answers found by prompt length, for one task; rows hold allocation, kind, task, length and share."""
+    encoding = {
+        "x": _places("length", "prompt length, tokens"),
+        "y": _amount("share", "share") | {"scale": {"domain": [0, 1]}},
+        "color": _kinds(kinds),
+        "detail": {"field": "allocation"},
+        "tooltip": _tooltip("allocation", "length", share=".2f"),
+    }
+    one = {"transform": [{"filter": {"field": "task", "equal": task}}]}
     return Chart(
         name=f"{name}-retrieval-{task}",
         title=f"Answers found: {task.replace('_', ' ')}",
-        description="Line chart of the share of hidden answers found by length of the text, a line for each"
-        " allocation; the table holds the same numbers.",
-        spec={
-            "height": 190,
-            "transform": [{"filter": {"field": "task", "equal": task}}],
-            "mark": {"type": "line", "point": {"size": 30}},
-            "encoding": {
-                "x": _places("length", "tokens of text"),
-                "y": _amount("share", "share") | {"scale": {"domain": [0, 1]}},
-                "color": _colour("kind", KINDS),
-                "detail": {"field": "allocation"},
-                "tooltip": [
-                    {"field": "allocation"},
-                    {"field": "length"},
-                    {"field": "share", "format": ".2f"},
-                ],
-            },
-        },
+        description="Line chart of the share of hidden answers found by prompt length, with a line for each"
+        " allocation; the table has the numbers.",
+        spec={"height": 190, "mark": LINES, "encoding": encoding, **one},
         data=data,
     )
 
 
 def spectrum(name: str, data: str, behaviour: Behaviour, shown: str) -> Chart:
-    """Units sorted by a measure, which the reader chooses, coloured by what was decided."""
+    """Units sorted by a measure that the reader chooses, coloured by decision."""
     names = [measure for measure in MEASURES if measure in behaviour.measures]
-    tooltip: list[Spec] = [{"field": "unit"}, {"field": "decision"}]
+    labels = [measure.replace("_", " ") for measure in names]
+    choice = {"input": "select", "name": "Measure ", "options": names, "labels": labels}
+    rank = _places("rank", "units in order", labels=False, ticks=False)
     return Chart(
         name=f"{name}-spectrum",
-        title="Units sorted by what they do",
+        title="Units sorted by a measure",
         description="Bars of all units in rising order of the chosen measure, coloured by decision; the table of"
-        " relations says how well the measure tells FA from SWA.",
+        " relations says how well the measure separates FA from SWA.",
         spec={
             "height": 240,
-            "params": [
-                {
-                    "name": "measure",
-                    "value": shown,
-                    "bind": {
-                        "input": "select",
-                        "name": "Measure ",
-                        "options": names,
-                        "labels": [measure.replace("_", " ") for measure in names],
-                    },
-                }
-            ],
+            "params": [{"name": "measure", "value": shown, "bind": choice}],
             "transform": [
                 {"filter": "datum.decision !== 'native window'"},
                 {"calculate": "datum[measure]", "as": "value"},
@@ -248,11 +207,10 @@ def spectrum(name: str, data: str, behaviour: Behaviour, shown: str) -> Chart:
             ],
             "mark": {"type": "bar", "tooltip": True},
             "encoding": {
-                "x": _places("rank", "units in order", labels=False, ticks=False)
-                | {"scale": {"paddingInner": 0.15}, "sort": "ascending"},
+                "x": rank | {"scale": {"paddingInner": 0.15}, "sort": "ascending"},
                 "y": _amount("value", None),
                 "color": _colour("decision", DECISIONS),
-                "tooltip": tooltip + _measure_tooltips(behaviour),
+                "tooltip": _tooltip("unit", "decision") + _measure_tooltips(behaviour),
             },
         },
         data=data,
@@ -260,27 +218,21 @@ def spectrum(name: str, data: str, behaviour: Behaviour, shown: str) -> Chart:
 
 
 def predictors(name: str, data: str, num_measures: int) -> Chart:
-    """How well each measure tells FA from SWA; rows hold measure and auc, in the order to be shown."""
+    """How well each measure separates FA from SWA; rows hold measure and auc, in the order to be shown."""
+    title = "AUC (blue: FA units have higher values, orange: SWA units)"
+    encoding = {
+        "y": _places("measure", None, labelLimit=140, ticks=False, domain=False),
+        "x": _amount("auc", title) | {"scale": {"domain": [0, 1]}},
+        "x2": {"datum": 0.5},
+        "color": {"condition": {"test": "datum.auc >= 0.5", "value": FA}, "value": SWA},
+        "tooltip": [{"field": "measure"}, {"field": "auc", "title": "AUC", "format": ".3f"}],
+    }
+    mark = {"type": "bar", "cornerRadius": 2, "height": {"band": 0.7}}
     return Chart(
         name=f"{name}-predictors",
-        title="What tells FA from SWA",
-        description="Bars from 0.5, chance, to the AUC of each measure; the table of relations holds the same numbers.",
-        spec={
-            "height": 20 * num_measures,
-            "mark": {"type": "bar", "cornerRadius": 2, "height": {"band": 0.7}},
-            "encoding": {
-                "y": _places("measure", None, labelLimit=140, ticks=False, domain=False),
-                "x": {
-                    "field": "auc",
-                    "type": "quantitative",
-                    "title": "AUC (blue: FA has more of it, orange: SWA)",
-                    "scale": {"domain": [0, 1]},
-                },
-                "x2": {"datum": 0.5},
-                "color": {"condition": {"test": "datum.auc >= 0.5", "value": FA}, "value": SWA},
-                "tooltip": [{"field": "measure"}, {"field": "auc", "title": "AUC", "format": ".3f"}],
-            },
-        },
+        title="Which measures separate FA from SWA",
+        description="Bars from 0.5 (chance) to the AUC of each measure; the table of relations has the numbers.",
+        spec={"height": 20 * num_measures, "mark": mark, "encoding": encoding},
         data=data,
     )
 
@@ -288,12 +240,9 @@ def predictors(name: str, data: str, num_measures: int) -> Chart:
 def distances(allocation: Allocation, behaviour: Behaviour) -> Columns:
     """Mean attention by distance of the FA and of the SWA units."""
     rows: dict[str, list[Any]] = {"decision": [], "bucket": [], "share": []}
-    decided = np.zeros_like(allocation.full_attention)
+    full, decided = allocation.full_attention, np.zeros_like(allocation.full_attention)
     decided[allocation.layers] = True
-    for decision, chosen in (
-        ("FA", allocation.full_attention),
-        ("SWA", decided & ~allocation.full_attention),
-    ):
+    for decision, chosen in (("FA", full), ("SWA", decided & ~full)):
         if chosen.any():
             for bucket, share in enumerate(behaviour.by_distance[chosen].mean(0)):
                 first, last = (0, 0) if bucket == 0 else (2 ** (bucket - 1), 2**bucket - 1)
@@ -304,32 +253,25 @@ def distances(allocation: Allocation, behaviour: Behaviour) -> Columns:
 
 
 def by_distance(name: str, data: str) -> Chart:
-    """Where attention goes, by distance in tokens, for FA and SWA units under full attention."""
+    """Mean attention by distance in tokens, of FA and of SWA units, under full attention."""
+    encoding = {
+        "x": _places("bucket", "distance, tokens", labelAngle=-40),
+        "y": _amount("share", "share of attention") | {"axis": {"format": "%"}},
+        "color": _colour("decision", DECISIONS),
+        "tooltip": _tooltip("decision", "bucket", share=".3f"),
+    }
     return Chart(
         name=f"{name}-by-distance",
-        title="Attention by distance, before any window was set",
-        description="Line chart of the mean share of attention by distance between query and key, one line for the"
-        " units that were put on full attention and one for those on a sliding window.",
-        spec={
-            "height": 220,
-            "mark": {"type": "line", "point": {"size": 30}, "strokeWidth": 2},
-            "encoding": {
-                "x": _places("bucket", "distance, tokens", labelAngle=-40),
-                "y": _amount("share", "share of attention") | {"axis": {"format": "%"}},
-                "color": _colour("decision", DECISIONS),
-                "tooltip": [
-                    {"field": "decision"},
-                    {"field": "bucket"},
-                    {"field": "share", "format": ".3f"},
-                ],
-            },
-        },
+        title="Attention by distance, under full attention",
+        description="Line chart of the mean share of attention by distance between query and key, with one line for the"
+        " FA units and one for the SWA units.",
+        spec={"height": 220, "mark": LINES | {"strokeWidth": 2}, "encoding": encoding},
         data=data,
     )
 
 
 def layer_shares(allocations: Mapping[str, Allocation]) -> Columns:
-    """The share of FA heads of every layer of several allocations."""
+    """The share of FA heads in every layer of several allocations."""
     rows: dict[str, list[Any]] = {"run": [], "sparsity": [], "layer": [], "share": []}
     for name, allocation in allocations.items():
         for layer, share in enumerate(allocation.full_attention.mean(1)):
@@ -341,35 +283,28 @@ def layer_shares(allocations: Mapping[str, Allocation]) -> Columns:
 
 
 def side_by_side(data: str, allocations: Mapping[str, Allocation]) -> Chart:
-    """A row per allocation: which share of each layer's heads is FA."""
+    """Heatmap with a row for each allocation: the share of each layer's heads that is FA."""
     num_layers = next(iter(allocations.values())).num_layers
+    encoding = {
+        "x": _layers(num_layers),
+        "y": _places("run", None, labelLimit=90) | {"scale": {"paddingInner": 0.12}},
+        "fillOpacity": _amount("share", "share")
+        | {"legend": None, "scale": {"domain": [0, 1], "range": [0.02, 1]}},
+        "tooltip": _tooltip("run", "sparsity", "layer", "share"),
+    }
+    mark = {"type": "rect", "cornerRadius": 2, "color": FA, "stroke": FA, "strokeOpacity": 0.35}
     return Chart(
         name="side-by-side",
         title="Share of each layer's KV heads on full attention",
-        description="Heatmap with a row per run and a column per layer; the stronger the colour, the more of the"
-        " layer's KV heads keep full attention.",
-        spec={
-            "height": 30 * len(allocations),
-            "mark": {"type": "rect", "cornerRadius": 2, "color": FA, "stroke": FA, "strokeOpacity": 0.35},
-            "encoding": {
-                "x": _layers(num_layers),
-                "y": _places("run", None, labelLimit=90) | {"scale": {"paddingInner": 0.12}},
-                "fillOpacity": {
-                    "field": "share",
-                    "type": "quantitative",
-                    "title": "share",
-                    "scale": {"domain": [0, 1], "range": [0.02, 1]},
-                    "legend": None,
-                },
-                "tooltip": [{"field": field} for field in ("run", "sparsity", "layer", "share")],
-            },
-        },
+        description="Heatmap with a row for each run and a column for each layer; the stronger the colour, the larger"
+        " the share of the layer's KV heads on full attention.",
+        spec={"height": 30 * len(allocations), "mark": mark, "encoding": encoding},
         data=data,
     )
 
 
 def benchmark(name: str, data: str) -> list[Chart]:
-    """Decoding, prefill and cache by context, dense and hybrid; rows are `Measurement`s and the cache in MB."""
+    """Decoding speed, prefill time and KV cache by context, dense and hybrid."""
     panels = {
         "decode_tokens_per_second": ("Decoding", "tokens per second"),
         "prefill_seconds": ("Prefill", "seconds"),
@@ -382,27 +317,23 @@ def benchmark(name: str, data: str) -> list[Chart]:
             "y": _amount(field, unit),
             "color": _colour("model", {"dense": OTHER, "hybrid": FA}),
             "detail": {"field": "batch_size"},
-            "tooltip": [
-                {"field": "model"},
-                {"field": "context"},
-                {"field": "batch_size"},
-                {"field": field, "format": ".4~r"},
-            ],
+            "tooltip": _tooltip("model", "context", "batch_size", **{field: ".4~r"}),
         }
-        charts.append(
-            Chart(
-                name=f"{name}-{title.lower().replace(' ', '-')}",
-                title=f"{title}, {unit}",
-                description=f"Line chart of {title.lower()} by context, dense and hybrid; the table holds the same.",
-                spec={
-                    "height": 190,
-                    "mark": {"type": "line", "point": {"size": 40}},
-                    "encoding": encoding,
-                },
-                data=data,
-            )
+        chart = Chart(
+            name=f"{name}-{title.lower().replace(' ', '-')}",
+            title=f"{title}, {unit}",
+            description=f"Line chart of {title.lower()} by context, dense and hybrid; the table has the numbers.",
+            spec={"height": 190, "mark": {"type": "line", "point": {"size": 40}}, "encoding": encoding},
+            data=data,
         )
+        charts.append(chart)
     return charts
+
+
+def _tooltip(*fields: str, **formats: str) -> list[Spec]:
+    """What a tooltip shows: fields as they are, then numbers with a format of d3."""
+    plain: list[Spec] = [{"field": field} for field in fields]
+    return plain + [{"field": field, "format": how} for field, how in formats.items()]
 
 
 def _measure_tooltips(behaviour: Behaviour | None) -> list[Spec]:
@@ -414,7 +345,7 @@ def _measure_tooltips(behaviour: Behaviour | None) -> list[Spec]:
 
 
 def _places(field: str, title: str | None, **axis: Any) -> Spec:
-    """A scale of steps, in the order of the data."""
+    """An axis with a step for each value, in the order of the data."""
     axis = {"labelAngle": 0, "labelOverlap": "greedy", "grid": False, **axis}
     return {"field": field, "type": "ordinal", "sort": None, "title": title, "axis": axis}
 
@@ -433,6 +364,10 @@ def _colour(field: str, colours: Mapping[str, str]) -> Spec:
     scale = {"domain": list(colours), "range": list(colours.values())}
     legend = {"orient": "top", "symbolOpacity": 1}
     return {"field": field, "type": "nominal", "title": None, "scale": scale, "legend": legend}
+
+
+def _kinds(kinds: Collection[str]) -> Spec:
+    return _colour("kind", {kind: colour for kind, colour in KINDS.items() if kind in kinds})
 
 
 def _rounded(value: float) -> float | None:

@@ -1,4 +1,4 @@
-"""Charts as Vega-Lite: what a chart is, and how the page and the figures for papers draw it alike."""
+"""Charts as Vega-Lite, drawn alike by the page and as figures for papers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Chart:
     Attributes:
         name: of its files.
         title: what it shows, as text.
-        description: what there is to see, for those who cannot.
+        description: what it shows, for readers who cannot see it.
         spec: Vega-Lite without data.
-        data: key of the page's data sets; charts may share one.
+        data: name of its data set; charts may share one.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Chart:
 
 
 def rows_of(columns: Columns) -> list[dict[str, Any]]:
-    """Columns as Vega wants them."""
+    """Columns as a list of rows, which Vega takes."""
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
@@ -44,7 +44,7 @@ def draw(charts: Sequence[Chart], data: Mapping[str, Columns], folder: Path) -> 
     """Write every chart as SVG and PNG; returns the paths.
 
     Raises:
-        ConsaError: the package that draws is not installed, or the folder does not take them.
+        ConsaError: the package that draws is not installed, or the folder cannot take the files.
     """
     renderer = _vl_convert()
     paths = []
@@ -64,7 +64,7 @@ def draw(charts: Sequence[Chart], data: Mapping[str, Columns], folder: Path) -> 
 
 
 def complete(chart: Chart) -> Spec:
-    """The chart's specification but for data, size and colours of text, which the page's style sheet sets."""
+    """The chart's specification without data; the page's style sheet sets size and text colours."""
     config = {
         "view": {"stroke": None},
         "font": "system-ui, sans-serif",
@@ -76,7 +76,7 @@ def complete(chart: Chart) -> Spec:
 
 
 def _vl_convert() -> ModuleType:
-    """The package that holds Vega-Lite and draws with it.
+    """Import the package that holds Vega-Lite and draws with it.
 
     Raises:
         ConsaError: it is not installed.
@@ -90,5 +90,5 @@ def _vl_convert() -> ModuleType:
 
 @cache
 def library() -> str:
-    """Vega-Lite with all it needs, 0.9 MB of JavaScript that defines `vegaEmbed`."""
+    """Vega-Lite with its dependencies: 0.9 MB of JavaScript that defines `vegaEmbed`."""
     return _vl_convert().javascript_bundle("window.vegaEmbed = vegaEmbed;")

@@ -1,4 +1,4 @@
-"""Figures of an allocation and of how it was learned, as PNG files."""
+"""Figures of an allocation and of a training run, as PNG files."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from consa.files import png, write_atomically
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Each ramp goes from a score near the decision to one far from it. The darkest SWA is lighter than the lightest FA by
-# far, so that the two stay apart in greyscale print and for colour-blind readers.
+# Each ramp goes from a score near the decision to one far from it. The darkest SWA is much lighter than the lightest
+# FA, so that the two differ in greyscale print and for colour-blind readers.
 FA_RAMP = ("#4a7fb5", "#08264d")
 SWA_RAMP = ("#f9dfb4", "#fffaf0")
 NATIVE_COLOUR = "#d9d9d9"
 GRID_COLOUR = "#9a9a9a"
+LIGHT, DARK = "#9dbbdb", FA_RAMP[1]  # of curves
 
 
 def heatmap(allocation: Allocation, path: Path) -> None:
-    """Draw which units keep full attention: layers upwards from 0, KV heads to the right, scores as shade and number.
+    """Draw which units keep full attention, with layer 0 at the bottom and scores as shade and number.
 
     Args:
-        allocation: what to draw; its scores and the model in its provenance appear where it has them.
+        allocation: what to draw, with its scores and the model in its provenance if it has them.
         path: of the PNG file.
 
     Raises:
@@ -118,10 +119,10 @@ def _legend(figure: Figure, allocation: Allocation, place: tuple[float, float]) 
 
 
 def curves(history: list[dict[str, float]], path: Path) -> None:
-    """Draw how a run went: loss, expected sparsity and its target, multiplier, share of fractional gates, by step.
+    """Draw a learning run by step: loss, sparsity and its target, multiplier, share of fractional gates.
 
     Args:
-        history: one record per step, as `learn` returns them.
+        history: one record for each step, as `learn` returns them.
         path: of the PNG file.
 
     Raises:
@@ -141,40 +142,33 @@ def _draw_curves(history: list[dict[str, float]]) -> Figure:
         axes.plot(steps, [record[name] for record in history], marker=marker, **style)
 
     loss, sparsity, multiplier, fractional = panels.flat
-    draw(loss, "loss", color="#9dbbdb", lw=1, label="one step")
+    draw(loss, "loss", color=LIGHT, lw=1, label="one step")
     averaged = max(1, len(steps) // 10)
     if averaged > 1:
         values = np.convolve([record["loss"] for record in history], np.ones(averaged) / averaged, "valid")
-        loss.plot(steps[averaged - 1 :], values, color="#08264d", lw=1.6, label=f"mean of {averaged} steps")
+        loss.plot(steps[averaged - 1 :], values, color=DARK, lw=1.6, label=f"mean of {averaged} steps")
         loss.legend(frameon=False, fontsize=8)
-    loss.set_title("training loss (nats)", fontsize=10)
     draw(sparsity, "target", color="#d1750c", ls="--", lw=1.5, label="target")
-    draw(sparsity, "expected_sparsity", color="#08264d", lw=1.6, label="expected")
+    draw(sparsity, "expected_sparsity", color=DARK, lw=1.6, label="expected")
     sparsity.set(ylim=(-0.02, 1.02))
-    sparsity.set_title("sparsity", fontsize=10)
     sparsity.legend(frameon=False, fontsize=8, loc="lower right")
-    draw(multiplier, "multiplier", color="#08264d", lw=1.6)
+    draw(multiplier, "multiplier", color=DARK, lw=1.6)
     multiplier.axhline(0, color=GRID_COLOUR, lw=0.8)
-    multiplier.set_title("Lagrange multiplier (nats)", fontsize=10)
-    draw(fractional, "fractional", color="#08264d", lw=1.6)
+    draw(fractional, "fractional", color=DARK, lw=1.6)
     fractional.set(ylim=(-0.02, 1.02))
-    fractional.set_title("share of fractional gates", fontsize=10)
-    for axes in (multiplier, fractional):
-        axes.set_xlabel("step", fontsize=9)
-    for axes in panels.flat:
-        axes.tick_params(labelsize=8)
-        axes.grid(color="#e6e6e6", lw=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+    _style(loss, "training loss (nats)", xlabel="")
+    _style(sparsity, "sparsity", xlabel="")
+    _style(multiplier, "Lagrange multiplier (nats)")
+    _style(fractional, "share of fractional gates")
     return figure
 
 
 def adaptation_curves(history: list[dict[str, float]], ends: dict[str, float], path: Path) -> None:
-    """Draw how an adaptation went: training loss, held-out loss between its ends, learning rate, by step.
+    """Draw an adaptation by step: training loss, held-out loss between its ends, learning rate.
 
     Args:
-        history: one record per step, as `adapt` returns them; some hold "heldout_loss".
-        ends: name -> held-out loss to compare with, as a line across.
+        history: one record for each step, as `adapt` returns them; some hold "heldout_loss".
+        ends: held-out losses to compare with, by name.
         path: of the PNG file.
 
     Raises:
@@ -184,31 +178,30 @@ def adaptation_curves(history: list[dict[str, float]], ends: dict[str, float], p
     loss, heldout, rate = figure.subplots(1, 3)
     figure.subplots_adjust(left=0.07, right=0.98, top=0.9, bottom=0.15, wspace=0.28)
     steps = [record["step"] for record in history]
-    loss.plot(steps, [record["loss"] for record in history], color="#9dbbdb", lw=1)
-    loss.set_title("training loss (nats)", fontsize=10)
-    measured = [record for record in history if "heldout_loss" in record]
-    heldout.plot(
-        [record["step"] for record in measured],
-        [record["heldout_loss"] for record in measured],
-        color="#08264d",
-        marker="o",
-        ms=3,
-        label="adapted",
-    )
+    loss.plot(steps, [record["loss"] for record in history], color=LIGHT, lw=1)
+    measured = [(record["step"], record["heldout_loss"]) for record in history if "heldout_loss" in record]
+    heldout.plot(*zip(*measured, strict=True), color=DARK, marker="o", ms=3, label="adapted")
     for (name, value), colour in zip(ends.items(), ("#4f9d69", "#d1750c", GRID_COLOUR), strict=False):
         heldout.axhline(value, color=colour, ls="--", lw=1.2, label=name)
     heldout.legend(frameon=False, fontsize=8)
-    heldout.set_title("held-out loss (nats)", fontsize=10)
-    rate.plot(steps, [record["learning_rate"] for record in history], color="#08264d", lw=1.6)
+    rate.plot(steps, [record["learning_rate"] for record in history], color=DARK, lw=1.6)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    rate.set_title("learning rate", fontsize=10)
-    for axes in (loss, heldout, rate):
-        axes.set_xlabel("step", fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(color="#e6e6e6", lw=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+    for axes, title in (
+        (loss, "training loss (nats)"),
+        (heldout, "held-out loss (nats)"),
+        (rate, "learning rate"),
+    ):
+        _style(axes, title)
     _save(figure, path)
+
+
+def _style(axes: Any, title: str, xlabel: str = "step") -> None:
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#e6e6e6", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def shades(allocation: Allocation) -> np.ndarray:
@@ -234,7 +227,7 @@ def _between(ramp: tuple[str, str], shade: float) -> tuple[float, ...]:
 
 
 def _new_figure(width: float, height: float) -> Figure:
-    """A figure of its own, in inches: no pyplot, so nothing global changes and no display is needed."""
+    """Make a figure without pyplot, so that nothing global changes and no display is needed; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

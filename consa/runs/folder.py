@@ -1,80 +1,129 @@
-"""The folder of a run: held by one process at a time, and by one run for good."""
+"""The folder of a run: used by one process at a time, and never by two different runs."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from consa.config import with_present_names
+from filelock import FileLock, Timeout
+
+from consa.config import AdaptConfig, LearnConfig, RunConfig, with_present_names
 from consa.errors import ConsaError
-from consa.files import read_json, remove_leftovers, write_atomically
-from consa.provenance import first_difference
+from consa.files import JsonObject, read_json, remove_leftovers, write_atomically, write_json
+from consa.provenance import environment, first_difference
+from consa.training import distributed, loop
 
 CONFIG = "config.json"
+LOCK = ".lock"
 MAX_CONFIG_BYTES = 2**20
+FREE = {"num_heldout", "start", *loop.FREE}  # settings that do not change what is learned
+
+Settings = dict[str, JsonObject]
+"""Settings of a run, JSON-able, by part: "run", then "learn", "adapt" or others."""
+
+
+@contextmanager
+def opened(
+    where: RunConfig, config: LearnConfig | AdaptConfig, folder: Path, settings: Settings
+) -> Iterator[None]:
+    """Join the job's other processes; the main one locks the folder and checks that it is this run's.
+
+    Raises:
+        ConsaError: the folder is in use or not this run's, or the processes cannot share the work.
+    """
+    with distributed.group(where.device), claimed(folder) if distributed.is_main() else nullcontext():
+        distributed.check_divides(config.sequences_per_step, config.micro_batch)
+        if distributed.is_main():
+            check_same(folder, settings, _without_free, kind="run")
+        yield
+
+
+def _without_free(settings: Settings) -> Settings:
+    return {
+        part: {key: value for key, value in values.items() if key not in FREE}
+        for part, values in settings.items()
+    }
+
+
+def record_settings(settings: Settings, command: str, folder: Path) -> JsonObject:
+    """Return what the run is and computes on; the main process writes it to config.json."""
+    record: JsonObject = {**settings, "command": command, **environment()}
+    if distributed.is_main():
+        write_json(folder / CONFIG, record)
+    return record
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Make `folder` and hold its lock; if nothing came of the block, leave no trace of it.
+    """Make `folder` and hold its lock; if the block leaves nothing else in a new folder, remove the folder again.
 
     Raises:
-        ConsaError: another process holds it, it holds files of something else, or it cannot be written.
+        ConsaError: another process holds the lock, or the folder holds files of something else or cannot be written.
     """
     if not (folder / CONFIG).exists():
         check_free(folder)
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    lock = folder / ".lock"
-    in_use = ConsaError(f"{folder} is in use by another process; wait for that one or choose another --out")
-    with ExitStack() as stack:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(lock.open("a"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Another file by now, where the last holder has just removed it.
-                if os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
-                    raise in_use
-            except (BlockingIOError, FileNotFoundError) as error:
-                raise in_use from error
-            write_atomically(lock.with_name(".writable"), b"")
-            lock.with_name(".writable").unlink()
-            remove_leftovers(folder)
-            for room in list(folder.iterdir()):  # but not another run's, which may be writing
-                if room.is_dir() and not (room / lock.name).exists():
-                    remove_leftovers(room)
-        except OSError as error:
-            raise ConsaError(
-                f"cannot write {folder}: {error.strerror or error}; choose another folder with --out"
-            ) from error
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # another run may have begun beside this one
-                if missing and [path.name for path in folder.iterdir()] == [lock.name]:
-                    lock.unlink()
-                    for path in missing:
-                        path.rmdir()
+    lock = _locked(folder)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # another run may have begun next to this one
+            if missing and [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                for path in missing:
+                    path.rmdir()
+        lock.release()
+
+
+def _locked(folder: Path) -> FileLock:
+    path = folder / LOCK
+    lock = FileLock(path, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        file = path.stat().st_ino
+        lock.acquire()
+        if path.stat().st_ino != file:  # the previous holder has removed the file that is locked now
+            raise FileNotFoundError(path)
+        write_atomically(folder / ".writable", b"")
+        (folder / ".writable").unlink()
+        remove_leftovers(folder)
+        for inner in list(folder.iterdir()):
+            if inner.is_dir() and not (inner / LOCK).exists():  # not in the folder of another run
+                remove_leftovers(inner)
+    except (Timeout, FileNotFoundError) as error:
+        lock.release()
+        raise ConsaError(
+            f"{folder} is in use by another process; wait for that process, or choose another folder with --out"
+        ) from error
+    except OSError as error:
+        lock.release()
+        raise ConsaError(
+            f"cannot write {folder}: {error.strerror or error}; choose another folder with --out"
+        ) from error
+    return lock
 
 
 def check_same(
-    folder: Path, settings: dict[str, Any], decisive: Callable[[dict[str, Any]], dict[str, Any]], *, kind: str
+    folder: Path,
+    settings: JsonObject,
+    decisive: Callable[[Settings], Settings],
+    *,
+    kind: Literal["run", "sweep"],
 ) -> None:
-    """Refuse a folder that another run's results are in.
+    """Refuse a folder that holds the results of another run.
 
     Args:
         folder: of the run; it may not exist yet.
-        settings: of this run, JSON-able, by part.
-        decisive: what of such settings may not differ where a run is continued, by part.
-        kind: "run" or "sweep", for messages.
+        settings: of this run.
+        decisive: selects the settings that must be equal for a run to be continued.
+        kind: for messages.
 
     Raises:
-        ConsaError: it holds another run, something damaged, or no run.
+        ConsaError: the folder holds another run, a damaged one, or none.
     """
     path, wanted = folder / CONFIG, decisive(json.loads(json.dumps(settings)))
     if not path.exists():
@@ -85,8 +134,8 @@ def check_same(
         before = {} if other else decisive({part: found[part] for part in wanted})
     except (ConsaError, LookupError, TypeError, AttributeError) as error:
         raise ConsaError(
-            f"cannot continue from {path}: damaged, or of no {kind}; choose another folder with --out, or delete this"
-            f" one if it is a {kind}'s"
+            f"cannot continue from {path}: damaged, or not written by a {kind}; choose another folder with --out, or"
+            " delete this one to start over"
         ) from error
     difference = "of another command" if other else first_difference(before, wanted)
     if difference:
@@ -97,13 +146,13 @@ def check_same(
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder that a run has not begun in but that holds files: a folder of text, say.
+    """Refuse a folder that holds files but no run, for example a folder of text.
 
     Raises:
-        ConsaError: it does; the message names one.
+        ConsaError: it holds files; the message names one.
     """
     for path in sorted(folder.iterdir()) if folder.exists() else ():
         if path.is_file() and not path.name.startswith("."):
             raise ConsaError(
-                f"{folder} holds files of something else ({path.name}); choose another with --out"
+                f"{folder} holds files of something else ({path.name}); choose another folder with --out"
             )

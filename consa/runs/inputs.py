@@ -1,10 +1,10 @@
-"""What a `RunConfig` names: the dense model and the text that runs, evaluations and measurements begin with."""
+"""Load what a `RunConfig` names: the dense model and the text."""
 
 from __future__ import annotations
 
 import torch
 
-from consa.config import RunConfig
+from consa.config import AdaptConfig, LearnConfig, RunConfig
 from consa.data.documents import check_data
 from consa.data.sequences import SequenceSet, Split, load_sequences
 from consa.model.attach import make_dense
@@ -14,17 +14,17 @@ from consa.training import distributed
 
 
 def check(where: RunConfig) -> None:
-    """Raise a ConsaError for a device or text that is not there, before anything is loaded."""
+    """Raise ConsaError for a device or text that does not exist, before anything is loaded."""
     check_device(where.device)
     for data in filter(None, (where.data, where.heldout_data)):
         check_data(data)
 
 
 def load(where: RunConfig) -> LoadedModel:
-    """The model; of a converted hybrid the dense model of its weights.
+    """Load the model; a converted hybrid becomes the dense model of its weights.
 
     Raises:
-        ConsaError: as `load_model`.
+        ConsaError: the model cannot be loaded.
     """
     if distributed.is_main():
         note(f"Loading {where.model}")
@@ -36,22 +36,29 @@ def load(where: RunConfig) -> LoadedModel:
 
 
 def training_text(where: RunConfig, seq_len: int, loaded: LoadedModel) -> SequenceSet:
-    """Sequences to learn on; no document of them is in `heldout_text`, unless other data is given for that.
+    """Read the sequences to learn on; they share no document with `heldout_text`, unless that has data of its own.
 
     Raises:
-        ConsaError: the text cannot be read, or holds no such sequence.
+        ConsaError: the text cannot be read, or holds no sequence of this length.
     """
     return _read(where, where.data, "all" if where.heldout_data else "train", seq_len, loaded)
 
 
 def heldout_text(where: RunConfig, seq_len: int, loaded: LoadedModel) -> SequenceSet:
-    """Sequences to measure on, from as many documents as there are.
+    """Read the sequences to measure on, from as many documents as possible.
 
     Raises:
-        ConsaError: the text cannot be read, or holds no such sequence.
+        ConsaError: the text cannot be read, or holds no sequence of this length.
     """
     source, split = (where.heldout_data, "all") if where.heldout_data else (where.data, "heldout")
     return _read(where, source, split, seq_len, loaded).spread(where.num_heldout)
+
+
+def warn_if_repeated(num_sequences: int, config: LearnConfig | AdaptConfig) -> None:
+    """Print a line if training uses each of its sequences more than once."""
+    times = config.num_steps * config.sequences_per_step / num_sequences
+    if times > 1 and distributed.is_main():
+        note(f"Little text: each training sequence is used {times:.1f} times")
 
 
 def _read(where: RunConfig, source: str, split: Split, seq_len: int, loaded: LoadedModel) -> SequenceSet:
@@ -68,6 +75,6 @@ def _read(where: RunConfig, source: str, split: Split, seq_len: int, loaded: Loa
         )
     if distributed.is_main():
         count, documents, unused = len(found.tokens), found.num_documents, found.num_skipped
-        said = f"Found {count:,} sequences of {seq_len:,} tokens in {documents:,} documents"
-        note(said + (f", {unused:,} of them too short or not text" if unused else ""))
+        text = f"Found {count:,} sequences of {seq_len:,} tokens in {documents:,} documents"
+        note(text + (f", {unused:,} of them too short or not text" if unused else ""))
     return found

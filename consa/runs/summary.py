@@ -1,45 +1,100 @@
-"""What a run found: the record in summary.json, the same as Markdown, and its losses as a table."""
+"""The record of a finished run: summary.json, and the same as Markdown."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import time
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 
 from consa.allocation import Allocation
 from consa.config import AdaptConfig, LearnConfig
 from consa.data.sequences import SequenceSet
-from consa.evaluation.losses import Comparison
-from consa.evaluation.table import number
+from consa.evaluation.losses import buckets_of
+from consa.evaluation.table import Line, Section, Table
+from consa.files import JsonObject, write_atomically, write_json
 
 
-def measured(
+class Row(TypedDict):
+    """The losses of one allocation in nats: from `start` on, and in each of the buckets of positions."""
+
+    name: str
+    sparsity: float
+    loss: float
+    recovered: float | None
+    by_position: list[float]
+
+
+class GateLosses(TypedDict):
+    """Losses in nats: dense, with gates drawn for each sequence (None if none were learned), with the decision."""
+
+    dense: float
+    stochastic: float | None
+    final: float
+
+
+class Summary(TypedDict):
+    """What summary.json holds.
+
+    Attributes:
+        model: its identity.
+        start: first position whose loss counts.
+        buckets: ranges of positions `[first, end)`.
+        rows: the losses of every allocation.
+        table: as of `Table.to_record`, with confidence intervals.
+        seconds: that this process took for training and for evaluation.
+        run: the settings of the run; "learn", or "adapt" and "allocation", hold the others.
+        losses: of learning; so are "expected_sparsity" and "fractional", of the last step.
+    """
+
+    model: dict[str, str]
+    granularity: str
+    sparsity: float
+    window: int
+    num_sink_tokens: int
+    seq_len: int
+    seed: int
+    heldout_sequences: int
+    heldout_documents: int
+    start: int
+    buckets: list[list[int]]
+    rows: list[Row]
+    table: JsonObject
+    seconds: dict[str, float]
+    run: JsonObject
+    command: str
+    hardware: str
+    versions: dict[str, str]
+    learn: NotRequired[JsonObject]
+    losses: NotRequired[GateLosses]
+    expected_sparsity: NotRequired[float | None]
+    fractional: NotRequired[float | None]
+    adapt: NotRequired[JsonObject]
+    allocation: NotRequired[JsonObject]
+
+
+def summarise(
     model: dict[str, str],
     allocation: Allocation,
     config: LearnConfig | AdaptConfig,
     heldout: SequenceSet,
-    comparison: Comparison,
-) -> dict[str, Any]:
-    """The part of a summary that all kinds of run share, JSON-able.
+    table: Table,
+    seconds: dict[str, float],
+    record: JsonObject,
+) -> Summary:
+    """Make the summary of a run, without what only learning adds.
 
     Args:
         model: its identity.
         allocation: learned, or adapted to.
         config: the loop's settings.
         heldout: the sequences measured on.
-        comparison: of the losses there.
+        table: of the measurements.
+        seconds: that the parts of the run took.
+        record: what config.json holds.
     """
-    rows = [
-        asdict(row)
-        | {
-            "recovered": row.recovered if np.isfinite(row.recovered) else None,
-            "by_position": list(row.by_position),
-        }
-        for row in comparison.rows
-    ]
-    return {
+    own = {
         "model": model,
         "granularity": allocation.granularity,
         "sparsity": allocation.sparsity,
@@ -49,38 +104,67 @@ def measured(
         "seed": config.seed,
         "heldout_sequences": len(heldout.tokens),
         "heldout_documents": len(np.unique(heldout.documents)),
-        "start": comparison.start,
-        "buckets": [list(bucket) for bucket in comparison.buckets],
-        "rows": rows,
+        "start": table.start,
+        "buckets": [list(bucket) for bucket in buckets_of(config.seq_len - 1)],
+        "rows": [_row(line) for line in table.lines],
+        "table": {name: value for name, value in table.to_record().items() if name != "how"},
+        "seconds": seconds,
+    }
+    return cast(Summary, own | record)
+
+
+def _row(line: Line) -> Row:
+    return {
+        "name": line.name,
+        "sparsity": line.sparsity,
+        "loss": line.loss.mean,
+        "recovered": line.recovered if np.isfinite(line.recovered) else None,
+        "by_position": [estimate.mean for estimate in line.by_position.values()],
     }
 
 
-def losses(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the losses from `start` on, all as text."""
-    rows = [
-        [row["name"], f"{row['sparsity']:.4f}", f"{row['loss']:.4f}", number(row["recovered"])]
-        for row in summary["rows"]
-    ]
-    return ["allocation", "sparsity", "loss", "recovered"], rows
+def seconds_since(name: str, began: float, ended: float) -> dict[str, float]:
+    """How long this process took for the loop `name`, and for the evaluation since the loop's end."""
+    return {name: round(ended - began, 1), "evaluation": round(time.monotonic() - ended, 1)}
 
 
-def of_learning(summary: dict[str, Any]) -> str:
+def write(summary: Summary, markdown: str, folder: Path) -> None:
+    """Write summary.json and summary.md.
+
+    Raises:
+        ConsaError: the folder cannot take them.
+    """
+    write_json(folder / "summary.json", summary)
+    # A path may hold bytes that are not text.
+    write_atomically(folder / "summary.md", markdown.encode(errors="backslashreplace"))
+
+
+def losses(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the losses from `start` on, as text."""
+    _, columns, rows = _sections(summary)[0]
+    return columns, rows
+
+
+def of_learning(summary: Summary) -> str:
     """Markdown of a learning run's summary."""
+    assert "losses" in summary and "learn" in summary and "fractional" in summary
     kinds = {
         "dense": "dense",
-        "stochastic": "stochastic gates, drawn per sequence at the averaged log_alpha",
+        "stochastic": "stochastic gates, drawn for each sequence from the averaged log_alpha",
         "final": "final allocation",
     }
-    found = [(kinds[key], loss) for key, loss in summary["losses"].items() if loss is not None]
+    rows = [
+        [text, f"{loss:.4f}"] for key, text in kinds.items() if (loss := summary["losses"][key]) is not None
+    ]
     fractional = "none learned" if summary["fractional"] is None else f"{summary['fractional']:.1%}"
     joint = summary["learn"]["mode"] == "joint"
     return f"""{_measured(summary, "learned allocation")}
 {JOINT if joint else ""}\
 ## From gates to a decision
 
-Losses on the same text and positions. Fractional gates at the end: {fractional}.
+Losses on the same text and positions. Share of gates that were still fractional at the end: {fractional}.
 
-{_table(["", "loss"], [[kind, f"{loss:.4f}"] for kind, loss in found])}
+{_table(["", "loss"], rows)}
 
 {_how(summary, "learned", "learning")}
 
@@ -88,13 +172,15 @@ Losses on the same text and positions. Fractional gates at the end: {fractional}
 """
 
 
-def of_adaptation(summary: dict[str, Any]) -> str:
+def of_adaptation(summary: Summary) -> str:
     """Markdown of an adaptation's summary."""
+    assert "adapt" in summary
     config = summary["adapt"]
     return f"""{_measured(summary, "hybrid adapted")}
-`hybrid` is the allocation with the weights as they were, `adapted` with those trained: method {config["method"]}, \
-{config["num_steps"]} steps of {config["sequences_per_step"]} sequences; cross-entropy {config["cross_entropy"]:g}, \
-distillation {config["distillation"]:g}, hidden states {config["hidden_loss"]:g}. `model` loads and generates.
+`hybrid` is the allocation with the original weights, `adapted` the allocation with the trained weights. Settings of \
+the training: method {config["method"]}, {config["num_steps"]} steps of {config["sequences_per_step"]} sequences; \
+weights of the loss: cross-entropy {config["cross_entropy"]:g}, distillation {config["distillation"]:g}, hidden \
+states {config["hidden_loss"]:g}. The folder `model` holds the trained hybrid.
 
 {_how(summary, "trained", "adapting")}
 
@@ -103,17 +189,17 @@ distillation {config["distillation"]:g}, hidden states {config["hidden_loss"]:g}
 
 
 JOINT = """\
-All rows are of the weights that this run trained along with the gates, which `model` holds; `dense` is full attention
-with them.
+All rows are of the weights that this run trained along with the gates; the folder `model` holds them. `dense` is full
+attention with these weights.
 
 """
 
 
-def _measured(summary: dict[str, Any], title: str) -> str:
-    by_position = _table(
-        ["allocation", *(f"{first}-{end - 1}" for first, end in summary["buckets"])],
-        [[row["name"], *(f"{value:.3f}" for value in row["by_position"])] for row in summary["rows"]],
-    )
+def _measured(summary: Summary, title: str) -> str:
+    buckets = [f"{first}-{end - 1}" for first, end in summary["buckets"]]
+    absolute = [[row["name"], *(f"{value:.3f}" for value in row["by_position"])] for row in summary["rows"]]
+    first, _, *others = _sections(summary)
+    parts = "\n\n".join(f"{part.title}:\n\n{_table(part.columns, part.rows)}" for part in (first, *others))
     return f"""# {Path(summary["model"]["model"]).name}: {title} at sparsity {summary["sparsity"]:.4g}
 
 Granularity {summary["granularity"]}, window {summary["window"]}, {summary["num_sink_tokens"]} sink tokens, \
@@ -122,18 +208,23 @@ from {summary["heldout_documents"]} documents.
 
 ## Loss on held-out text
 
-Mean cross-entropy (nats) from position {summary["start"]} on. `recovered` is the share of the gap from all-SWA to \
-dense that is closed.
+{parts}
 
-{_table(*losses(summary))}
+`recovered` is the share of the gap from all-SWA to dense that is closed.
 
 ## By position
 
-{by_position}
+Mean cross-entropy (nats) in each range of positions:
+
+{_table(["allocation", *buckets], absolute)}
 """
 
 
-def _how(summary: dict[str, Any], done: str, timed: str) -> str:
+def _sections(summary: Summary) -> list[Section]:
+    return list(Table.from_record(summary["table"]).sections())
+
+
+def _how(summary: Summary, done: str, timed: str) -> str:
     used = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     seconds = summary["seconds"]
     return f"""## How

@@ -1,4 +1,4 @@
-"""Every way of choosing at every sparsity, on one model and text: which gives the most quality for its KV cache."""
+"""A sweep: several methods at several sparsities on one model and text, and the quality of each for its KV cache."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from consa import rules
 from consa.allocation import Allocation
 from consa.config import EvalConfig, RunConfig, SweepConfig
 from consa.errors import ConsaError
-from consa.evaluation import suite
 from consa.evaluation.table import Line, Table, number
 from consa.files import png, write_atomically, write_json
 from consa.methods.choice import Choice, choices, make
 from consa.model.load import LoadedModel, read_layout
 from consa.progress import note
-from consa.runs import inputs
-from consa.runs.folder import CONFIG, check_same, claimed
+from consa.runs import evaluation, inputs
+from consa.runs.folder import CONFIG, Settings, check_same, claimed
+
+# Columns of frontier.csv: attributes of a point.
+COLUMNS = (
+    *("method", "granularity", "sparsity", "seeds"),
+    *("cache", "recovered", "spread", "retrieved", "seconds"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +36,10 @@ class Point:
 
     Attributes:
         method: its name.
-        granularity: what was decided as one.
+        granularity: the unit that was decided on.
         sparsity: as asked for.
-        lines: what was measured, one per seed.
-        seconds: what the runs took that gave the choices, on average; one run may have given those of all sparsities.
+        lines: the measurements, one for each seed.
+        seconds: mean duration of the runs that made the allocations; one run may have made those of all sparsities.
         cache: KV cache as a share of the dense model's.
     """
 
@@ -46,8 +51,13 @@ class Point:
     cache: float
 
     @property
+    def seeds(self) -> int:
+        """Number of seeds."""
+        return len(self.lines)
+
+    @property
     def recovered(self) -> float:
-        """Mean over the seeds; NaN where dense is no better than all-SWA."""
+        """Mean over the seeds; NaN if dense is no better than all-SWA."""
         return float(np.mean([line.recovered for line in self.lines]))
 
     @property
@@ -58,41 +68,28 @@ class Point:
 
     @property
     def retrieved(self) -> float:
-        """Share of hidden answers found, mean over tasks, lengths and seeds; NaN if none was asked."""
+        """Share of hidden answers found, mean over tasks, lengths and seeds; NaN without retrieval tasks."""
         return float(np.mean([line.retrieved for line in self.lines]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frontier:
-    """What a sweep found.
+    """The result of a sweep.
 
     Attributes:
         points: by granularity, sparsity and method.
-        table: all lines, dense and all-SWA included.
+        table: all lines, including dense and all-SWA.
     """
 
     points: tuple[Point, ...]
     table: Table
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One record per point."""
-        return [
-            {
-                "method": point.method,
-                "granularity": point.granularity,
-                "sparsity": point.sparsity,
-                "seeds": len(point.lines),
-                "cache": point.cache,
-                "recovered": point.recovered,
-                "spread": point.spread,
-                "retrieved": point.retrieved,
-                "seconds": point.seconds,
-            }
-            for point in self.points
-        ]
+    def rows(self) -> list[dict[Any, object]]:
+        """One row of frontier.csv for each point."""
+        return [{name: getattr(point, name) for name in COLUMNS} for point in self.points]
 
     def for_terminal(self) -> tuple[list[str], list[list[str]]]:
-        """Columns and rows as text, without what a terminal has no room for."""
+        """Columns and rows as text, without those that a terminal has no room for."""
         formats: dict[str, Callable[[Any], str]] = {
             "method": str,
             "granularity": str,
@@ -109,10 +106,10 @@ class Frontier:
         """Write frontier.csv and frontier.png, and the table as eval.*; returns their paths.
 
         Raises:
-            ConsaError: the folder does not take them.
+            ConsaError: the folder cannot take them.
         """
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(self.rows()[0]), lineterminator="\n")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows())
         content = {"frontier.csv": text.getvalue().encode(), "frontier.png": self.figure()}
@@ -121,7 +118,7 @@ class Frontier:
         return [*(folder / name for name in content), *self.table.write(folder)]
 
     def figure(self) -> bytes:
-        """Quality over KV cache, a line per method and granularity, as PNG."""
+        """Plot quality over KV cache, with a line for each method and granularity, as PNG."""
         from matplotlib.figure import Figure
 
         panels = [("recovered", "share of the gap from all-SWA to dense recovered")]
@@ -144,7 +141,7 @@ class Frontier:
             axes.axhline(
                 1 if quality == "recovered" else self.table.lines[0].retrieved, color="#888888", ls="--"
             )
-            axes.set(xlabel=f"KV cache at {self.table.cache_tokens} tokens, share of dense", ylabel=label)
+            axes.set(xlabel=f"KV cache with {self.table.cache_tokens} tokens, share of dense", ylabel=label)
         drawing.axes[0].legend(frameon=False, fontsize="small")
         return png(drawing)
 
@@ -157,16 +154,16 @@ def sweep(
     Args:
         where: model and text.
         config: what is chosen.
-        measured: what the allocations are measured by; its window and sinks are those of all choices.
-        folder: for allocations, cells and results. It may be asked for more sparsities, granularities, methods, seeds
-            and measurements later; what a method that ranks adds is then of another run than what is there.
-        command: that does the same again, for the record.
+        measured: how the allocations are measured; its window and sinks are those of all choices.
+        folder: for allocations, cells and results. A later sweep may ask for more sparsities, granularities, methods,
+            seeds and measurements in it; a ranking method then runs again for what is added.
+        command: the command line that does the same again, for the record.
 
     Returns:
         The frontier and the files it was written to.
 
     Raises:
-        ConsaError: something the caller can mend; what is wrong is found before long work where that is possible.
+        ConsaError: an error that the caller can fix; it is found before long work where that is possible.
     """
     wanted = list(choices(config, measured))
     if not wanted:
@@ -179,20 +176,16 @@ def sweep(
     settings = {"run": asdict(where), "sweep": asdict(config), "eval": asdict(measured), "command": command}
     with claimed(folder):
         check_same(folder, settings, _decisive, kind="sweep")
-        loaded = suite.load(where, measured)
-        harness = suite.find_harness(measured, loaded)
-        heldout = inputs.heldout_text(where, measured.seq_len, loaded)
+        suite = evaluation.suite_for(where, measured, folder, start=start)
         write_json(folder / CONFIG, settings)
-        allocations = _choose(wanted, loaded, where, measured.seq_len, folder)
-        table = suite.evaluate(
-            loaded, allocations, heldout, measured, folder, start=start, harness=harness, how=settings
-        )
+        allocations = _choose(wanted, suite.loaded, where, measured.seq_len, folder)
+        table = suite.evaluate(allocations, settings)
         frontier = Frontier(points=tuple(_points(wanted, allocations, table)), table=table)
         return frontier, frontier.write(folder)
 
 
-def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
-    """What all allocations of a folder have in common."""
+def _decisive(settings: Settings) -> Settings:
+    """The settings that all allocations of a folder have in common."""
     free = {"run": ("num_heldout", "start"), "sweep": ("sparsity", "granularity", "methods", "seeds")}
     fixed = {part: {k: v for k, v in settings[part].items() if k not in left} for part, left in free.items()}
     return fixed | {
@@ -203,13 +196,13 @@ def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
 def _choose(
     wanted: list[Choice], loaded: LoadedModel, where: RunConfig, seq_len: int, folder: Path
 ) -> dict[str, Allocation | None]:
-    """All allocations; those that the folder does not hold are made."""
+    """Return all allocations; those that the folder does not hold are made."""
     paths = {choice.name: folder / "allocations" / f"{choice.name}.json" for choice in wanted}
     missing = [choice for choice in wanted if not paths[choice.name].exists()]
     if missing:
         train = inputs.training_text(where, seq_len, loaded)
         for index, choice in enumerate(missing, 1):
-            if paths[choice.name].exists():  # it came with another
+            if paths[choice.name].exists():  # made together with another
                 continue
             note(f"Choosing {index}/{len(missing)}  {choice.name}")
             alike = [other for other in wanted if other.origin == choice.origin]
@@ -223,9 +216,9 @@ def _chosen(path: Path) -> Allocation:
     try:
         allocation = Allocation.load(path)
         if not isinstance(allocation.provenance.get("seconds"), (int, float)):
-            raise ConsaError(f"{path}: provenance must say in how many seconds it was chosen")
+            raise ConsaError(f"{path}: provenance must hold the seconds that choosing took")
     except ConsaError as error:
-        raise ConsaError(f"{error}; delete the file, and the allocation is chosen again") from error
+        raise ConsaError(f"{error}; delete the file to have the allocation chosen again") from error
     return allocation
 
 

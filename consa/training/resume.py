@@ -1,24 +1,22 @@
-"""Checkpoints of a training loop: whole or absent, and resumed only by the run that wrote them."""
+"""Checkpoints of a training loop: complete or absent, and only continued by the run that wrote them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
-from consa.config import with_present_names
 from consa.errors import ConsaError
-from consa.files import read_text, write_atomically
+from consa.files import read_sealed, read_text, write_atomically, write_sealed
 from consa.provenance import first_difference
 
 METRICS = "metrics.jsonl"
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT = "checkpoint.sealed"  # a safetensors file, followed by its SHA-256
+OLD_CHECKPOINT = "checkpoint.safetensors"  # of consa before files were sealed; refused
 MAX_METRICS_BYTES = 2**30
 
 
@@ -26,65 +24,59 @@ class Checkpoint:
     """The checkpoint and metrics of the run in one folder.
 
     Args:
-        folder: the run's folder; made when first written to.
-        fingerprint: JSON-able; what must be equal for a run to be continued.
+        folder: the run's folder; the first `save` makes it.
+        fingerprint: JSON-able; a run is only continued if it is equal.
     """
 
-    def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, fingerprint: Mapping[str, object]) -> None:
         self.folder = folder
         self.fingerprint = json.loads(json.dumps(fingerprint))
 
     def save(self, tensors: dict[str, Tensor], step: int, history: list[dict[str, float]]) -> None:
-        """Replace what is there; `history` holds a record per step so far.
+        """Replace the checkpoint; `history` holds a record for each step so far.
 
         Raises:
-            ConsaError: the folder or the disk does not take it; the previous checkpoint is still whole.
+            ConsaError: the folder or the disk cannot take it; the previous checkpoint is still complete.
         """
         # Metrics first: a kill between the two leaves more lines than steps, and `load` drops those.
-        lines = "".join(json.dumps(record) + "\n" for record in history)
-        write_atomically(self.folder / METRICS, lines.encode())
-        metadata = {"step": str(step), "fingerprint": json.dumps(self.fingerprint)}
+        lines = [json.dumps(record) for record in history]
+        write_atomically(self.folder / METRICS, "".join(f"{line}\n" for line in lines).encode())
+        record = {"step": step, "metrics": _digest(lines), "fingerprint": self.fingerprint}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        metadata["sha256"] = _digest(tensors, metadata, history)
-        write_atomically(self.folder / CHECKPOINT, safetensors.torch.save(tensors, metadata))
+        content = safetensors.torch.save(tensors, {"consa": json.dumps(record)})
+        write_sealed(self.folder / CHECKPOINT, content)
 
     def load(self) -> tuple[dict[str, Tensor], int, list[dict[str, float]]] | None:
-        """What `save` was given last, or None if it never was.
+        """Return what the last `save` was given, or None if there is no checkpoint.
 
         Raises:
-            ConsaError: the folder holds a damaged checkpoint or that of a different run.
+            ConsaError: the folder's checkpoint is damaged, of another version of consa, or of a different run.
         """
         path = self.folder / CHECKPOINT
-        if not path.exists():
+        if not path.exists() and not (self.folder / OLD_CHECKPOINT).exists():
             return None
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-            step, fingerprint = int(metadata["step"]), json.loads(metadata["fingerprint"])
-            history = [json.loads(line) for line in _lines(self.folder / METRICS)[:step]]
-            if metadata.pop("sha256") != _digest(tensors, metadata, history):
-                raise ValueError("not what was written")
-        except (OSError, KeyError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        content = read_sealed(path)
+        if content is None:
             raise ConsaError(
-                f"cannot continue from {path}: damaged ({error}); delete the folder to start over"
-            ) from error
-        difference = first_difference(with_present_names(fingerprint), self.fingerprint)
+                f"cannot continue from {path}: damaged, or written by another version of consa; delete the folder to"
+                " start over"
+            )
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        record = json.loads(header["__metadata__"]["consa"])
+        step: int = record["step"]
+        lines = read_text(self.folder / METRICS, max_bytes=MAX_METRICS_BYTES).splitlines()[:step]
+        if _digest(lines) != record["metrics"]:
+            raise ConsaError(
+                f"cannot continue from {path}: {self.folder / METRICS} is damaged; delete the folder to start over"
+            )
+        tensors = safetensors.torch.load(content)
+        difference = first_difference(record["fingerprint"], self.fingerprint)
         if difference:
             raise ConsaError(
                 f"{self.folder} holds a different run ({difference}); choose another folder, or delete it to start over"
             )
-        return tensors, step, history
+        return tensors, step, [json.loads(line) for line in lines]
 
 
-def _digest(tensors: dict[str, Tensor], metadata: dict[str, str], history: list[dict[str, float]]) -> str:
-    """Of all that a checkpoint holds: a flipped bit in a weight would be continued from without a word."""
-    digest = hashlib.sha256(json.dumps([sorted(metadata.items()), history]).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _lines(path: Path) -> list[str]:
-    return read_text(path, max_bytes=MAX_METRICS_BYTES).splitlines()
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

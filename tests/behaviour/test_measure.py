@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 from consa import Allocation, ConsaError, rules
 from consa.attention import masks
 from consa.behaviour import measure
-from consa.behaviour.relate import MEASURES, Behaviour
+from consa.behaviour.record import MEASURES, Behaviour
 from consa.cli import commands as cli
 from consa.config import RunConfig
 from consa.model import interface, loss
+from consa.runs import behaviour as behaviour_run
 from tests.compare import Elements
 from tests.models import SHAPE, exact, tiny, tokens
 from tests.report.report_case import make_behaviour
@@ -249,13 +250,13 @@ def test_text_with_fewer_sequences_than_asked_for_is_said(
 ):
     seen: list[Any] = []
     monkeypatch.setattr(
-        measure, "measure", lambda model, tokens, **_: seen.append(tokens) or make_behaviour(4, 3)
+        behaviour_run, "measure", lambda model, tokens, **_: seen.append(tokens) or make_behaviour(4, 3)
     )
     where = RunConfig(model=str(tiny_model_folder), data=str(text_folder), device="cpu")
     settings = {"seq_len": 96, "window": WINDOW, "num_sink_tokens": SINKS, "seed": 0, "causal_sequences": 0}
     for number in (1, 10**6):
-        measure.run(where, tmp_path / "b.safetensors", num_sequences=number, **settings)
-    few = "held-out sequences of 96 tokens: all are measured"
+        behaviour_run.run_behaviour(where, tmp_path / "b.safetensors", num_sequences=number, **settings)
+    few = "held-out sequences of 96 tokens; all of them are measured"
     assert capsys.readouterr().err.count(few) == 1 and 1 == len(seen[0]) < len(seen[1])
 
 

@@ -11,10 +11,8 @@ import pytest
 import safetensors.numpy
 
 from consa import Allocation, ConsaError
+from consa.behaviour.record import MEASURES, OPTIONAL, Behaviour
 from consa.behaviour.relate import (
-    MEASURES,
-    OPTIONAL,
-    Behaviour,
     agreement,
     auc,
     depth,

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
+import safetensors.numpy
 
 import consa.model.convert
 from consa import Allocation
+from consa.files import is_sealed, read_sealed
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -30,10 +31,9 @@ def results(folder: Path) -> dict[str, bytes]:
             and name.name != "consa.json"
         ):
             content = json.dumps(_timeless(json.loads(content))).encode()
-        elif path.name == "checkpoint.safetensors":  # in any order, as Rust writes maps
-            with safetensors.safe_open(path, framework="np") as file:
-                tensors = {name: file.get_tensor(name).tobytes() for name in sorted(file.keys())}
-                content = repr((sorted(file.metadata().items()), tensors)).encode()
+        elif path.name == "checkpoint.sealed":  # in any order, as Rust writes maps
+            saved = safetensors.numpy.load(read_sealed(path) or b"")
+            content = repr([(name, saved[name].tobytes()) for name in sorted(saved)]).encode()
         elif path.suffix == ".csv":
             rows = csv.DictReader(io.StringIO(content.decode()))
             content = repr([{k: v for k, v in row.items() if k != "seconds"} for row in rows]).encode()
@@ -64,9 +64,11 @@ def broken(folder: Path) -> str:
 def _read(path: Path) -> None:
     content = path.read_bytes()
     if path.name == "consa.json":
-        consa.checkpoint.verify(path.parent)
+        consa.model.convert.verify(path.parent)
     elif path.name == "allocation.json" or path.parent.name == "allocations":
         Allocation.load(path)
+    elif path.suffix == ".sealed" or path.parent.name in ("cells", "sequences"):
+        assert is_sealed(path)
     elif path.suffix == ".json":
         json.loads(content)
     elif path.suffix == ".jsonl":

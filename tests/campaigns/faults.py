@@ -43,7 +43,8 @@ import transformers.models.llama.modeling_llama
 import consa.evaluation.suite
 import consa.methods.consa
 import consa.model.convert
-import consa.runs.runs
+import consa.runs.adaptation
+import consa.runs.learning
 import consa.runs.sweep
 from consa import rules
 from consa.cli import commands as cli
@@ -53,7 +54,7 @@ from tests.campaigns.fault_results import broken, results
 from tests.models import save_tiny, write_texts
 
 # Imported here so that no fork has to.
-LOADED = (rich.live, rich.progress, rich.table, transformers.models.llama.modeling_llama, consa.sweep)
+LOADED = (rich.live, rich.progress, rich.table, transformers.models.llama.modeling_llama, consa.runs.sweep)
 LIMIT = 120  # seconds for one command: a standstill
 COMMON = ["--seq-len", "96", "--num-heldout", "2", "--device", "cpu"]
 STEPS = ["--num-steps", "4", "--sequences-per-step", "1", "--checkpoint-every", "1"]

@@ -157,7 +157,7 @@ def main() -> int:
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
             attempt(Random(f"{options.seed} {chosen[0].name} {options.only}"))
         return 0
-    import consa.runs.runs  # noqa: F401 (once, for all forks)
+    import consa.runs.learning  # noqa: F401 (once, for all forks)
 
     total = sum(target.share for target in TARGETS)
     print(f"{datetime.date.today()}, {hardware()}, {versions()}")

@@ -20,6 +20,7 @@ import numpy as np
 
 from consa import Allocation, ConsaError, rules
 from consa.config import EvalConfig, LearnConfig, RunConfig, SweepConfig
+from consa.files import SEAL_BYTES
 from tests.campaigns.mutations import (
     NUMBERS,
     TEXTS,
@@ -92,7 +93,8 @@ def tsv(folder: Path) -> Attempt:
 
 def run_config(folder: Path) -> Attempt:
     """config.json of a run's folder, when the run is continued."""
-    from consa.runs import inputs, runs
+    from consa.runs import inputs
+    from consa.runs.learning import run_learning
 
     settings = {"run": vars(RUN) | {"data": "text"}, "learn": vars(LEARN)}
     (folder / "text").write_text("text")
@@ -101,7 +103,7 @@ def run_config(folder: Path) -> Attempt:
     def attempt(random: Random) -> None:
         (folder / "run" / "config.json").write_bytes(damaged_json(random, settings))
         with contextlib.suppress(_Accepted), mock.patch.object(inputs, "load_model", _accept):
-            runs.run_learning(RUN, LEARN, folder / "run", command="")
+            run_learning(RUN, LEARN, folder / "run", command="")
 
     return attempt
 
@@ -120,7 +122,7 @@ def sweep_config(folder: Path) -> Attempt:
         with (
             contextlib.suppress(_Accepted),
             mock.patch.object(verb, "read_layout"),
-            mock.patch.object(verb.suite, "load", _accept),
+            mock.patch.object(verb.evaluation, "load", _accept),
         ):
             verb.sweep(RUN, config, measured, folder / "sweep", command="")
 
@@ -187,7 +189,7 @@ def text_cache(folder: Path) -> Attempt:
     def attempt(random: Random) -> None:
         path = random.choice(list(kept))
         if path.suffix == ".json" and random.randrange(2):
-            path.write_bytes(damaged_json(random, json.loads(kept[path]), indent=None))
+            path.write_bytes(damaged_json(random, json.loads(kept[path][:-SEAL_BYTES]), indent=None))
         else:
             path.write_bytes(damaged_bytes(random, kept[path]))
         assert np.array_equal(read().tokens, wanted)
@@ -196,21 +198,21 @@ def text_cache(folder: Path) -> Attempt:
 
 
 def checkpoint(folder: Path) -> Attempt:
-    """checkpoint.safetensors and metrics.jsonl of a killed run: continued to the same end, or refused."""
+    """checkpoint.sealed and metrics.jsonl of a killed run: continued to the same end, or refused."""
     from consa.training.learning import learn
     from tests.models import tiny, tokens
 
     model, sequences = tiny(), tokens(3, 96).numpy()
     run = lambda: learn(model, sequences, LEARN, run_dir=folder)  # noqa: E731
     wanted = run().allocation.to_json()
-    kept = {name: (folder / name).read_bytes() for name in ("checkpoint.safetensors", "metrics.jsonl")}
+    kept = {name: (folder / name).read_bytes() for name in ("checkpoint.sealed", "metrics.jsonl")}
 
     def attempt(random: Random) -> None:
         for name, content in kept.items():
             (folder / name).write_bytes(content)
         if random.randrange(3):
-            damaged = damaged_safetensors(random, kept["checkpoint.safetensors"])
-            (folder / "checkpoint.safetensors").write_bytes(damaged)
+            damaged = damaged_safetensors(random, kept["checkpoint.sealed"])
+            (folder / "checkpoint.sealed").write_bytes(damaged)
         else:
             (folder / "metrics.jsonl").write_bytes(damaged_bytes(random, kept["metrics.jsonl"]))
         assert run().allocation.to_json() == wanted
@@ -232,29 +234,12 @@ def cells(folder: Path) -> Attempt:
 
     def attempt(random: Random) -> None:
         damaged = (
-            damaged_bytes(random, kept) if random.randrange(2) else damaged_json(random, json.loads(kept))
+            damaged_bytes(random, kept)
+            if random.randrange(2)
+            else damaged_json(random, json.loads(kept[:-SEAL_BYTES]))
         )
         path.write_bytes(damaged)
         assert run_cells([cell], folder) == wanted
-
-    return attempt
-
-
-def losses(folder: Path) -> Attempt:
-    """Held-out losses that a run has measured before: damaged ones are measured again."""
-    from consa.evaluation.losses import load_losses, save_losses
-
-    path, values = folder / "dense.npy", np.random.default_rng(0).random((2, 95), dtype=np.float32)
-    save_losses(path, values)
-    kept = path.read_bytes()
-
-    def attempt(random: Random) -> None:
-        content = damaged_bytes(random, kept)
-        if random.randrange(3) == 0:  # the header alone, of the same length
-            content = damaged_bytes(random, kept[:128])[:128].ljust(128) + kept[128:]
-        path.write_bytes(content)
-        found = load_losses(path, values.shape)
-        assert found is None or np.array_equal(found, values)
 
     return attempt
 
@@ -281,7 +266,7 @@ def sweep_allocations(folder: Path) -> Attempt:
 
 def behaviour(folder: Path) -> Attempt:
     """behaviour.safetensors."""
-    from consa.behaviour.relate import MEASURES, Behaviour
+    from consa.behaviour.record import MEASURES, Behaviour
 
     rng = np.random.default_rng(0)
     shares = rng.random((2, 3, 4), dtype=np.float32)
@@ -308,17 +293,23 @@ def behaviour(folder: Path) -> Attempt:
 def report(folder: Path) -> Attempt:
     """Everything a page is made from."""
     from consa.report import page
+    from tests.report.report_case import make_line, make_table
 
     run = folder / "run"
     run.mkdir()
-    row = {"sparsity": 0.0, "loss": 2.0, "recovered": 1.0, "by_position": [2.0, 2.1], "interval": [1.9, 2.1]}
-    names = {"dense": 2.0, "all_swa": 3.0, "learned": 2.2}
+    dense, floor, learned = (
+        make_line(name, kind, rise)
+        for name, kind, rise in (
+            ("dense", "dense", 0),
+            ("all_swa", "all-SWA", 1),
+            ("learned", "learned", 0.2),
+        )
+    )
     summary = {
         "model": {"model": "m", "revision": "r"},
         **{"granularity": "kv_head", "sparsity": 0.5, "window": 8, "num_sink_tokens": 2, "seq_len": 96},
         **{"seed": 0, "heldout_sequences": 2, "heldout_documents": 2, "start": 32},
-        "buckets": [[0, 48], [48, 95]],
-        "rows": [row | {"name": name, "loss": loss} for name, loss in names.items()],
+        "table": make_table(dense, floor, learned).to_record(),
         "losses": {"dense": 2.0, "stochastic": 2.1, "final": 2.2},
         **{"expected_sparsity": 0.5, "fractional": 0.1, "seconds": {"learning": 1.0, "evaluation": 1.0}},
         **{"run": vars(RUN), "learn": vars(LEARN), "command": "consa learn m", "hardware": "h"},
@@ -512,7 +503,6 @@ TARGETS = [
     Target("cached tokens", 0.02, text_cache),
     Target("checkpoint of a killed run", 0.04, checkpoint),
     Target("cells of eval and sweep", 0.06, cells),
-    Target("held-out losses", 0.05, losses),
     Target("allocations of a sweep", 0.04, sweep_allocations),
     Target("behaviour.safetensors", 0.03, behaviour),
     Target("folders for the page", 0.006, report),

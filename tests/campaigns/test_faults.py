@@ -31,7 +31,7 @@ def test_bad_days_end_well(fault: str):
         ("summary.json", b"{"),
         ("metrics.jsonl", b'{"step": 1}\n{"st'),
         ("a.npy", b"\x93NUMPY"),
-        ("checkpoint.safetensors", bytes(9)),
+        ("checkpoint.sealed", bytes(9)),
         ("curves.png", b"\x89PNG"),
         ("frontier.csv", b"a,b"),
     ],

@@ -136,16 +136,33 @@ def test_the_reference_is_current():
 
 @pytest.fixture
 def caught(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What `consa.runs.runs.run_learning` would be called with."""
-    from consa.runs import runs
+    """What `consa.runs.learning.run_learning` would be called with."""
+    from consa.evaluation.intervals import Estimate
+    from consa.evaluation.table import Line, Table
+    from consa.runs import learning
+
+    loss = Estimate(1.5, 1.4, 1.6)
+    line = Line(
+        **{
+            "name": "dense",
+            "kind": "dense",
+            "sparsity": 0.0,
+            "cache_bytes": 1,
+            "loss": loss,
+            "difference": loss,
+        },
+        **{"recovered": 1.0, "by_position": {}, "differences_by_position": {}},
+        **{"by_domain": {}, "differences_by_domain": {}},
+    )
+    table = Table(start=1, cache_tokens=1, lines=(line,), how={}).to_record()
 
     calls: list[tuple[Any, ...]] = []
 
     def record(where: RunConfig, config: LearnConfig, folder: Path, **options: Any) -> dict[str, Any]:
         calls.append((where, config, folder, options))
-        return {"start": 1, "rows": [{"name": "dense", "sparsity": 0.0, "loss": 1.5, "recovered": None}]}
+        return {"start": 1, "table": table}
 
-    monkeypatch.setattr(runs, "run_learning", record)
+    monkeypatch.setattr(learning, "run_learning", record)
     return calls
 
 
@@ -237,10 +254,10 @@ def test_sizes(text: str, expected: int):
 def test_bad_settings_are_refused_before_any_work(
     arguments: list[str], named: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from consa.runs import inputs, runs
+    from consa.runs import display, inputs
 
     monkeypatch.setattr(inputs, "load_model", None)
-    monkeypatch.setattr(runs, "find_spec", lambda name: None)
+    monkeypatch.setattr(display, "find_spec", lambda name: None)
     line = refused("learn", "m", *arguments, "--out", tmp_path / "out")
     assert all(part in line for part in named), line
     assert not list(tmp_path.iterdir())
@@ -311,19 +328,19 @@ def test_a_full_disk_keeps_the_last_checkpoint(
 def test_interrupted_and_out_of_memory(monkeypatch: pytest.MonkeyPatch):
     import torch
 
-    from consa.runs import runs
+    from consa.runs import learning
 
     def failing(error: BaseException) -> None:
         def fail(*_: Any, **__: Any) -> None:
             raise error
 
-        monkeypatch.setattr(runs, "run_learning", fail)
+        monkeypatch.setattr(learning, "run_learning", fail)
 
     failing(KeyboardInterrupt())
     assert "same command resumes" in refused("demo", status=130)
     from consa.model import convert
 
-    monkeypatch.setattr(convert, "check_wish", runs.run_learning)
+    monkeypatch.setattr(convert, "check_wish", learning.run_learning)
     words = ("convert", "m", "--allocation", "smollm2-135m/layer-0.5", "--out", "o")
     assert refused(*words, status=130) == "error: interrupted"
     for error in (

@@ -101,14 +101,14 @@ def test_unwritable_cache_warns_once_and_goes_on(load, tmp_path):
 
 def test_a_failed_write_leaves_nothing_that_loads(load, tmp_path, monkeypatch):
     source = jsonl(tmp_path / "a.jsonl", numbered(5))
-    write = sequences.write_atomically
+    write = sequences.write_sealed
 
     def full_disk(path, content):
         if path.suffix == ".json":
             raise ConsaError("no room")
         write(path, content)
 
-    monkeypatch.setattr(sequences, "write_atomically", full_disk)
+    monkeypatch.setattr(sequences, "write_sealed", full_disk)
     with pytest.warns(UserWarning, match="no room"):
         load(source)
     monkeypatch.setattr(sequences, "_cut", fail)

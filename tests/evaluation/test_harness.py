@@ -10,16 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from consa import Allocation, ConsaError, rules
 from consa.config import EvalConfig, RunConfig
-from consa.evaluation import suite
+from consa.evaluation import harness
 from consa.evaluation.cells import Cell, run_cells
 from consa.evaluation.harness import find_tasks, run_task
 from consa.model.load import load_model
+from consa.runs import evaluation
+from consa.runs.evaluation import run_evaluation
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
@@ -131,11 +132,11 @@ def test_the_suite_runs_tasks_once(
         return manager
 
     monkeypatch.setenv("CONSA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(suite, "find_tasks", find)
-    monkeypatch.setattr(suite, "load", lambda *_: loaded)
+    monkeypatch.setattr(harness, "find_tasks", find)
+    monkeypatch.setattr(evaluation, "load", lambda *_: loaded)
     where = RunConfig(model=str(tiny_model_folder), data=str(text_folder), num_heldout=2, device="cpu")
     config = EvalConfig(seq_len=96, window=8, tasks="tiny_continue,tiny_choice", lengths="512", limit=2)
-    table, _ = suite.run(where, config, ["middle"], tmp_path, command="c")
+    table, _ = run_evaluation(where, config, ["middle"], tmp_path, command="c")
     assert asked == [(("tiny_continue", "tiny_choice"), [512])]
     for line, allocation in zip(
         table.lines,
@@ -147,13 +148,13 @@ def test_the_suite_runs_tasks_once(
             for task in ("tiny_continue", "tiny_choice")
             for metric, value in run_task(loaded, allocation, task, manager=manager, limit=2).items()
         }
-    monkeypatch.setattr(suite, "run_task", None)
-    assert suite.run(where, config, ["middle"], tmp_path, command="c")[0] == table
+    monkeypatch.setattr(harness, "run_task", None)
+    assert run_evaluation(where, config, ["middle"], tmp_path, command="c")[0] == table
 
 
 def test_an_unknown_task_is_refused_with_those_near_it(manager, tmp_path: Path):
     (tmp_path / "a.yaml").write_text("task: some_task\ndataset_path: json\n")
-    with pytest.raises(ConsaError, match="no task 'some_tusk' among its 1; take one such as some_task"):
+    with pytest.raises(ConsaError, match="no task 'some_tusk' among its 1; similar names are some_task"):
         find_tasks(["some_tusk"], include_path=str(tmp_path), include_defaults=False)
 
 
@@ -180,12 +181,10 @@ def test_another_limit_or_seed_is_measured_anew(loaded, tmp_path: Path, monkeypa
         asked.append((limit, seed))
         return {"tiny acc": 0.0}
 
-    monkeypatch.setattr(suite, "run_task", scores)
+    monkeypatch.setattr(harness, "run_task", scores)
     config = EvalConfig(seq_len=16, window=8, tasks="tiny")
     for limit, seed in ((1, 0), (2, 0), (2, 1), (1, 0)):
-        (measure,) = suite._measures(
-            loaded, np.zeros((1, 16), int), replace(config, limit=limit, seed=seed), 4, None
-        )[1:]
+        (measure,) = harness.measures(loaded, replace(config, limit=limit, seed=seed), None)
         cell = Cell(
             allocation="a",
             measure=measure.name,

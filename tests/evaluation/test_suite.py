@@ -20,13 +20,15 @@ from consa.data import questions
 from consa.data.questions import Example, answered, examples, num_answer_tokens
 from consa.data.sequences import load_sequences
 from consa.evaluation import answers as asking
-from consa.evaluation import cells, suite
+from consa.evaluation import cells, losses, suite
 from consa.evaluation.answers import ask
 from consa.evaluation.intervals import Estimate, bootstrap
 from consa.evaluation.losses import buckets_of, heldout_losses
+from consa.evaluation.table import Table
 from consa.model.layout import attention_layout
 from consa.model.load import load_model
 from consa.runs import inputs
+from consa.runs.evaluation import run_evaluation
 from tests.models import byte_tokenizer, exact, tiny
 
 CONFIG = EvalConfig(
@@ -60,7 +62,7 @@ def where(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def finished(where: RunConfig, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("finished")
-    table, paths = suite.run(where, CONFIG, ["middle", "random_units"], folder, command="c")
+    table, paths = run_evaluation(where, CONFIG, ["middle", "random_units"], folder, command="c")
     return folder, table, paths
 
 
@@ -202,6 +204,8 @@ def test_the_files_hold_the_table(finished: Any):
     record = json.loads(paths[0].read_text())
     assert [line["name"] for line in record["lines"]] == [line.name for line in table.lines]
     assert record["lines"][2]["difference"]["mean"] == table.line("middle").difference.mean
+    again = Table.from_record(record)
+    assert again.to_record() == record and again.line("middle") == table.line("middle")
     assert {"versions", "hardware", "model", "command", "heldout_documents"} <= record["how"].keys()
     rows = list(csv.DictReader(paths[1].read_text().splitlines()))
     assert float(rows[2]["by_domain.code.mean"]) == table.line("middle").by_domain["code"].mean
@@ -221,11 +225,11 @@ def test_nothing_is_measured_twice(finished: Any, where: RunConfig, monkeypatch:
         done.append(arguments[2])
         return heldout_losses(*arguments, **options)
 
-    monkeypatch.setattr(suite, "heldout_losses", count)
-    monkeypatch.setattr(suite, "ask", None)
-    again, _ = suite.run(where, CONFIG, ["middle", "random_units"], folder, command="c")
+    monkeypatch.setattr(losses, "heldout_losses", count)
+    monkeypatch.setattr(asking, "ask", None)
+    again, _ = run_evaluation(where, CONFIG, ["middle", "random_units"], folder, command="c")
     assert again == table and not done
-    more, _ = suite.run(where, replace(CONFIG, retrieval=None), ["top", "middle"], folder, command="c")
+    more, _ = run_evaluation(where, replace(CONFIG, retrieval=None), ["top", "middle"], folder, command="c")
     assert len(done) == 1 and more.line("middle") == replace(table.line("middle"), retrieval={})
 
 
@@ -243,7 +247,9 @@ def test_of_a_converted_hybrid_the_dense_model_is_measured(family: str, where: R
     losses = []
     for name in ("dense", "hybrid"):
         of = replace(where, model=str(tmp_path / name))
-        table, _ = suite.run(of, config, [str(tmp_path / "kept.json")], tmp_path / f"of {name}", command="c")
+        table, _ = run_evaluation(
+            of, config, [str(tmp_path / "kept.json")], tmp_path / f"of {name}", command="c"
+        )
         losses.append([line.loss.mean for line in table.lines])
         assert [line.kind for line in table.lines] == ["dense", "all-SWA", "other"]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
@@ -261,7 +267,7 @@ def test_questions_are_made_once_for_all_allocations(
         return examples_of(*arguments, **options)
 
     monkeypatch.setattr(questions, "examples", count)
-    suite.run(where, replace(CONFIG, retrieval="single"), ["top", "middle"], tmp_path, command="c")
+    run_evaluation(where, replace(CONFIG, retrieval="single"), ["top", "middle"], tmp_path, command="c")
     assert made == [600, 900]
 
 
@@ -271,8 +277,8 @@ def test_each_window_has_an_all_swa_of_its_own(where: RunConfig, tmp_path: Path)
     names = [str(tmp_path / "other.json"), "all_swa", "dense", "bottom"]
     config = replace(CONFIG, retrieval=None)
     with pytest.raises(ConsaError, match=r"holds files of something else \(other\.json\)"):
-        suite.run(where, config, names, tmp_path, command="c")
-    table, _ = suite.run(where, config, names, tmp_path / "eval", command="c")
+        run_evaluation(where, config, names, tmp_path, command="c")
+    table, _ = run_evaluation(where, config, names, tmp_path / "eval", command="c")
     assert [line.name for line in table.lines] == [
         "dense",
         "all_swa 4+1",
@@ -322,7 +328,7 @@ def test_what_does_not_fit_is_refused_before_the_text_is_read(
     (tmp_path / "bad.json").write_text("{}")
     given: Any
     for given, named in (
-        (["nowhere"], "'nowhere' is no file, and none of dense, all_swa, interleaved"),
+        (["nowhere"], "'nowhere' is neither a file nor one of dense, all_swa, interleaved"),
         ([str(tmp_path / "other.json")], "other.json: .*5 layers x 3 KV heads"),
         ([str(tmp_path / "bad.json")], "bad.json: schema"),
         (replace(CONFIG, lengths="600,5000"), "lengths must be at most the 4096 positions of .* got 5000"),
@@ -343,7 +349,7 @@ def test_what_does_not_fit_is_refused_before_the_text_is_read(
         else:
             run = given
         with pytest.raises(ConsaError, match=named):
-            suite.run(run, config, names, tmp_path / "out", command="c")
+            run_evaluation(run, config, names, tmp_path / "out", command="c")
 
 
 @pytest.mark.slow
@@ -369,7 +375,8 @@ def test_what_changes_a_loss_has_it_measured_again(
     shutil.copytree(folder / "cells", tmp_path / "kept" / "cells")
     config, asked = replace(CONFIG, retrieval=None), replace(where, **change)
     kept, fresh = (
-        suite.run(asked, config, ["middle"], tmp_path / name, command="c")[0] for name in ("kept", "fresh")
+        run_evaluation(asked, config, ["middle"], tmp_path / name, command="c")[0]
+        for name in ("kept", "fresh")
     )
     assert [line.loss for line in kept.lines] == [line.loss for line in fresh.lines]
 
@@ -401,7 +408,7 @@ def test_the_terminal_says_what_was_measured(finished: Any):
                 assert said == [*numbers, f"{line.recovered:.3f}"]
             elif title.endswith("(nats)"):
                 assert said == [f"{found.mean:.4f}" for found in line.differences_by_position.values()]
-            elif title.startswith("Loss beyond"):
+            elif title.startswith("Loss above"):
                 assert said == [str(line.differences_by_domain[domain]) for domain in columns[1:]]
             else:
                 shares = [share for lengths in line.retrieval.values() for share in lengths.values()]
@@ -423,7 +430,7 @@ def test_what_was_learned_is_told_from_the_rest():
 
 def test_intervals_are_over_documents_of_several_sequences(where: RunConfig, tmp_path: Path):
     whole, config = replace(where, num_heldout=99), replace(CONFIG, retrieval=None)
-    table, _ = suite.run(whole, config, ["middle"], tmp_path, command="c")
+    table, _ = run_evaluation(whole, config, ["middle"], tmp_path, command="c")
     loaded = load_model(where.model, device="cpu")
     heldout = load_sequences(str(where.heldout_data), loaded.tokenizer, 96).spread(99)
     assert len(np.unique(heldout.documents)) < len(heldout.documents)
@@ -434,16 +441,12 @@ def test_intervals_are_over_documents_of_several_sequences(where: RunConfig, tmp
 
 def test_what_is_asked_is_part_of_what_an_answer_depends_on(where: RunConfig):
     loaded = load_model(where.model, device="cpu")
-    tokens = np.zeros((2, 96), int)
     first, again, other = (
-        {
-            one.name: one.settings
-            for one in suite._measures(loaded, tokens, replace(CONFIG, seed=seed), 32, None)
-        }
+        {one.name: one.settings for one in asking.measures(loaded, replace(CONFIG, seed=seed))}
         for seed in (0, 0, 1)
     )
-    assert first == again and first["losses"] == other["losses"]
-    assert all(first[name] != other[name] for name in first if name != "losses") and len(first) == 5
+    assert first == again
+    assert all(first[name] != other[name] for name in first) and len(first) == 4
 
 
 def test_every_document_is_as_likely_to_be_drawn():

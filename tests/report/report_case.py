@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from consa import Allocation, rules
-from consa.behaviour.relate import MEASURES, Behaviour
+from consa.behaviour.record import MEASURES, Behaviour
+from consa.evaluation.intervals import Estimate
+from consa.evaluation.table import Line, Table
 from consa.report import page
 
 HOSTILE = "<script>alert('é\N{WAVE DASH}\"')<img src=x onerror=alert(1)>&amp;{{datum.x}}"
@@ -25,8 +28,29 @@ PIECES = (
 )
 
 
-def estimate(mean: float) -> dict[str, float]:
-    return {"mean": mean, "low": mean - 0.02, "high": mean + 0.02}
+def estimate(mean: float) -> Estimate:
+    return Estimate(mean, mean - 0.02, mean + 0.02)
+
+
+def make_line(name: str, kind: str, rise: float, *, sparsity: float = 0.5, **changes: Any) -> Line:
+    """A line whose loss is `rise` above that of dense, which is 2."""
+    fields: dict[str, Any] = {
+        "by_position": {0: estimate(2 + rise / 2), 64: estimate(2 + rise)},
+        "differences_by_position": {0: estimate(rise / 2), 64: estimate(rise)},
+        **{"by_domain": {}, "differences_by_domain": {}, "recovered": 1 - rise, "cache_bytes": 1000},
+    }
+    return Line(
+        name=name,
+        kind=kind,
+        sparsity=sparsity,
+        loss=estimate(2 + rise),
+        difference=estimate(rise),
+        **fields | changes,
+    )
+
+
+def make_table(*lines: Line, **how: Any) -> Table:
+    return Table(start=64, cache_tokens=1000, lines=lines, how=how)
 
 
 def make_run(
@@ -48,20 +72,18 @@ def make_run(
         scores=rng.normal(size=(layers, heads)),
         provenance={"method": "consa", "model": name, "config": {"seed": 0}},
     ).save(folder / "allocation.json")
-    rows = [
-        {"name": row, "sparsity": sparsity, "loss": loss, "recovered": recovered, "by_position": [2.0, loss]}
-        for row, loss, recovered in (
-            ("dense", 2.0, 1.0),
-            ("all_swa", 3.0, 0.0),
-            (name, 2.5, None),
-            ("learned", 2.2, 0.8),
-        )
-    ]
+    measured = make_table(
+        make_line("dense", "dense", 0.0),
+        make_line("all_swa", "all-SWA", 1.0),
+        make_line(name, "other", 0.5, recovered=math.nan),
+        make_line("learned", "learned", 0.2),
+    )
     summary = {
         "model": {"model": name, "revision": name},
         "command": f"consa learn {name}",
         "hardware": name,
-        "rows": rows,
+        "rows": [],
+        "table": measured.to_record(),
         "buckets": [[0, 64], [64, 127]],
         "losses": {"dense": 2.0, "stochastic": 2.3, "final": 2.2},
         "fractional": 0.1,
@@ -72,27 +94,16 @@ def make_run(
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": n + 1, **step}) + "\n" for n in range(steps))
     )
-    lines = [
-        {
-            "name": line,
-            "kind": kind,
-            "sparsity": sparsity,
-            "loss": estimate(2 + rise),
-            "difference": estimate(rise),
-            "recovered": 1 - rise,
-            "differences_by_position": {"0": estimate(rise / 2), "64": estimate(rise)},
-            "retrieval": {"single": {"512": 1 - rise, "1024": 1 - rise}},
-            "tasks": {f"{name} acc": 1 - rise},
-        }
-        for line, kind, rise in (
-            ("dense", "dense", 0.0),
-            ("all_swa", "all-SWA", 1.0),
-            (f"{name}/allocation.json", "learned", 0.2),
-        )
-    ]
-    evaluation = {"start": 64, "lines": lines, "how": {"command": name, "model": {"model": name}}}
-    (folder / "eval.json").write_text(json.dumps(evaluation))
-    measured = [
+    asked = {"retrieval": {"single": {512: 0.0, 1024: 0.0}}, "tasks": {f"{name} acc": 0.5}}
+    evaluation = make_table(
+        make_line("dense", "dense", 0.0, sparsity=sparsity, **asked),
+        make_line("all_swa", "all-SWA", 1.0, sparsity=sparsity, **asked),
+        make_line(f"{name}/allocation.json", "learned", 0.2, sparsity=sparsity, **asked),
+        command=name,
+        model={"model": name},
+    )
+    (folder / "eval.json").write_text(json.dumps(evaluation.to_record()))
+    benchmarked = [
         {
             "model": model,
             "context": context,
@@ -104,7 +115,7 @@ def make_run(
         for context in (512, 1024)
         for model, speed in (("dense", 10.0), ("hybrid", 15.0))
     ]
-    benchmark = {"sparsity": 0.5, "measurements": measured, "where": {"hardware": name, "dtype": name}}
+    benchmark = {"sparsity": 0.5, "measurements": benchmarked, "where": {"hardware": name, "dtype": name}}
     (folder / "bench.json").write_text(json.dumps(benchmark))
     make_behaviour(layers, heads, name).save(folder / "behaviour.safetensors")
     return folder

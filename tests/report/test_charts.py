@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from consa import Allocation
-from consa.behaviour.relate import MEASURES, OPTIONAL, Behaviour
+from consa.behaviour.record import MEASURES, OPTIONAL, Behaviour
 from consa.report import charts
 
 

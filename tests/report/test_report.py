@@ -14,7 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from consa import Allocation, ConsaError, rules
-from consa.behaviour.relate import MEASURES, OPTIONAL, Behaviour, relate
+from consa.behaviour.record import MEASURES, OPTIONAL, Behaviour
+from consa.behaviour.relate import relate
 from consa.cli import commands as cli
 from consa.report import charts, page
 from consa.report.folder import Run
@@ -22,6 +23,8 @@ from consa.report.sections import Sections, _distinct
 from tests.report.report_case import HOSTILE, PIECES, cells, make_behaviour, make_page, make_run
 
 pytest.importorskip("vl_convert", reason="needs consa[report]")
+
+RECOVERED = "Recovered is the share of the gap from all-SWA to dense that is closed."
 
 
 def test_a_page_shows_every_piece(tmp_path: Path):
@@ -125,7 +128,11 @@ def test_an_adaptation_shows_what_it_gained_and_its_own_curves(tmp_path: Path):
     (folder / "config.json").write_text('{"adapt": {}}')
     summary = json.loads((folder / "summary.json").read_text()) | {"allocation": {"full_attention": ["01"]}}
     del summary["losses"], summary["fractional"]
-    summary["rows"][2:] = [summary["rows"][2] | {"name": "hybrid"}, summary["rows"][3] | {"name": "adapted"}]
+    _, _, other, made = summary["table"]["lines"]
+    summary["table"]["lines"][2:] = [
+        other | {"name": "hybrid"},
+        made | {"name": "adapted", "kind": "adapted"},
+    ]
     (folder / "summary.json").write_text(json.dumps(summary))
     steps = [{"step": n, "loss": 3 - n, "learning_rate": 1e-5 / n} for n in (1, 2, 3)]
     steps[1]["heldout_loss"] = 2.25
@@ -196,7 +203,17 @@ def test_the_same_runs_give_the_same_page(tmp_path: Path):
         ("summary.json", "{", r"summary\.json is damaged: not JSON"),
         ("eval.json", "[]", r"eval\.json is damaged: it should hold an object, not list"),
         ("bench.json", "{}", r"run 'run' are not as consa writes them \(KeyError: 'measurements'\)"),
-        ("summary.json", '{"rows": 3}', "run 'run' are not as consa writes them"),
+        ("summary.json", '{"table": 3}', "run 'run' are not as consa writes them"),
+        (
+            "summary.json",
+            '{"rows": []}',
+            r"summary\.json was written by an older version of consa; make the run again",
+        ),
+        (
+            "eval.json",
+            '{"lines": [], "start": 1, "cache_tokens": 1}',
+            "run 'run' are not as consa writes them",
+        ),
         ("metrics.jsonl", "{}\n", "run 'run' are not as consa writes them"),
         ("allocation.json", "{}", r"allocation\.json: schema"),
     ],
@@ -239,7 +256,7 @@ def test_the_command_says_what_it_wrote(tmp_path: Path):
     done = CliRunner().invoke(cli.app, [str(word) for word in command])
     assert done.exit_code == 0, done.output
     assert done.stdout.split("\n")[0] == str(tmp_path / "r.html")
-    assert f"consa report &#x27;{folder}&#x27; --out" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert f"consa report &#39;{folder}&#39; --out" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 # In a browser.
@@ -313,7 +330,7 @@ def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str, width: int):
     for text in ("layer 0, KV head 1", "log_alpha", "needle"):
         assert text in tooltip.inner_text()
     points = opened.locator(
-        "section[data-run='0']:has-text('sequences of 128 tokens') .mark-symbol.role-mark path"
+        "section[data-run='0']:has-text('held-out sequences of 128 tokens') .mark-symbol.role-mark path"
     )
     told = []
     for point in points.all():  # some lie below others
@@ -350,14 +367,15 @@ def test_tables_and_charts_say_what_the_files_say(tmp_path: Path):
     folder = make_run(tmp_path / "run")
     html, seen = make_page([folder], tmp_path / "report.html")
     data = json.loads(seen.scripts[0])["data"]
-    assert data["positions 0"]["rise"] == pytest.approx([0, 0, 0, 1, 0, 0.5, 0, 0.2])
+    assert data["positions 0"]["rise"] == pytest.approx([0, 0, 0.5, 1, 0.25, 0.5, 0.1, 0.2])
     kinds = ("dense", "all-SWA", "other", "learned")
     assert data["positions 0"]["kind"] == [kind for kind in kinds for _ in range(2)]
     evaluated = data["evaluated positions 0"]
     assert evaluated["low"] == pytest.approx([-0.02, -0.02, 0.48, 0.98, 0.08, 0.18])
     assert evaluated["high"] == pytest.approx([0.02, 0.02, 0.52, 1.02, 0.12, 0.22])
     assert data["benchmark 0"]["cache_mb"] == [512, 512, 1024, 1024]
-    assert cells(html, "Loss from position 64 on.")[-6:] == [
+    evaluation = html.partition("<h2>Evaluation</h2>")[2]
+    assert cells(evaluation, RECOVERED)[-6:] == [
         *("model/allocation.json", "0.5000", "2.2000", "+0.2000", "+0.1800 to +0.2200", "0.800"),
     ]
     measured = re.findall(
@@ -393,7 +411,8 @@ def test_of_one_document_there_is_no_interval(tmp_path: Path):
         line["difference"] |= {"low": None, "high": None}
     (folder / "eval.json").write_text(json.dumps(record))
     html, _ = make_page([folder], tmp_path / "report.html")
-    assert cells(html, "Loss from position 64 on.")[-2:] == ["\N{EN DASH}", "0.800"]
+    evaluation = html.partition("<h2>Evaluation</h2>")[2]
+    assert cells(evaluation, RECOVERED)[-2:] == ["\N{EN DASH}", "0.800"]
 
 
 def test_names_that_come_again_are_told_apart():

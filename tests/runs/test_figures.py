@@ -153,7 +153,7 @@ def test_an_unwritable_place_is_named(tmp_path: Path):
 
 def test_drawing_needs_no_display_and_changes_nothing_global():
     code = (
-        "import sys; from consa.report import figures; assert 'matplotlib' not in sys.modules\n"
+        "import sys; from consa.runs import figures; assert 'matplotlib' not in sys.modules\n"
         "from consa import rules; figures._draw_heatmap(rules.top(2, 2, sparsity=0.5))\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,16 +14,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from consa import Allocation, ConsaError, rules
 from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig, SweepConfig
-from consa.data.sequences import load_sequences
-from consa.evaluation.losses import compare, heldout_losses, sampled_losses
+from consa.data.sequences import SequenceSet, load_sequences
+from consa.evaluation import losses
+from consa.evaluation.losses import heldout_losses, sampled_losses
+from consa.evaluation.suite import Suite
+from consa.evaluation.table import Table
 from consa.model.convert import verify
 from consa.model.load import load_model
 from consa.rules import RULES
-from consa.runs import inputs, runs
-from consa.runs.runs import run_learning
+from consa.runs import display, inputs, learning
+from consa.runs import folder as run_folder
+from consa.runs.adaptation import run_adaptation
+from consa.runs.evaluation import run_evaluation
+from consa.runs.learning import run_learning
 from consa.runs.sweep import sweep
 
 ROOT = Path(__file__).parents[2]
@@ -32,8 +39,11 @@ SETTINGS = {
     **{"checkpoint_every": 3, "refine_evaluations": 16, "refine_sequences": 2},
 }
 CONFIG = LearnConfig(**SETTINGS)
+NO_TEXT = SequenceSet(
+    tokens=np.zeros((0, 96), int), domains=(), documents=np.zeros(0, int), num_documents=0, num_skipped=0
+)
 RESULTS = {
-    *("allocation.json", "checkpoint.safetensors", "config.json", "curves.png", "heatmap.png", "heldout"),
+    *("allocation.json", "checkpoint.sealed", "config.json", "curves.png", "heatmap.png", "cells"),
     *("metrics.jsonl", "summary.json", "summary.md", ".lock"),
 }
 
@@ -102,19 +112,35 @@ def test_a_finished_run_is_not_done_again(
 
     folder, summary = finished
     before = (folder / "allocation.json").read_bytes()
-    monkeypatch.setattr(runs, "heldout_losses", fail)
-    monkeypatch.setattr(runs, "sampled_losses", fail)
+    monkeypatch.setattr(losses, "heldout_losses", fail)
+    monkeypatch.setattr(losses, "sampled_losses", fail)
     again = run_learning(where, CONFIG, folder, command="consa learn it")
     assert (folder / "allocation.json").read_bytes() == before
     assert again | {"seconds": None} == summary | {"seconds": None}
+
+
+def test_eval_takes_what_a_run_has_measured(
+    finished: tuple[Path, Any], where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder, summary = finished
+    shutil.copytree(folder, tmp_path / "run")
+    monkeypatch.setattr(losses, "heldout_losses", None)
+    names = ["middle", str(folder)]
+    config = EvalConfig(seq_len=96, window=8, sparsity=0.5)
+    table, _ = run_evaluation(where, config, names, tmp_path / "run", command="c")
+    measured = Table.from_record(summary["table"])
+    assert table.line("middle") == measured.line("middle")
+    assert table.line(str(folder)) == replace(measured.line("learned"), name=str(folder))
+    intervals = [line.difference for line in measured.lines[1:]]
+    assert all(each.low < each.mean < each.high for each in intervals)
 
 
 def test_damaged_losses_are_measured_again(
     finished: tuple[Path, dict[str, Any]], where: RunConfig, monkeypatch: pytest.MonkeyPatch
 ):
     folder, summary = finished
-    (path,) = (folder / "heldout").glob("middle-*.npy")
-    path.write_bytes(path.read_bytes()[:100])
+    for path in (folder / "cells").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
     assert run_learning(where, CONFIG, folder, command="c")["rows"] == summary["rows"]
 
 
@@ -149,7 +175,7 @@ def test_a_folder_of_another_command_is_not_called_damaged(
     folder, _ = finished
     allocation = Allocation.load(folder / "allocation.json")
     with pytest.raises(ConsaError, match=r"a different run \(of another command\); choose another folder"):
-        runs.run_adaptation(where, allocation, AdaptConfig(seq_len=96), folder, command="c")
+        run_adaptation(where, allocation, AdaptConfig(seq_len=96), folder, command="c")
     with pytest.raises(ConsaError, match=r"a different sweep \(of another command\); choose another"):
         sweep(where, SweepConfig(), EvalConfig(seq_len=96, window=8), folder, command="c")
 
@@ -180,8 +206,9 @@ def test_more_may_be_measured_later(where: RunConfig, tmp_path: Path):
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from consa import runs
 from consa.config import LearnConfig, RunConfig
+from consa.evaluation import losses
+from consa.runs.learning import run_learning
 
 model, data, folder, moment, settings = sys.argv[1:]
 
@@ -192,19 +219,19 @@ if moment == "learning":  # past the checkpoints of steps 3 and 6, in the middle
     replace, steps = os.replace, []
     def replace_or_kill(source, target):
         steps.append(target)
-        if len([path for path in steps if Path(path).name == "checkpoint.safetensors"]) == 3:
+        if len([path for path in steps if Path(path).name == "checkpoint.sealed"]) == 3:
             kill()
         replace(source, target)
     os.replace = replace_or_kill
 else:
-    measure, calls = runs.heldout_losses, []
+    measure, calls = losses.heldout_losses, []
     def measure_or_kill(*args, **options):
         calls.append(1)
         return kill() if len(calls) == 4 else measure(*args, **options)
-    runs.heldout_losses = measure_or_kill
+    losses.heldout_losses = measure_or_kill
 config = LearnConfig(**json.loads(settings))
 where = RunConfig(model=model, data=data, num_heldout=4, device="cpu", dtype="float32")
-runs.run_learning(where, config, Path(folder), command="consa learn it")
+run_learning(where, config, Path(folder), command="consa learn it")
 """
 
 
@@ -234,7 +261,7 @@ def test_killed_twice_it_ends_the_same(
         assert (tmp_path / "allocation.json").exists() == (moment == "measuring")
     measured = []
     monkeypatch.setattr(
-        runs,
+        losses,
         "heldout_losses",
         lambda *args, **options: measured.append(1) or heldout_losses(*args, **options),
     )
@@ -247,29 +274,29 @@ def test_killed_twice_it_ends_the_same(
 
 def test_a_folder_in_use_is_refused(where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(inputs, "load_model", None)
-    with (tmp_path / ".lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ConsaError, match="in use by another process"):
-            run_learning(where, CONFIG, tmp_path, command="c")
+    with FileLock(tmp_path / ".lock"), pytest.raises(ConsaError, match="in use by another process"):
+        run_learning(where, CONFIG, tmp_path, command="c")
 
 
 def test_what_killed_writers_left_goes_but_nothing_of_another_run(
     where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     left = ".name.json.0123456789abcdef"
-    (tmp_path / "heldout").mkdir()
+    (tmp_path / "cells").mkdir()
     (tmp_path / f".model.{left[-16:]}").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / ".lock").touch()
-    gone = [tmp_path / left, tmp_path / "heldout" / left, tmp_path / f".model.{left[-16:]}" / left]
+    gone = [tmp_path / left, tmp_path / "cells" / left, tmp_path / f".model.{left[-16:]}" / left]
     kept = [
         tmp_path / "other" / left,
         tmp_path / ".hidden",
-        tmp_path / "heldout" / "dense-0123456789abcdef.npy",
+        tmp_path / "cells" / "0123456789abcdef.json",
     ]
     for path in (*gone, *kept):
         path.touch()
-    monkeypatch.setattr(runs, "check_same", lambda *_, **__: (_ for _ in ()).throw(ConsaError("enough")))
+    monkeypatch.setattr(
+        run_folder, "check_same", lambda *_, **__: (_ for _ in ()).throw(ConsaError("enough"))
+    )
     with pytest.raises(ConsaError, match="enough"):
         run_learning(where, CONFIG, tmp_path, command="c")
     assert all(path.exists() for path in kept) and not any(path.exists() for path in gone)
@@ -350,10 +377,8 @@ def test_gates_that_are_certain_draw_the_decision(where: RunConfig):
         sampled_losses(loaded.model, tokens, decided)
 
 
-def test_what_a_dense_model_no_better_leaves_unsaid():
-    found = {"dense": (0.0, np.full((1, 9), 3.0)), "all_swa": (1.0, np.full((1, 9), 2.5))}
-    found["learned"] = (0.5, np.full((1, 9), 3.5))
-    assert all(np.isnan(row.recovered) for row in compare(found, start=2).rows)
+def test_nothing_is_recovered_if_the_dense_model_is_no_better():
+    assert all(np.isnan(losses.recovered(loss, dense=3.0, floor=2.5)) for loss in (3.0, 2.5, 3.5))
 
 
 @pytest.mark.parametrize(
@@ -392,7 +417,7 @@ def test_tensorboard_writes_what_it_is_told(
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = SummaryWriter  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(runs, "find_spec", lambda name: True)
+    monkeypatch.setattr(display, "find_spec", lambda name: True)
     run_learning(where, replace(CONFIG, num_steps=2), tmp_path, command="c", tensorboard=True)
     assert {name for name, _, _ in written} >= {"loss", "expected_sparsity", "target", "multiplier", "closed"}
     assert {step for _, _, step in written[:-1]} == {1, 2}
@@ -408,7 +433,8 @@ def test_losses_are_kept_for_nothing_but_what_they_are_of(
     done: list[str] = []
     for kind in ("heldout_losses", "sampled_losses"):
         zeros = lambda *_, kind=kind, **__: done.append(kind) or np.zeros((2, 39), np.float32)  # noqa: E731
-        monkeypatch.setattr(runs, kind, zeros)
+        monkeypatch.setattr(losses, kind, zeros)
+    config = EvalConfig(seq_len=40, window=4)
     both = ["heldout_losses", "sampled_losses"]
     for tokens, learned, weights, wanted in (
         (text, drawn, None, both),
@@ -418,20 +444,24 @@ def test_losses_are_kept_for_nothing_but_what_they_are_of(
         (text, drawn, {"seed": 1}, both),
     ):
         done.clear()
-        options: Any = {"batch_size": 1, "weights": weights, "sampled": True}
-        runs._measure(loaded, tokens, {"learned": learned}, tmp_path, **options)
+        heldout = SequenceSet(
+            tokens=tokens, domains=("",) * 2, documents=np.arange(2), num_documents=2, num_skipped=0
+        )
+        suite = Suite(loaded=loaded, heldout=heldout, config=config, folder=tmp_path, start=8)
+        gates = losses.sampled(loaded, tokens, learned, start=8, batch_size=1)
+        suite.measure({"learned": learned}, also={"learned": gates}, trained=weights)
         assert done == wanted
 
 
 def test_losses_that_are_not_finite_are_refused_and_not_kept(
     where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    lost = lambda model, tokens, **_: np.full((len(tokens), 95), np.nan, np.float32)  # noqa: E731
-    monkeypatch.setattr(runs, "heldout_losses", lost)
+    lost = lambda model, tokens, *_, **__: np.full((len(tokens), 95), np.nan, np.float32)  # noqa: E731
+    monkeypatch.setattr(losses, "heldout_losses", lost)
     config = replace(CONFIG, num_steps=1, refine_evaluations=0)
-    with pytest.raises(ConsaError, match="dense has held-out losses that are not finite; use float32"):
+    with pytest.raises(ConsaError, match="dense: held-out losses are not finite; use float32"):
         run_learning(where, config, tmp_path, command="c")
-    assert not list(tmp_path.glob("heldout/*")) and not (tmp_path / "summary.json").exists()
+    assert not list(tmp_path.glob("cells/*")) and not (tmp_path / "summary.json").exists()
 
 
 def test_stochastic_gates_are_measured_on_the_same_positions(
@@ -462,10 +492,12 @@ def test_joint_learning_leaves_a_hybrid_even_where_plain_would_do(where: RunConf
 
 
 @pytest.mark.parametrize("granularity", ["kv_head", "layer"])
-def test_what_a_run_is_compared_with_has_its_limits(granularity: Any, where: RunConfig):
+def test_what_a_run_is_compared_with_has_its_limits(granularity: Any, where: RunConfig, tmp_path: Path):
     loaded = load_model(where.model, device="cpu")
     config = replace(CONFIG, granularity=granularity, window=9, num_sink_tokens=3)
-    found = runs._competitors(loaded, config, 0.5)
+    config_of = EvalConfig(granularity=granularity, window=9, num_sink_tokens=3)
+    suite = Suite(loaded=loaded, heldout=NO_TEXT, config=config_of, folder=tmp_path, start=1)
+    found = suite.with_ends(learning._rules(loaded, config, 0.5))
     assert found.pop("dense") is None and found["all_swa"] is not None
     for allocation in found.values():
         assert allocation is not None
@@ -493,5 +525,5 @@ def test_what_text_there_is_is_said(where: RunConfig, tmp_path: Path, capsys: py
     assert re.search(
         r"Found \d+ sequences of 96 tokens in 3 documents, 2 of them too short or not text", said
     ), said
-    runs._say_if_few(3, replace(CONFIG, num_steps=5, sequences_per_step=3))
+    inputs.warn_if_repeated(3, replace(CONFIG, num_steps=5, sequences_per_step=3))
     assert "Little text: each training sequence is used 5.0 times" in capsys.readouterr().err

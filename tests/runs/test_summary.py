@@ -7,7 +7,7 @@ import numpy as np
 from consa import rules
 from consa.config import LearnConfig
 from consa.data.sequences import SequenceSet
-from consa.evaluation.losses import compare
+from consa.evaluation.table import Table
 from consa.runs import summary as summaries
 
 
@@ -19,7 +19,7 @@ def test_documents_are_counted_once():
         num_documents=9,
         num_skipped=7,
     )
-    found = {name: (0.0, np.ones((3, 95))) for name in ("dense", "all_swa")}
     allocation = rules.top(4, 3, sparsity=0.5)
-    said = summaries.measured({}, allocation, LearnConfig(), heldout, compare(found, start=32))
+    table = Table(start=32, cache_tokens=1, lines=(), how={})
+    said = summaries.summarise({}, allocation, LearnConfig(), heldout, table, {}, {})
     assert (said["heldout_sequences"], said["heldout_documents"]) == (3, 2)

@@ -15,12 +15,12 @@ import pytest
 
 from consa import Allocation, ConsaError, methods, rules
 from consa.config import ChoiceConfig, EvalConfig, RunConfig, SweepConfig
-from consa.evaluation import suite
+from consa.evaluation import losses
 from consa.methods import Method
 from consa.methods.choice import choices
 from consa.methods.lazy_layers import LazyLayers
 from consa.methods.problem import Problem
-from consa.runs import folder
+from consa.runs import evaluation, folder
 from consa.runs import sweep as sweeping
 from consa.runs.sweep import sweep
 
@@ -126,7 +126,7 @@ def test_a_sweep_chooses_measures_and_goes_on_where_it_was(
     rows = list(csv.DictReader((tmp_path / "frontier.csv").read_text().splitlines()))
     assert len(rows) == 12 and rows[0]["retrieved"] == "nan" and rows[0]["seeds"] == "2"
 
-    monkeypatch.setattr(suite, "heldout_losses", None)  # nothing is left to do
+    monkeypatch.setattr(losses, "heldout_losses", None)  # nothing is left to do
     again, _ = sweep(where, CONFIG, MEASURED, tmp_path, command="c")
     assert again == frontier
 
@@ -139,7 +139,7 @@ def test_more_may_be_asked_of_a_folder_but_nothing_else(
     more = replace(MEASURED, retrieval="single", lengths="700", examples=1)
     frontier, _ = sweep(where, replace(small, methods="by_loss,top"), more, tmp_path, command="c")
     assert len(asked) == 1 and 0 <= frontier.points[0].retrieved <= 1
-    monkeypatch.setattr(suite, "load", None)
+    monkeypatch.setattr(evaluation, "load", None)
     for run, config, measured, named in (
         (where, small, replace(MEASURED, window=9), "eval.window was 8, now 9"),
         (where, replace(small, evaluations=4), MEASURED, "sweep.evaluations was 3, now 4"),
@@ -259,6 +259,6 @@ def test_no_budget_may_change_within_a_folder(
 ):
     small = replace(CONFIG, sparsity="0.5", granularity="kv_head", methods="by_loss", seeds=1)
     sweep(where, small, MEASURED, tmp_path, command="c")
-    monkeypatch.setattr(suite, "load", None)
+    monkeypatch.setattr(evaluation, "load", None)
     with pytest.raises(ConsaError, match=rf"a different sweep .sweep\.{name} was"):
         sweep(where, replace(small, **{name: 2}), MEASURED, tmp_path, command="c")

@@ -26,8 +26,9 @@ from consa.data.sequences import load_sequences
 from consa.errors import ConsaError
 from consa.model import interface, loss
 from consa.model.attach import attached
-from consa.runs import runs
-from consa.runs.runs import run_adaptation
+from consa.runs import summary as summary_file
+from consa.runs.adaptation import run_adaptation
+from consa.runs.learning import run_learning
 from consa.training.adaptation import adapt
 from consa.training.objective import Objective
 from consa.training.resume import METRICS
@@ -301,10 +302,10 @@ def test_the_run_folder(method: Any, where: RunConfig, tmp_path: Path, monkeypat
     names = {
         ".lock",
         "allocation.json",
-        "checkpoint.safetensors",
+        "checkpoint.sealed",
         "config.json",
         "curves.png",
-        "heldout",
+        "cells",
         "metrics.jsonl",
         "model",
     }
@@ -326,7 +327,7 @@ def test_the_run_folder(method: Any, where: RunConfig, tmp_path: Path, monkeypat
         assert said in (folder / "summary.md").read_text()
 
     before = {path: path.read_bytes() for path in (folder / "model").iterdir()}
-    monkeypatch.setattr(runs, "compare", None)  # killed before the end
+    monkeypatch.setattr(summary_file, "summarise", None)  # killed before the end
     (folder / "summary.json").unlink()
     with pytest.raises(TypeError):
         run_adaptation(where, kept, config, folder, command="consa adapt it")
@@ -341,9 +342,7 @@ def test_the_run_folder(method: Any, where: RunConfig, tmp_path: Path, monkeypat
 def test_from_joint_learning_to_adaptation(where: RunConfig, tmp_path: Path):
     """The weights that joint learning ends with are in `model`, and adaptation starts from them."""
     learned = LearnConfig(mode="joint", weight_lr=1e-3, sparsity=0.5, window=8, seq_len=96, num_steps=2)
-    summary = runs.run_learning(
-        where, replace(learned, refine_evaluations=0), tmp_path / "learn", command="c"
-    )
+    summary = run_learning(where, replace(learned, refine_evaluations=0), tmp_path / "learn", command="c")
     kept = Allocation.load(tmp_path / "learn" / "allocation.json")
     hybrid = tmp_path / "learn" / "model"
     assert interface.allocation_of(load(hybrid).config) == replace(kept, scores=None, provenance={})

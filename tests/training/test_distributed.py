@@ -10,7 +10,8 @@ import torch
 
 from consa.config import AdaptConfig, LearnConfig, RunConfig
 from consa.errors import ConsaError
-from consa.runs import runs
+from consa.runs.adaptation import run_adaptation
+from consa.runs.learning import run_learning
 from consa.training import distributed
 from consa.training.resume import METRICS
 from tests.compare import assert_close
@@ -114,8 +115,8 @@ def test_more_processes_than_sequences(
     for attempt in (
         lambda: job("adapt", ADAPT | one, str(tmp_path / "out")),
         lambda: job("learn", LEARN | one, str(tmp_path / "out")),
-        lambda: runs.run_adaptation(where, kept, AdaptConfig(**one), folder, command="c"),
-        lambda: runs.run_learning(where, LearnConfig(window=8, **one), folder, command="c"),
+        lambda: run_adaptation(where, kept, AdaptConfig(**one), folder, command="c"),
+        lambda: run_learning(where, LearnConfig(window=8, **one), folder, command="c"),
     ):
         with pytest.raises(ConsaError, match="multiple of 2 processes x micro_batch 1, got 1; start fewer"):
             attempt()
@@ -146,7 +147,7 @@ def test_shares_cover_without_overlap(monkeypatch: pytest.MonkeyPatch):
 def test_one_gpu_for_all_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
-        pytest.raises(ConsaError, match="name no single GPU for 2 processes, got 'cuda:1'"),
+        pytest.raises(ConsaError, match="not name a single GPU for 2 processes, got 'cuda:1'"),
         distributed.group("cuda:1"),
     ):
         pass

@@ -1,0 +1,143 @@
+"""A learning run: learn an allocation, measure it beside dense, all-SWA and the rules, write the folder."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from consa import rules
+from consa.allocation import Allocation
+from consa.config import LearnConfig, RunConfig
+from consa.evaluation.losses import SAMPLED, sampled
+from consa.evaluation.suite import Suite
+from consa.evaluation.table import Table
+from consa.model.convert import convert
+from consa.model.load import LoadedModel
+from consa.progress import note
+from consa.runs import figures, inputs, summary
+from consa.runs.display import Display, Record, board_of
+from consa.runs.evaluation import as_measured
+from consa.runs.folder import opened, record_settings
+from consa.runs.summary import GateLosses, Summary
+from consa.training import distributed
+from consa.training.learning import LearnResult, learn, target_units, units_of
+
+LEARNED = "learned"  # name of the result in the table
+MAX_FRACTIONAL = 0.2  # share of undecided gates above which a warning is shown
+
+
+def run_learning(
+    where: RunConfig, config: LearnConfig, folder: Path, *, command: str, tensorboard: bool = False
+) -> Summary | None:
+    """Learn an allocation, measure it beside dense, all-SWA and every rule, and write all of it to `folder`.
+
+    An interrupted run resumes from its last checkpoint when it is called with the same arguments.
+
+    Args:
+        where: model, text and other settings of the run.
+        config: settings of learning.
+        folder: for the results; one process at a time may use it.
+        command: the command line that does the same again, for the record.
+        tensorboard: also write the metrics for TensorBoard.
+
+    Returns:
+        What summary.json holds; None in the other processes of a distributed run.
+
+    Raises:
+        ConsaError: an error that the caller can fix; it is found before long work where that is possible.
+    """
+    measured = as_measured(config, config)
+    start = where.start_for(measured)
+    board = board_of(folder, wanted=tensorboard)
+    inputs.check(where)
+    settings = {"run": asdict(where), "learn": asdict(config)}
+    with opened(where, config, folder, settings):
+        loaded = inputs.load(where)
+        units = units_of(loaded.layout, config.granularity)
+        sparsity = (
+            1 - target_units(loaded.layout, config) / units.count
+        )  # raises for a budget that is too small
+        train = inputs.training_text(where, config.seq_len, loaded)
+        heldout = inputs.heldout_text(where, config.seq_len, loaded)
+        inputs.warn_if_repeated(len(train.tokens), config)
+        record = record_settings(settings, command, folder)
+        began = time.monotonic()
+        with Display("Learning", config.num_steps, _describe, board) as shown:
+            is_main = distributed.is_main()
+            result = learn(
+                loaded.model,
+                train.tokens,
+                config,
+                identity=loaded.identity,
+                run_dir=folder,
+                on_step=shown.on_step if is_main else None,
+                on_exchange=partial(shown.on_exchange, config.refine_evaluations) if is_main else None,
+            )
+        if not distributed.is_main():
+            return None
+        learned = time.monotonic()
+        _save(result, folder)
+        suite = Suite(loaded=loaded, heldout=heldout, config=measured, folder=folder, start=start)
+        table, stochastic = _measure(suite, result, config, sparsity)
+        last = result.history[-1] if result.history else {}
+        if last.get("fractional", 0) > MAX_FRACTIONAL:
+            note(
+                f"{last['fractional']:.0%} of the gates are undecided; take more steps, or read the result with care"
+            )
+        seconds = summary.seconds_since("learning", began, learned)
+        whole = summary.summarise(loaded.identity, result.allocation, config, heldout, table, seconds, record)
+        whole["losses"] = GateLosses(
+            dense=table.lines[0].loss.mean, stochastic=stochastic, final=table.line(LEARNED).loss.mean
+        )
+        whole["expected_sparsity"] = last.get("expected_sparsity")
+        whole["fractional"] = last.get("fractional")
+        summary.write(whole, summary.of_learning(whole), folder)
+        if config.mode == "joint" and not (folder / "model").exists():
+            convert(
+                loaded.model, result.allocation, folder / "model", tokenizer=loaded.tokenizer, kind="hybrid"
+            )
+    return whole
+
+
+def _save(result: LearnResult, folder: Path) -> None:
+    result.allocation.save(folder / "allocation.json")
+    figures.heatmap(result.allocation, folder / "heatmap.png")
+    if result.history:
+        figures.curves(result.history, folder / "curves.png")
+
+
+def _measure(
+    suite: Suite, result: LearnResult, config: LearnConfig, sparsity: float
+) -> tuple[Table, float | None]:
+    """The table, and the loss of sampled gates if gates were learned."""
+    learned, loaded, tokens = result.allocation, suite.loaded, suite.heldout.tokens
+    allocations = suite.with_ends(_rules(loaded, config, sparsity) | {LEARNED: learned})
+    gates = sampled(loaded, tokens, learned, start=suite.start, batch_size=config.micro_batch)
+    results = suite.measure(
+        allocations,
+        also={LEARNED: gates} if result.history else None,
+        trained=asdict(config) if config.mode == "joint" else None,
+    )
+    table = suite.table(allocations, results, how={}, made=LEARNED)
+    return table, float(np.mean(results[LEARNED, SAMPLED]["all"])) if result.history else None
+
+
+def _rules(loaded: LoadedModel, config: LearnConfig, sparsity: float) -> dict[str, Allocation]:
+    """The rule-based allocations that the learned one is compared with."""
+    return rules.every_rule(
+        *loaded.layout.shape,
+        sparsity=sparsity,
+        granularity=config.granularity,
+        window=config.window,
+        num_sink_tokens=config.num_sink_tokens,
+        native_windows=loaded.layout.native_windows,
+    )
+
+
+def _describe(record: Record) -> str:
+    sparsity = f"sparsity {record['expected_sparsity']:.3f} (target {record['target']:.3f})"
+    return f"{sparsity}, multiplier {record['multiplier']:.2f}"
