@@ -41,5 +41,5 @@ class ConSA(TrainingMethod):
         evaluated = evaluations * self.evaluation_sequences
         length = sequences.shape[1]
         spent = cost((trained + evaluated) * length, trained * length)
-        provenance = result.allocation.provenance | {"settings": asdict(self), "cost": spent}
+        provenance = {**result.allocation.provenance, "settings": asdict(self), "cost": spent}
         return replace(result.allocation, provenance=provenance)

@@ -8,6 +8,7 @@ sparser ones keep a subset of what denser ones keep (see `consa.methods.choice.c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from consa.allocation import Allocation
 from consa.methods import TrainingMethod
@@ -25,7 +26,7 @@ class Nested(TrainingMethod):
     def choose(self, problem: Problem) -> Allocation:
         """See `Method.choose`."""
         most = 1 - 1 / problem.units.count  # where no unit is left to keep FA, there is nothing to learn
-        schedule = {"warmup": 1.0, "averaged": 1.0}
+        schedule: dict[str, Any] = {"warmup": 1.0, "averaged": 1.0}
         learning = self.learning(
             problem.config, sparsity=min(problem.config.sparsity, most), refine_evaluations=0, **schedule
         )

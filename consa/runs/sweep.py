@@ -24,7 +24,10 @@ from consa.runs import evaluation, inputs
 from consa.runs.folder import CONFIG, Settings, check_same, claimed
 
 # Columns of frontier.csv: attributes of a point.
-COLUMNS = ("method", "granularity", "sparsity", "seeds", "cache", "recovered", "spread", "retrieved", "seconds")  # fmt: skip
+COLUMNS = (
+    *("method", "granularity", "sparsity", "seeds"),
+    *("cache", "recovered", "spread", "retrieved", "seconds"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,9 +58,8 @@ def adapt(
         ConsaError: unusable settings or text, a loss that is not finite, or a folder that cannot be written.
     """
     loop.check(config, sequences, window=allocation.window, num_sink_tokens=allocation.num_sink_tokens)
-    checkpoint = loop.checkpoint_of(
-        run_dir, config, sequences, identity, objective, allocation=allocation.decision()
-    )
+    decided = loop.described(objective) | {"allocation": allocation.decision()}
+    checkpoint = loop.checkpoint_of(run_dir, config, sequences, identity, **decided)
     objective = objective or Mixture(
         cross_entropy=config.cross_entropy, distillation=config.distillation, hidden_loss=config.hidden_loss
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,9 +88,9 @@ def learn(
     num_full = target_units(layout, config)
     loop.check(config, sequences, window=config.window, num_sink_tokens=config.num_sink_tokens)
     config = replace(config, seq_len=sequences.shape[1])  # the length that the provenance is to show
-    checkpoint = loop.checkpoint_of(
-        run_dir, config, sequences, identity, objective, constraint, draws, refine
-    )
+    replaced = loop.described(objective, constraint, draws, refine)
+    checkpoint = loop.checkpoint_of(run_dir, config, sequences, identity, **replaced)
+    provenance = dict(identity or {}) | replaced
     with distributed.sharded(model) if config.parallel == "fsdp" else nullcontext(model) as trained:
         learning = _Learning(
             trained,
@@ -97,17 +98,17 @@ def learn(
             units,
             1 - num_full / units.count,
             config,
-            objective=objective or Objective(),
-            constraint=constraint,
-            draws=draws or gates.stratified_uniform,
+            objective or Objective(),
+            constraint or AugmentedLagrangian(config.penalty, config.multiplier_step),
+            draws or gates.stratified_uniform,
         )
         if num_full in (0, units.count):  # nothing to choose
-            return LearnResult(learning.decide(num_full, layout, identity), [])
+            return LearnResult(learning.decide(num_full, layout, provenance), [])
         with learning.attached(model, _dense_start(layout, config)):
             history = loop.train(
                 learning, config, seq_len=sequences.shape[1], checkpoint=checkpoint, on_step=on_step
             )
-    allocation = learning.decide(num_full, layout, identity)
+    allocation = learning.decide(num_full, layout, provenance)
     if config.refine_evaluations and learning.refined is None:
         first = config.num_steps * config.sequences_per_step  # the sequences that would have come next
         chosen = order(sequences, config.seed, range(first, first + config.refine_sequences))
@@ -163,37 +164,28 @@ def target_units(layout: AttentionLayout, config: LearnConfig) -> int:
     return num_full
 
 
+@dataclass
 class _Learning(loop.Training):
     """The gates in training, and in joint mode the weights, with `target` as the sparsity to end at."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        sequences: np.ndarray,
-        units: Units,
-        target: float,
-        config: LearnConfig,
-        *,
-        objective: Objective,
-        constraint: AugmentedLagrangian | None = None,
-        draws: Draws = gates.stratified_uniform,
-    ) -> None:
-        self.model, self.sequences, self.units, self.target, self.config = (
-            model,
-            sequences,
-            units,
-            target,
-            config,
-        )
-        self.objective, self.draws = objective, draws
-        self.constraint = constraint or AugmentedLagrangian(config.penalty, config.multiplier_step)
+    model: PreTrainedModel
+    sequences: np.ndarray
+    units: Units
+    target: float
+    config: LearnConfig
+    objective: Objective
+    constraint: AugmentedLagrangian
+    draws: Draws
+
+    def __post_init__(self) -> None:
+        config, units = self.config, self.units
         noise = torch.randn(units.count, generator=loop.generator(config.seed, "start"))  # breaks ties
         self.log_alpha = torch.nn.Parameter(config.initial_log_alpha + 0.01 * noise)  # (units,) float32
         lr = config.gate_lr or min(1.0, 60 / config.num_steps)
         self.optimizer = torch.optim.Adam([self.log_alpha], lr=lr, betas=(0.9, 0.95))
         self.score_sum = torch.zeros(units.count, dtype=torch.float64)  # of log_alpha over the averaged steps
         self.refined: Tensor | None = None  # (layers, kv_heads) bool, once the refinement is done
-        parameters = dict(model.named_parameters()) if config.mode == "joint" else {}
+        parameters = dict(self.model.named_parameters()) if config.mode == "joint" else {}
         self.weights = Weights(parameters, learning_rate=config.weight_lr) if parameters else None
 
     @contextmanager
@@ -286,7 +278,7 @@ class _Learning(loop.Training):
         if self.weights:
             self.weights.restore(tensors)
 
-    def decide(self, num_full: int, layout: AttentionLayout, identity: dict[str, str] | None) -> Allocation:
+    def decide(self, num_full: int, layout: AttentionLayout, provenance: dict[str, Any]) -> Allocation:
         """The `num_full` units of highest averaged log_alpha, under the constraint, keep full attention.
 
         Ties go to the lower layer and head.
@@ -297,7 +289,7 @@ class _Learning(loop.Training):
         full = choose(scores.reshape(len(units.layers), -1).numpy(), num_full, config.constraint)
         mask = units.spread(torch.from_numpy(full.flatten()).double(), elsewhere=0.0).bool().numpy()
         assert mask.sum() == num_full * units.num_kv_heads // units.per_layer
-        provenance = dict(identity or {}) | {
+        provenance = provenance | {
             "method": "consa",
             "target_sparsity": 1 - num_full / units.count,
             "config": {key: value for key, value in asdict(config).items() if key not in loop.FREE},

@@ -228,7 +228,6 @@ def checkpoint_of(
     config: LearnConfig | AdaptConfig,
     sequences: np.ndarray,
     identity: dict[str, str] | None,
-    *replaced: Any,
     **decided: Any,
 ) -> Checkpoint | None:
     """The checkpoint of a run in its folder, which only a run with the same result continues.
@@ -238,22 +237,21 @@ def checkpoint_of(
         config: the run's settings.
         sequences: the training text.
         identity: of the model.
-        replaced: objects that the caller handed in instead of the defaults, or None; known by the names of their
-            classes and, of objectives, by their factors.
         decided: what else decides the result, JSON-able.
     """
     if run_dir is None:
         return None
     text = hashlib.sha256(np.ascontiguousarray(sequences).tobytes()).hexdigest()
     settings = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in FREE}
-    decided = {"config": settings, "model": identity, "sequences": text} | decided
-    if parts := [_described(part) for part in replaced if part is not None]:
-        decided["replaced"] = parts
-    return Checkpoint(run_dir, decided)
+    return Checkpoint(run_dir, {"config": settings, "model": identity, "sequences": text} | decided)
 
 
-def _described(part: Any) -> str:
-    name = getattr(part, "__qualname__", type(part).__qualname__)
-    if not isinstance(part, Objective):
-        return name
-    return f"{name}({', '.join(f'{key}={factor}' for key, factor in part.factors.items())})"
+def described(*replaced: Any) -> dict[str, Any]:
+    """For records, the objects that a caller handed in instead of the defaults, by name; empty if all are None."""
+    names: list[str] = []
+    for part in (part for part in replaced if part is not None):
+        name = getattr(part, "__qualname__", type(part).__qualname__)
+        if isinstance(part, Objective):
+            name += f"({', '.join(f'{key}={factor}' for key, factor in part.factors.items())})"
+        names.append(name)
+    return {"replaced": names} if names else {}

@@ -86,7 +86,7 @@ class Objective:
     needs_dense: bool = False
 
     def batches(self, sequences: np.ndarray, config: LearnConfig | AdaptConfig, step: int) -> list[Batch]:
-        """The micro-batches that this process computes at a step.
+        """The micro-batches that this process computes at a step; every process has as many.
 
         Args:
             sequences: the training text, int tokens `(num_sequences, seq_len)`.

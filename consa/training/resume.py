@@ -1,4 +1,4 @@
-"""Checkpoints of a training loop: whole or absent, and resumed only by the run that wrote them."""
+"""Checkpoints of a training loop: complete or absent, and only continued by the run that wrote them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from consa.config import with_present_names
 from consa.errors import ConsaError
 from consa.files import read_sealed, read_text, write_atomically, write_sealed
 from consa.provenance import first_difference
@@ -71,7 +70,7 @@ class Checkpoint:
                 f"cannot continue from {path}: {self.folder / METRICS} is damaged; delete the folder to start over"
             )
         tensors = safetensors.torch.load(content)
-        difference = first_difference(with_present_names(record["fingerprint"]), self.fingerprint)
+        difference = first_difference(record["fingerprint"], self.fingerprint)
         if difference:
             raise ConsaError(
                 f"{self.folder} holds a different run ({difference}); choose another folder, or delete it to start over"

@@ -29,7 +29,6 @@ from consa.model.attach import attached
 from consa.runs import summary as summary_file
 from consa.runs.adaptation import run_adaptation
 from consa.runs.learning import run_learning
-from consa.training import loop
 from consa.training.adaptation import adapt
 from consa.training.objective import Objective
 from consa.training.resume import METRICS

@@ -147,7 +147,7 @@ def test_shares_cover_without_overlap(monkeypatch: pytest.MonkeyPatch):
 def test_one_gpu_for_all_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
-        pytest.raises(ConsaError, match="name no single GPU for 2 processes, got 'cuda:1'"),
+        pytest.raises(ConsaError, match="not name a single GPU for 2 processes, got 'cuda:1'"),
         distributed.group("cuda:1"),
     ):
         pass

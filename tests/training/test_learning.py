@@ -80,7 +80,9 @@ def reference_gradient(model: PreTrainedModel, z: Tensor, ids: Tensor, config: L
 def fresh(model: PreTrainedModel, config: LearnConfig) -> Any:
     """The gates before the first step."""
     units = units_of(attention_layout(model), config.granularity)
-    return learning._Learning(model, text(), units, config.sparsity, config, objective=Objective())
+    constraint = AugmentedLagrangian(config.penalty, config.multiplier_step)
+    draws = gates.stratified_uniform
+    return learning._Learning(model, text(), units, config.sparsity, config, Objective(), constraint, draws)
 
 
 def gate_gradient(model: PreTrainedModel, config: LearnConfig) -> tuple[Tensor, float]:
@@ -224,7 +226,7 @@ def test_exact_number_of_units(sparsity: float, granularity: Any):
 
 
 def test_ties_go_to_the_lower_layer_and_head():
-    allocation = fresh(tiny(), QUICK).decide(5, attention_layout(tiny()), None)
+    allocation = fresh(tiny(), QUICK).decide(5, attention_layout(tiny()), {})
     assert np.flatnonzero(allocation.full_attention).tolist() == [0, 1, 2, 3, 4]
 
 

@@ -18,7 +18,6 @@ from consa.training.adaptation import adapt
 from consa.training.lagrangian import AugmentedLagrangian
 from consa.training.learning import learn
 from consa.training.objective import Batch, Dense, Mixture, Objective
-from consa.training.resume import CHECKPOINT
 from tests.models import exact, tiny, tokens
 from tests.training import adaptation_case
 from tests.training.adaptation_case import allocation
@@ -93,6 +92,7 @@ def test_learning_takes_a_users_objective_and_resumes_with_it(tmp_path: Path):
         learn(tiny(), text(), config, run_dir=tmp_path)
     got = learn(tiny(), text(), config, objective=own(), run_dir=tmp_path)
     assert got.history == wanted.history and got.allocation.to_json() == wanted.allocation.to_json()
+    assert got.allocation.provenance["replaced"] == ["HalfAnswers(cross_entropy=1.0)"]
 
 
 def test_weights_of_one_change_nothing():
@@ -225,24 +225,3 @@ def test_draws_and_the_refinement_may_be_replaced():
     assert asked == [(2, 12)] * config.num_steps and len(ordered) == 1
     assert found.history[0]["loss"] != learn(tiny(), text(), config).history[0]["loss"]
     assert np.array_equal(found.allocation.scores, ordered[0].scores), "the record keeps the gates' scores"
-
-
-def test_a_checkpoint_under_former_names_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from consa.training import loop
-
-    wanted = learn(tiny(), text(), changed())
-    original = loop.Checkpoint
-
-    def former(folder: Path, decided: dict[str, Any]) -> Any:
-        config = dict(decided["config"])
-        config["activation_checkpointing"] = config.pop("gradient_checkpointing")
-        return original(folder, decided | {"config": config})
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "Checkpoint", former)
-        with pytest.raises(Interrupted):
-            learn(tiny(), text(), changed(), run_dir=tmp_path, on_step=at_step(3, interrupt))
-    assert b"activation_checkpointing" in (tmp_path / CHECKPOINT).read_bytes()
-    steps: list[float] = []
-    got = learn(tiny(), text(), changed(), run_dir=tmp_path, on_step=lambda r: steps.append(r["step"]))
-    assert steps == [3, 4, 5, 6] and got.history == wanted.history
