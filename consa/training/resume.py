@@ -67,7 +67,7 @@ class Checkpoint:
         lines = read_text(self.folder / METRICS, max_bytes=MAX_METRICS_BYTES).splitlines()[:step]
         if _digest(lines) != record["metrics"]:
             raise ConsaError(
-                f"cannot continue from {path}: {self.folder / METRICS} is damaged; delete the folder to start over"
+                f"cannot continue from {path}: damaged (it does not match {METRICS}); delete the folder to start over"
             )
         tensors = safetensors.torch.load(content)
         difference = first_difference(record["fingerprint"], self.fingerprint)
