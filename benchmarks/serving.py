@@ -317,8 +317,9 @@ async def _send(address: str, model: str, lengths: list[int], output_tokens: int
     stop = threading.Event()
 
     def watch() -> None:
-        while not stop.wait(0.25):
+        while not stop.is_set():
             running.append(_metric(address, "vllm:num_requests_running"))
+            stop.wait(0.25)
 
     async def answer(length: int) -> tuple[float, float]:
         prompt = generator.integers(2, 256, length).tolist()
@@ -356,7 +357,7 @@ async def _send(address: str, model: str, lengths: list[int], output_tokens: int
         "seconds_per_token": statistics.median(
             (last - first) / max(output_tokens - 1, 1) for first, last in times
         ),
-        "running_max": max(running, default=None),
+        "running_max": int(max(running)),
         "preemptions": _metric(address, "vllm:num_preemptions_total") - preempted,
     }
 
