@@ -35,14 +35,17 @@ import torch
 from common import digits_of, environment, mask_of, measured_before, parser_of, print_table, write_json
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from consa import loop, loss, rules
-from consa.adaptation import adapt
+from consa import rules
 from consa.allocation import Allocation
 from consa.config import AdaptConfig, LearnConfig
-from consa.evaluation.perplexity import heldout_losses
-from consa.learning import learn
-from consa.model import attached, load_model
-from consa.retrieval import examples
+from consa.data.questions import examples
+from consa.evaluation.losses import heldout_losses
+from consa.model import loss
+from consa.model.attach import attached
+from consa.model.load import load_model
+from consa.training import loop
+from consa.training.adaptation import adapt
+from consa.training.learning import learn
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ["row", "loss before", "recovered before", "loss", "recovered", "of trained", "behind dense"]

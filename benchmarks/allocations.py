@@ -24,9 +24,9 @@ from common import digits_of, environment, gates_alone, overrides, parser_of, pr
 from consa import rules
 from consa.allocation import Allocation
 from consa.config import LearnConfig
-from consa.evaluation.perplexity import Row, compare, heldout_losses
-from consa.learning import learn
-from consa.model import load_model
+from consa.evaluation.losses import Row, compare, heldout_losses
+from consa.model.load import load_model
+from consa.training.learning import learn
 
 
 def main() -> None:
@@ -123,7 +123,7 @@ def _row(
 def _sequences(source: str, tokenizer, seq_len: int) -> np.ndarray:
     if source.endswith(".npy"):
         return np.load(source, mmap_mode="r", allow_pickle=False)
-    from consa.data import load_sequences
+    from consa.data.sequences import load_sequences
 
     found = load_sequences(source, tokenizer, seq_len)
     return found.spread(len(np.unique(found.documents))).tokens

@@ -24,9 +24,10 @@ from common import environment, parser_of, print_table, write_json
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from consa.attention import fused
-from consa.attention.hybrid import Rows, hybrid_attention
+from consa.attention.ops import hybrid_attention
 from consa.attention.reference import reference_attention
+from consa.attention.rows import Rows
+from consa.attention.triton import autograd
 
 DEVICE = torch.device("cuda")
 SINKS = (4, 0)
@@ -91,7 +92,7 @@ def hybrid(shape: Shape, sinks: int, z: Tensor, *, one_pass: bool) -> Attention:
     options = {"window": shape[5], "num_sink_tokens": sinks, "scaling": shape[4] ** -0.5}
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        fused.ONE_PASS_KEYS = 10**6 if one_pass else 0
+        autograd.ONE_PASS_KEYS = 10**6 if one_pass else 0
         return hybrid_attention(q, k, v, rows, **options)
 
     return attention

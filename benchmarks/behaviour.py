@@ -21,9 +21,9 @@ import numpy as np
 from common import environment, learned_allocations, parser_of, print_table, write_json
 
 from consa.allocation import Allocation
-from consa.behaviour import measure
-from consa.model import load_model
-from consa.relations import Behaviour, agreement, depth, rank_correlation, relate
+from consa.behaviour.measure import measure
+from consa.behaviour.relate import Behaviour, agreement, depth, rank_correlation, relate
+from consa.model.load import load_model
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from common import environment, parser_of, print_table, write_json
 
-from consa.behaviour import measure
-from consa.model import load_model
+from consa.behaviour.measure import measure
+from consa.model.load import load_model
 
 
 def main() -> None:

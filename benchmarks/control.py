@@ -16,9 +16,9 @@ from common import environment, overrides, parser_of, print_table, write_json
 
 from consa.allocation import num_full_units
 from consa.config import LearnConfig
-from consa.data import load_sequences
-from consa.learning import learn, units_of
-from consa.model import load_model
+from consa.data.sequences import load_sequences
+from consa.model.load import load_model
+from consa.training.learning import learn, units_of
 
 COLUMNS = [
     "granularity",

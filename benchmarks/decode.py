@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from consa import Allocation, HybridCache, attached, rules
-from consa.cache import allocated_bytes, cache_argument
-from consa.cache_static import StaticHybridLayer
+from consa.cache.hybrid import allocated_bytes, cache_argument
+from consa.cache.static import StaticHybridLayer
 
 DEVICE = torch.device("cuda")
 LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM = 28, 16, 8, 128

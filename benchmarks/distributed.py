@@ -32,12 +32,14 @@ from common import environment, measured_before, parser_of, print_table, write_j
 from learning import QWEN3_06B
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
-from consa import distributed, rules
-from consa.adaptation import adapt
+from consa import rules
 from consa.config import AdaptConfig, LearnConfig
 from consa.errors import ConsaError
-from consa.learning import learn
-from consa.model import attention_layout, load_model
+from consa.model.layout import attention_layout
+from consa.model.load import load_model
+from consa.training import distributed
+from consa.training.adaptation import adapt
+from consa.training.learning import learn
 
 WARM_UP = 3  # steps that compile, and are not timed
 COLUMNS = ["run", "processes", "tokens/s", "speed-up", "memory, GB", "same allocation", "largest difference"]

@@ -18,9 +18,10 @@ from typing import Any
 from common import environment, parser_of, print_table, write_json
 
 from consa.allocation import Allocation
-from consa.benchmark import Benchmark, benchmark
-from consa.checkpoint import convert, load
-from consa.model import AttentionLayout, load_model
+from consa.bench.measure import Benchmark, benchmark
+from consa.model.convert import convert, load
+from consa.model.layout import AttentionLayout
+from consa.model.load import load_model
 from consa.rules import RULES
 
 COLUMNS = ["allocation", "sparsity", "context", "prefill", "decode", "KV cache", "peak MB dense", "hybrid"]

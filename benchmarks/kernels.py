@@ -32,17 +32,17 @@ from triton.backends.compiler import GPUTarget
 from triton.errors import TritonError
 from triton.runtime.driver import driver
 
-from consa.attention import kernels, kernels_decode, kernels_jit
-from consa.attention.kernels import Blocks, Problem
+from consa.attention.triton import decode, kernels, launch
+from consa.attention.triton.launch import Blocks, Problem
 
 NUM_SINK_TOKENS = 4
 FULL_HEADS = 2  # of the KV heads, in decoding
 CACHE_BYTES = 256 * 2**20  # storages in rotation are larger than any L2 cache
 QUEUE_CYCLES = 50_000_000  # for so long, some 25 ms, the GPU waits while launches queue up
 ROWS = {
-    "one pass": kernels_jit.ONE_PASS.value,
-    "sliding": kernels_jit.SLIDING.value,
-    "given full": kernels_jit.GIVEN_FULL.value,
+    "one pass": kernels.ONE_PASS.value,
+    "sliding": kernels.SLIDING.value,
+    "given full": kernels.GIVEN_FULL.value,
 }
 TRAINING = [  # batch, query heads, KV heads, tokens, head_dim, window
     (8, 9, 3, 4096, 64, 256),
@@ -115,19 +115,19 @@ class Case(NamedTuple):
     def settings(self) -> list[Setting]:
         """The one shipped, then the others."""
         if self.kernel == "decode":
-            shipped, tried = tuple(getattr(kernels_decode, name) for name in DECODE_CONSTANTS), DECODE
+            shipped, tried = tuple(getattr(decode, name) for name in DECODE_CONSTANTS), DECODE
         else:
             key = self.kernel, self.shape[4]
-            shipped, tried = tuple(kernels.BLOCKS[key]), BLOCKS[key]
+            shipped, tried = tuple(launch.BLOCKS[key]), BLOCKS[key]
         return [shipped, *(setting for setting in tried if setting != shipped)]
 
     def use(self, setting: Setting) -> None:
         """Have the kernel take this setting from now on."""
         if self.kernel == "decode":
             for name, value in zip(DECODE_CONSTANTS, setting, strict=True):
-                setattr(kernels_decode, name, value)
+                setattr(decode, name, value)
         else:
-            kernels.BLOCKS[self.kernel, self.shape[4]] = Blocks(*setting)
+            launch.BLOCKS[self.kernel, self.shape[4]] = Blocks(*setting)
 
     def call(self, device: str) -> Callable[[], Any]:
         """A call that launches the kernel, if others too."""
@@ -156,12 +156,12 @@ def attention_call(case: Case, device: str) -> Callable[[], Any]:
     )
 
     def forward() -> tuple[Tensor, Tensor | None]:
-        return kernels.forward(q, k, v, out, order, len(order), gates, full, problem, mode, training=True)
+        return launch.forward(q, k, v, out, order, len(order), gates, full, problem, mode, training=True)
 
     if case.kernel == "forward":
         return forward
     kept = forward()
-    return lambda: kernels.backward(
+    return lambda: launch.backward(
         q, k, v, out, dout, dq, dk, dv, order, gates, dfull, *kept, problem, mode
     )  # fmt: skip
 
@@ -185,7 +185,7 @@ def decode_call(case: Case, device: str) -> Callable[[], Any]:
         ]
     )
     heads, length = torch.arange(kv_heads, device=device), torch.tensor(context - 1, device=device)
-    return lambda: kernels_decode.decode(
+    return lambda: decode.decode(
         q, k, v, *next(storages), heads, length, NUM_SINK_TOKENS, window, head_dim**-0.5
     )
 

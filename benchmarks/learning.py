@@ -27,10 +27,11 @@ from common import environment, parser_of, print_table, write_json
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
-from consa import loop, loss
 from consa.config import LearnConfig
-from consa.learning import learn
-from consa.model import load_model
+from consa.model import loss
+from consa.model.load import load_model
+from consa.training import loop
+from consa.training.learning import learn
 
 DEVICE = torch.device("cuda")
 WINDOW, NUM_SINK_TOKENS = 128, 4

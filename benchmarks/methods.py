@@ -29,14 +29,15 @@ from common import digits_of, environment, measured_before, overrides, parser_of
 from consa import rules
 from consa.allocation import Allocation, Granularity
 from consa.config import ChoiceConfig
-from consa.evaluation.perplexity import heldout_losses
-from consa.evaluation.retrieval import ask
-from consa.learning import learn, units_of
+from consa.data.questions import examples
+from consa.evaluation.answers import ask
+from consa.evaluation.losses import heldout_losses
 from consa.methods import METHODS
 from consa.methods.duo_attention import SHORTEST
-from consa.model import AttentionLayout, LoadedModel, load_model, read_layout
-from consa.retrieval import examples
-from consa.sweep import Choice, make
+from consa.model.layout import AttentionLayout
+from consa.model.load import LoadedModel, load_model, read_layout
+from consa.runs.sweep import Choice, make
+from consa.training.learning import learn, units_of
 
 
 class Entry(NamedTuple):

@@ -16,7 +16,7 @@ from pathlib import Path
 from common import learned_allocations, parser_of
 from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports]
 
-from consa.relations import Behaviour
+from consa.behaviour.relate import Behaviour
 from consa.report import page
 
 RESULTS = Path(__file__).parent / "results"

@@ -36,7 +36,7 @@ import torch
 from common import environment, parser_of, print_table, write_json
 
 from consa import Allocation, ConsaError, convert
-from consa.serving import bench
+from consa.bench import vllm as bench
 from consa.serving.limits import vllm_version
 from consa.serving.server import command
 

@@ -29,13 +29,13 @@ from common import environment, gates_alone, mask_of, measured_before, parser_of
 from methods import FORWARD, FORWARD_AND_BACKWARD, shares
 from variants import VARIANTS
 
-from consa import gates
 from consa.allocation import Allocation
 from consa.config import LearnConfig
-from consa.evaluation.perplexity import heldout_losses
-from consa.learning import learn
-from consa.model import load_model
+from consa.evaluation.losses import heldout_losses
+from consa.model.load import load_model
 from consa.rules import RULES
+from consa.training import gates
+from consa.training.learning import learn
 
 RESULTS = Path(__file__).parent / "results"
 SPARSITY = 0.733

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from common import parser_of
 
-from consa.data import load_sequences
-from consa.model import load_model
+from consa.data.sequences import load_sequences
+from consa.model.load import load_model
 
 
 def main() -> None:

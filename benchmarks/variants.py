@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from consa import Allocation, gates, learning, loss
+from consa import Allocation
+from consa.model import loss
+from consa.training import gates, learning
 
 
 class TwoMultipliers:

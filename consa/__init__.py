@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from consa import rules as rules
-    from consa.adaptation import adapt as adapt
     from consa.allocation import Allocation as Allocation
-    from consa.cache import HybridCache as HybridCache
-    from consa.checkpoint import convert as convert
-    from consa.checkpoint import load as load
+    from consa.cache.hybrid import HybridCache as HybridCache
     from consa.config import AdaptConfig as AdaptConfig
     from consa.config import LearnConfig as LearnConfig
     from consa.errors import ConsaError as ConsaError
-    from consa.learning import learn as learn
-    from consa.model import attached as attached
+    from consa.model.attach import attached as attached
+    from consa.model.convert import convert as convert
+    from consa.model.convert import load as load
+    from consa.training.adaptation import adapt as adapt
+    from consa.training.learning import learn as learn
 
 __version__ = "0.1.0"
 
@@ -27,13 +27,13 @@ _HOMES = {  # public name -> the module it comes from, or is
     "AdaptConfig": "consa.config",
     "Allocation": "consa.allocation",
     "ConsaError": "consa.errors",
-    "HybridCache": "consa.cache",
+    "HybridCache": "consa.cache.hybrid",
     "LearnConfig": "consa.config",
-    "adapt": "consa.adaptation",
-    "attached": "consa.model",
-    "convert": "consa.checkpoint",
-    "learn": "consa.learning",
-    "load": "consa.checkpoint",
+    "adapt": "consa.training.adaptation",
+    "attached": "consa.model.attach",
+    "convert": "consa.model.convert",
+    "learn": "consa.training.learning",
+    "load": "consa.model.convert",
     "rules": "consa.rules",
 }
 

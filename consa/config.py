@@ -9,8 +9,8 @@ from typing import Any, Literal, cast
 
 from consa.allocation import NUM_SINK_TOKENS, WINDOW, Granularity, check_sparsity
 from consa.constraints import ANY, Constraint, FullHeadsPerLayer
+from consa.data.questions import TASKS
 from consa.errors import ConsaError
-from consa.retrieval import TASKS
 
 
 def _option(default: Any, text: str, **more: str) -> Any:
@@ -423,7 +423,7 @@ class ChoiceConfig:
         self.for_learning()
 
     def for_learning(self, **other: Any) -> LearnConfig:
-        """The settings of `consa.learning.learn` that these stand for, but for `other`."""
+        """The settings of `consa.training.learning.learn` that these stand for, but for `other`."""
         alike = {item.name for item in fields(self)} & {item.name for item in fields(LearnConfig)}
         settings: dict[str, Any] = {name: getattr(self, name) for name in alike}
         settings["refine_sequences"] = self.evaluation_sequences

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from consa.refinement import Exchange
+    from consa.training.refinement import Exchange
 
 SECONDS_BETWEEN_LINES = 10
 

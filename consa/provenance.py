@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import re
 from pathlib import Path
+from typing import Any
 
 import consa
 
@@ -27,3 +28,14 @@ def hardware() -> str:
     except OSError:
         name = None
     return f"{name[1] if name else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def first_difference(found: Any, wanted: Any, name: str = "") -> str:
+    """The first setting in which two records differ, with both values, or ""."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            difference = first_difference(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+            if difference:
+                return difference
+        return ""
+    return "" if found == wanted else f"{name} was {found!r}, now {wanted!r}"

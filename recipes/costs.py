@@ -20,7 +20,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from consa import rules
 from consa.config import AdaptConfig, LearnConfig
 from consa.files import write_atomically
-from consa.loss import CHUNK_TOKENS
+from consa.model.loss import CHUNK_TOKENS
 from recipes.run import RECIPES
 
 PAGE = Path(__file__).parent / "README.md"

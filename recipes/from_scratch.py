@@ -34,9 +34,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from consa.model import decoder_layers
+from consa.data.questions import THINGS, examples
+from consa.model.layout import decoder_layers
 from consa.provenance import hardware, versions
-from consa.retrieval import THINGS, examples
 
 VOCABULARY = 16_384
 END = "<|endoftext|>"
@@ -149,7 +149,7 @@ def needles(
     """A piece of a document with numbers of things hidden in it and mentioned again later, `(seq_len,)` uint16.
 
     The fewer numbers, the more often each: the easy sequences teach to copy, the others to tell numbers apart. One in
-    four begins with a question as `consa.retrieval` asks it, in between 512 tokens and all of the sequence.
+    four begins with a question as `consa.data.questions` asks it, in between 512 tokens and all of the sequence.
     """
     words = next(text for text in documents if len(text) > 6 * seq_len)[: 6 * seq_len].split(" ")
     inserted: dict[int, list[str]] = {}

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from consa import Allocation, ConsaError
-from consa.runs import run_adaptation, run_learning
+from consa.runs.runs import run_adaptation, run_learning
 
 RECIPES = sorted(path.stem for path in Path(__file__).parent.glob("qwen*.py"))
 

@@ -14,9 +14,9 @@ import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from consa import Allocation
-from consa.attention import interface
 from consa.attention.reference import reference_attention
-from consa.cache import cache_argument
+from consa.cache.hybrid import cache_argument
+from consa.model import interface
 
 CACHE = cache_argument(transformers.LlamaForCausalLM)
 SHAPE: dict[str, Any] = {

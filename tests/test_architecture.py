@@ -102,7 +102,7 @@ def test_the_walk_sees_what_there_is_to_see():
     assert {"consa", "consa.__main__", "consa.allocation", "consa.attention"} <= MODULES.keys()
     assert {"numpy", "consa.errors", "consa.files"} <= imports_of("consa.allocation")
     assert "consa.cli" in imports_of("consa.__main__")
-    assert "consa.learning" not in imports_of("consa")  # for type checkers only
+    assert "consa.training.learning" not in imports_of("consa")  # for type checkers only
     assert {"numpy", "json", "consa"} <= reached_from("consa.rules")
 
 

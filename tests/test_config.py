@@ -9,9 +9,9 @@ import pytest
 from consa import Allocation
 from consa.config import AdaptConfig, LearnConfig
 from consa.errors import ConsaError
-from consa.learning import learn
-from tests.learning_case import changed, text
+from consa.training.learning import learn
 from tests.models import tiny
+from tests.training.learning_case import changed, text
 
 BAD: dict[str, list[Any]] = {
     "sparsity": [-0.1, 1.1, float("nan"), float("inf"), "half", None],

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consa import Allocation, refinement
+from consa import Allocation
 from consa.config import LearnConfig
 from consa.constraints import ANY, Constraint, choose, violation
 from consa.errors import ConsaError
-from consa.learning import learn, target_units
-from consa.model import attention_layout
-from consa.refinement import Exchange, refine
+from consa.model.layout import attention_layout
+from consa.training import refinement
+from consa.training.learning import learn, target_units
+from consa.training.refinement import Exchange, refine
 from tests.models import tiny, tokens
 
 NOTHING: Any = None  # the model and text where the loss is made up

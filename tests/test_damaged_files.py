@@ -1,4 +1,4 @@
-"""What `tests.fuzz` and `tests.faults` found, each with its smallest input: refused in one line, or made again."""
+"""What the campaigns of fuzzing and faults found, each with its smallest input: refused in one line, or made again."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ import pytest
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
-from consa import Allocation, ConsaError, cli, convert, rules, run_folder, runs, terminal
-from consa import sweep as sweeping
-from consa.checkpoint import verify
+from consa import Allocation, ConsaError, convert, rules
+from consa.cli import commands as cli
+from consa.cli import terminal
 from consa.config import EvalConfig, LearnConfig, RunConfig, SweepConfig
-from consa.data import load_sequences
+from consa.data.sequences import load_sequences
 from consa.evaluation.cells import Cell, run_cells
-from consa.evaluation.perplexity import load_losses, save_losses
+from consa.evaluation.losses import load_losses, save_losses
 from consa.files import read_json, read_text
-from consa.gguf_header import check_header
-from consa.model import AttentionLayout, load_model, read_layout
-from consa.resume import CHECKPOINT, METRICS, Checkpoint
+from consa.model.convert import verify
+from consa.model.gguf import check_header
+from consa.model.layout import AttentionLayout
+from consa.model.load import load_model, read_layout
+from consa.runs import folder, runs
+from consa.runs import sweep as sweeping
+from consa.training.resume import CHECKPOINT, METRICS, Checkpoint
 from tests.models import allocate, byte_tokenizer, tiny, write_gguf
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -157,7 +161,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_run(tmp_path: Path):
     (left[1] / "model.safetensors").write_bytes(b"half")
     (left[1] / ".allocation.json.0123456789abcdef").write_bytes(b"half")
     (tmp_path / ".mine").write_text("kept")
-    with run_folder.claimed(tmp_path):
+    with folder.claimed(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {".lock", ".mine"}
 
 

@@ -22,9 +22,11 @@ from transformers import AutoTokenizer
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from consa import cli, methods, model, rules
+from consa import methods, rules
+from consa.cli import commands as cli
+from consa.cli.terminal import UsageError
+from consa.model import model
 from consa.serving import limits
-from consa.terminal import UsageError
 from tests import models
 
 ROOT = Path(__file__).parent.parent

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from consa import ConsaError, convert
-from consa.checkpoint import MANIFEST, verify
-from consa.model import load_model, read_layout
+from consa.model.convert import MANIFEST, verify
+from consa.model.load import load_model, read_layout
 from tests.models import allocate, tiny
 
 ROOT = Path(__file__).parent.parent

@@ -16,10 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from consa import Allocation, ConsaError, convert
+from consa.bench.vllm import dense_folder
 from consa.serving import limits, server
-from consa.serving.bench import dense_folder
+from tests.cli.test_cli import apart, refused  # noqa: F401 (apart is a fixture, for every test)
 from tests.models import allocate, tiny, tokens
-from tests.test_cli import apart, refused  # noqa: F401 (apart is a fixture, for every test)
 
 ROOT = Path(__file__).parent.parent
 UNEVEN = Allocation(full_attention=np.eye(4, dtype=bool), window=7)

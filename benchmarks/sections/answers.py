@@ -11,9 +11,9 @@ import numpy as np
 from common import mask_of
 
 from consa.allocation import Allocation
+from consa.behaviour.relate import agreement, depth
 from consa.evaluation.intervals import Estimate, bootstrap
 from consa.methods import METHODS
-from consa.relations import agreement, depth
 from sections.adaptation import best_trained_rule
 from sections.study import (
     BASE,

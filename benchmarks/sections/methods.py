@@ -12,9 +12,9 @@ from typing import Any
 from common import mask_of
 
 from consa.allocation import Allocation
+from consa.behaviour.relate import agreement, depth
 from consa.files import png
 from consa.methods import METHODS
-from consa.relations import agreement, depth
 from consa.rules import RULES
 from sections.adaptation import best_trained_rule
 from sections.text import UNITS, model_of, source, spread, table

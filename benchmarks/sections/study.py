@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from consa.allocation import Allocation
+from consa.behaviour.relate import agreement, depth
 from consa.evaluation.intervals import Estimate, bootstrap
 from consa.files import png
-from consa.relations import agreement, depth
 from consa.rules import RULES
 from sections.text import UNITS, source, table
 

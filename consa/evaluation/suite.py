@@ -14,23 +14,26 @@ from typing import Any
 
 import numpy as np
 
-from consa import inputs, published, retrieval, rules
+from consa import published, rules
 from consa.allocation import Allocation
 from consa.config import EvalConfig, RunConfig
-from consa.data import SequenceSet
+from consa.data import questions
+from consa.data.sequences import SequenceSet
+from consa.data.tsv import read_tsv
 from consa.errors import ConsaError
+from consa.evaluation.answers import ask
 from consa.evaluation.cells import Cell, run_cells
+from consa.evaluation.harness import find_tasks, run_task
 from consa.evaluation.intervals import bootstrap
-from consa.evaluation.perplexity import buckets_of, heldout_losses, recovered
-from consa.evaluation.retrieval import ask
+from consa.evaluation.losses import buckets_of, heldout_losses, recovered
 from consa.evaluation.table import Line, Table
-from consa.evaluation.tasks import find_tasks, run_task
 from consa.files import write_json
-from consa.methods.tsv import read_tsv
-from consa.model import AttentionLayout, LoadedModel, check_fits, read_layout
+from consa.model.layout import AttentionLayout, check_fits
+from consa.model.load import LoadedModel, read_layout
 from consa.progress import note
 from consa.provenance import hardware, versions
-from consa.run_folder import CONFIG, check_free
+from consa.runs import inputs
+from consa.runs.folder import CONFIG, check_free
 
 DENSE = "dense"
 ALL_SWA = "all_swa"
@@ -241,7 +244,7 @@ def _measures(
         Measure(LOSSES, {"tokens": _digest(tokens.tobytes()), "start": start}, len(tokens), losses),
     ]
     for task, length in _questions(config):
-        examples = retrieval.examples(
+        examples = questions.examples(
             task, loaded.tokenizer, length=length, count=config.examples, seed=config.seed
         )
         text = json.dumps([[example.prompt, example.answers] for example in examples])

@@ -18,7 +18,8 @@ from consa.config import ChoiceConfig
 from consa.errors import ConsaError
 
 if TYPE_CHECKING:
-    from consa.model import AttentionLayout, LoadedModel
+    from consa.model.layout import AttentionLayout
+    from consa.model.load import LoadedModel
 
 
 Method = Callable[["LoadedModel", np.ndarray, ChoiceConfig], Allocation]
@@ -67,7 +68,7 @@ def check_budget(name: str, layout: AttentionLayout, config: ChoiceConfig) -> No
     Raises:
         ConsaError: the budget has too few evaluations for that.
     """
-    from consa.learning import units_of
+    from consa.training.learning import units_of
 
     units = units_of(layout, config.granularity)
     probes = {"greedy": units.count, "bosch": len(units.layers)}.get(name, 0)

@@ -13,7 +13,7 @@ from consa.allocation import Allocation
 from consa.config import ChoiceConfig
 from consa.methods import check_budget
 from consa.methods.problem import Problem
-from consa.model import LoadedModel
+from consa.model.load import LoadedModel
 
 NUM_BUCKETS = 3  # groups of layers, by sensitivity
 MEAN_EXCHANGE = 2.0  # units that a move exchanges, on average

@@ -8,14 +8,14 @@ import numpy as np
 
 from consa.allocation import Allocation
 from consa.config import ChoiceConfig
-from consa.learning import learn
 from consa.methods.problem import cost
-from consa.model import LoadedModel
-from consa.refinement import Exchange
+from consa.model.load import LoadedModel
+from consa.training.learning import learn
+from consa.training.refinement import Exchange
 
 
 def consa(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) -> Allocation:
-    """Learn an allocation by `consa.learning.learn` at its defaults."""
+    """Learn an allocation by `consa.training.learning.learn` at its defaults."""
     exchanges: list[Exchange] = []
     learning = config.for_learning()
     result = learn(loaded.model, sequences, learning, identity=loaded.identity, on_exchange=exchanges.append)

@@ -2,7 +2,7 @@
 
 Constants are those of `scripts/train.sh` and `duo_attn/train.py` in mit-han-lab/duo-attention, but for the number of
 steps (2,000 there; about 63 is what it takes to close a gate at this learning rate). The text is another: there ten
-passkeys of 32 words in a book, here what `consa.retrieval` hides.
+passkeys of 32 words in a book, here what `consa.data.questions` hides.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from itertools import chain, cycle
 import numpy as np
 import torch
 
-from consa import loss
 from consa.allocation import Allocation
 from consa.config import ChoiceConfig
-from consa.loop import prepared
 from consa.methods.problem import Problem
-from consa.model import LoadedModel, attached
+from consa.model import loss
+from consa.model.attach import attached
+from consa.model.load import LoadedModel
+from consa.training.loop import prepared
 
 LEARNING_RATE = 0.02  # AdamW without weight decay
 L1 = 0.05  # on the mean gate

@@ -9,12 +9,12 @@ from consa.allocation import Allocation
 from consa.config import ChoiceConfig
 from consa.methods import check_budget
 from consa.methods.problem import Problem
-from consa.model import LoadedModel
-from consa.refinement import Exchange, refine
+from consa.model.load import LoadedModel
+from consa.training.refinement import Exchange, refine
 
 
 def greedy(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) -> Allocation:
-    """Probe each unit of `rules.middle` once, then exchange units by `consa.refinement.refine` within the budget.
+    """Probe each unit of `rules.middle` once, then exchange units by `training.refinement.refine` within the budget.
 
     Raises:
         ConsaError: the budget does not cover the probes.

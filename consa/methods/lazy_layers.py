@@ -15,7 +15,7 @@ from consa.attention import masks
 from consa.config import ChoiceConfig
 from consa.methods.measure import mean_over_queries, per_unit
 from consa.methods.problem import Problem
-from consa.model import LoadedModel
+from consa.model.load import LoadedModel
 
 LAST_QUERIES = 64
 

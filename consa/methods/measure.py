@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consa import loss
 from consa.attention import masks
 from consa.methods.problem import Problem, Text
-from consa.model import observed
+from consa.model import loss
+from consa.model.attach import observed
 
 QUERY_BLOCK = 256
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from consa.allocation import Allocation
 from consa.config import ChoiceConfig
-from consa.learning import learn
 from consa.methods.problem import Problem
-from consa.model import LoadedModel
+from consa.model.load import LoadedModel
+from consa.training.learning import learn
 
 
 def nested(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) -> Allocation:

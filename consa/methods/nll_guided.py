@@ -1,6 +1,6 @@
 """NLL-guided selection: how much the loss of answers rises when one unit alone uses SWA (arXiv 2606.27791).
 
-There the units are layers, and the answers are to long prompts; here KV heads too, on what `consa.retrieval` asks.
+There the units are layers, and the answers are to long prompts; here KV heads too, on what `consa.data.questions` asks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 from consa.allocation import Allocation
 from consa.config import ChoiceConfig
 from consa.methods.problem import Problem
-from consa.model import LoadedModel
+from consa.model.load import LoadedModel
 
 
 def nll_guided(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) -> Allocation:

@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consa import loss, retrieval
 from consa.allocation import Allocation, num_full_units
 from consa.config import ChoiceConfig
+from consa.data import questions
 from consa.errors import ConsaError
-from consa.gates import Units
-from consa.learning import units_of
-from consa.model import LoadedModel, attached
+from consa.model import loss
+from consa.model.attach import attached
+from consa.model.load import LoadedModel
 from consa.provenance import versions
+from consa.training.gates import Units
+from consa.training.learning import units_of
 
 QUESTIONS = "multi_query"
 """The retrieval task of the methods that need answers: several numbers are hidden, and all are asked for."""
@@ -89,7 +91,7 @@ class Problem:
         """Questions about what lies in a text of `length` tokens (as long as the sequences unless given), answered."""
         tokenizer: Any = self.loaded.tokenizer
         found = []
-        for example in retrieval.examples(
+        for example in questions.examples(
             QUESTIONS,
             tokenizer,
             length=length or self.sequences.shape[1],

@@ -12,12 +12,14 @@ from itertools import islice
 import numpy as np
 import torch
 
-from consa import gates, loss
 from consa.allocation import Allocation
 from consa.config import ChoiceConfig
-from consa.loop import prepared
 from consa.methods.problem import Problem
-from consa.model import LoadedModel, attached
+from consa.model import loss
+from consa.model.attach import attached
+from consa.model.load import LoadedModel
+from consa.training import gates
+from consa.training.loop import prepared
 
 INITIAL_LOG_ALPHA, INITIAL_NOISE = 4.0, 0.01  # reset_masks
 LEARNING_RATE = 1.0  # of masks (descent) and multipliers (ascent) alike

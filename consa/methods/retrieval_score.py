@@ -13,7 +13,7 @@ from consa.allocation import Allocation
 from consa.config import ChoiceConfig
 from consa.methods.measure import mean_over_queries, per_unit
 from consa.methods.problem import Problem, Text
-from consa.model import LoadedModel
+from consa.model.load import LoadedModel
 
 
 def retrieval_score(loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig) -> Allocation:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from consa.allocation import Allocation
-from consa.relations import MEASURES, Behaviour
-from consa.report.figures import shades
+from consa.behaviour.relate import MEASURES, Behaviour
 from consa.report.vega import Chart, Columns, Spec
+from consa.runs.figures import shades
 
 # Told apart by colour-blind readers, and seen on light and dark.
 FA, SWA, OTHER = "#2868ad", "#d9952b", "#84878c"

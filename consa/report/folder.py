@@ -10,10 +10,10 @@ from typing import Any
 
 from consa import published
 from consa.allocation import Allocation
+from consa.behaviour.relate import Behaviour
 from consa.errors import ConsaError
 from consa.files import read_json, read_text
-from consa.relations import Behaviour
-from consa.run_folder import CONFIG
+from consa.runs.folder import CONFIG
 
 MAX_FILE_BYTES = 2**30
 FILES = ("allocation.json", "summary.json", "eval.json", "bench.json")

@@ -11,8 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from consa.behaviour.relate import Behaviour
 from consa.files import write_atomically
-from consa.relations import Behaviour
 from consa.report import vega
 from consa.report.folder import Run
 from consa.report.sections import Sections

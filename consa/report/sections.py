@@ -10,8 +10,8 @@ from itertools import chain, combinations, count
 from typing import Any
 
 from consa.allocation import Allocation
+from consa.behaviour.relate import MEASURES, Behaviour, agreement, depth, depth_correlation, relate
 from consa.errors import ConsaError
-from consa.relations import MEASURES, Behaviour, agreement, depth, depth_correlation, relate
 from consa.report import charts
 from consa.report.folder import Run
 from consa.report.vega import Chart, Columns

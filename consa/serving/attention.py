@@ -34,7 +34,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from consa.attention.branches import full_attention, sliding_attention
+from consa.attention.portable import full_attention, sliding_attention
 from consa.serving.pages import SinkSpec
 
 PAGE_TOKENS = 16  # what FlashAttention's pages are a multiple of
@@ -306,13 +306,13 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
 
         keys, values = _merged([place.cache for place in places]).transpose(1, 2).chunk(2, dim=-1)
         query, output = query[: batch.num_tokens], output[: batch.num_tokens]
-        adjacent = isinstance(self.full_queries, slice)
-        result = output[:, self.full_queries] if adjacent else None
+        # Version 3 writes between other heads' results; of the other versions that was not measured.
+        in_place = self.flash_version == 3 and isinstance(self.full_queries, slice)
         result = flash_attn_varlen_func(
             q=query[:, self.full_queries],
             k=keys,
             v=values,
-            out=result,
+            out=output[:, self.full_queries] if in_place else None,
             cu_seqlens_q=batch.query_starts,
             max_seqlen_q=batch.max_query_len,
             seqused_k=batch.seq_lens,
@@ -323,8 +323,8 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
             num_splits=batch.num_splits if self.flash_version == 3 else 0,
             fa_version=self.flash_version,
         )
-        if not adjacent:
-            output.index_copy_(1, self.full_queries, result)
+        if not in_place:
+            output[:, self.full_queries] = result
 
     def _by_torch(
         self,

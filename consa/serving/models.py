@@ -16,7 +16,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
-from consa.attention import interface
+from consa.model import interface
 from consa.serving.attention import HeadPlace, HybridAttention, LayerHeads
 from consa.serving.plan import unused_places
 from consa.serving.plugin import ARCHITECTURES

@@ -18,8 +18,6 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from consa.serving.plan import DECODING_TOKENS
-
 EVERY_TOKEN = 2**30  # more than any request has, and an int32
 
 
@@ -35,23 +33,14 @@ class SinkSpec(SlidingWindowSpec):
         return -(-self.num_sink_tokens // self.block_size)
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """Pages that a decoding request holds at most.
+        """Pages that a request of `max_model_len` tokens holds at most, with so many of them not yet computed.
 
-        vLLM admits a request while so many pages are free. A prompt that is being read holds up to two steps' tokens
-        more, but all prompts together have no more than two steps' tokens in flight: that reserve is one for the
-        pool, not for every request. The watermark that consa's plugin sets leaves room for it.
+        vLLM compares it with the pages that are free when it admits a request, counting two steps' tokens in flight.
+        That is a fair reserve, since all requests together have no more in flight. It is too large only as a share of
+        the pool per request; `consa.serving.capacity` counts it once.
         """
-        return self.pages(min(max_in_flight_tokens, DECODING_TOKENS), max_model_len)
-
-    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """What one request takes with its prompt's chunks: at least this much must fit for vLLM to start."""
-        most = self.pages(vllm_config.max_in_flight_tokens, vllm_config.model_config.max_model_len)
-        return most * self.page_size_bytes
-
-    def pages(self, in_flight_tokens: int, num_tokens: int) -> int:
-        """Pages that a request of `num_tokens` holds at most, with so many of them not yet computed."""
-        near = super().max_admission_blocks_per_request(in_flight_tokens, num_tokens)
-        return min(near + self.sink_pages, -(-num_tokens // self.block_size))
+        near = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
+        return min(near + self.sink_pages, -(-max_model_len // self.block_size))
 
     @property
     def num_retained_tokens(self) -> int:

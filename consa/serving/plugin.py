@@ -13,12 +13,14 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from consa.attention import interface
 from consa.errors import ConsaError
-from consa.register import ARCHITECTURE_PREFIX, HybridConfig
+from consa.model import interface
+from consa.model.register import ARCHITECTURE_PREFIX, HybridConfig
 from consa.serving.limits import SERVED, engine_obstacle, hybrid_obstacle
 
-WATERMARK = 0.02  # of the pool's pages, kept free when requests are admitted, where the user gave no number
+WATERMARK = (
+    0.02  # share of the pool's pages kept free when requests are admitted, unless the user gave a number
+)
 ARCHITECTURES = {ARCHITECTURE_PREFIX + name: name for name in SERVED}  # as `consa convert` names them
 
 
@@ -71,7 +73,7 @@ class Verification:
         if vllm_config.kv_transfer_config is not None:
             raise ConsaError("a hybrid takes no KV transfer; leave kv_transfer_config out")
         scheduler = vllm_config.scheduler_config
-        # SWA heads hold a step's tokens on top of their window until the step is done. This leaves room for them.
+        # Many requests run, and all of them grow: without room for that, some would be computed twice.
         scheduler.watermark = scheduler.watermark or WATERMARK
 
 

@@ -7,9 +7,9 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-from consa.checkpoint import verify
 from consa.errors import ConsaError
-from consa.register import ARCHITECTURE_PREFIX
+from consa.model.convert import verify
+from consa.model.register import ARCHITECTURE_PREFIX
 from consa.serving.limits import engine_obstacle, hybrid_obstacle, plain_needs_transformers
 
 TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from consa.data import load_sequences
+from consa.data.sequences import load_sequences
 from tests.text import TEXT
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from consa import data
-from consa.data import load_sequences
+from consa.data import sequences
+from consa.data.sequences import load_sequences
 from consa.errors import ConsaError
 from tests.text import TEXT, fail, jsonl, numbered
 
@@ -13,7 +13,7 @@ from tests.text import TEXT, fail, jsonl, numbered
 def test_second_time_comes_from_the_cache_memory_mapped(load, tmp_path, monkeypatch):
     source = jsonl(tmp_path / "a.jsonl", numbered(5), domain="prose")
     first = load(source)
-    monkeypatch.setattr(data, "_cut", fail)
+    monkeypatch.setattr(sequences, "_cut", fail)
     second = load(source.rename(tmp_path / "moved.jsonl"), workers=1)
     assert isinstance(second.tokens, np.memmap)
     assert not second.tokens.flags.writeable
@@ -31,7 +31,7 @@ def test_anything_that_changes_the_result_changes_the_key(load, bos_tokenizer, t
     without_bos = PreTrainedTokenizerFast(tokenizer_object=bos_tokenizer.backend_tokenizer)
     load(source)
     load(source, tokenizer=bos_tokenizer, seq_len=10)
-    monkeypatch.setattr(data, "_cut", fail)
+    monkeypatch.setattr(sequences, "_cut", fail)
     load(source)
     for change in (
         {"seq_len": 9},
@@ -84,7 +84,7 @@ def test_damaged_entry_is_rebuilt(load, tmp_path, monkeypatch, damage):
     damage(tmp_path / "cache")
     rebuilt = load(source)
     assert (rebuilt.tokens.tolist(), rebuilt.num_skipped) == (expected, skipped)
-    monkeypatch.setattr(data, "_cut", fail)
+    monkeypatch.setattr(sequences, "_cut", fail)
     assert load(source).tokens.tolist() == expected, "the rebuilt entry should be whole"
 
 
@@ -101,17 +101,17 @@ def test_unwritable_cache_warns_once_and_goes_on(load, tmp_path):
 
 def test_a_failed_write_leaves_nothing_that_loads(load, tmp_path, monkeypatch):
     source = jsonl(tmp_path / "a.jsonl", numbered(5))
-    write = data.write_atomically
+    write = sequences.write_atomically
 
     def full_disk(path, content):
         if path.suffix == ".json":
             raise ConsaError("no room")
         write(path, content)
 
-    monkeypatch.setattr(data, "write_atomically", full_disk)
+    monkeypatch.setattr(sequences, "write_atomically", full_disk)
     with pytest.warns(UserWarning, match="no room"):
         load(source)
-    monkeypatch.setattr(data, "_cut", fail)
+    monkeypatch.setattr(sequences, "_cut", fail)
     with pytest.raises(AssertionError, match="the cache was not used"):
         load(source)
 

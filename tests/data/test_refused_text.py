@@ -5,7 +5,7 @@ import tracemalloc
 import pytest
 import zstandard
 
-from consa import documents
+from consa.data import documents
 from consa.errors import ConsaError
 from tests.text import TEXT, jsonl, numbered
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from consa import data, documents
-from consa.data import SequenceSet, load_sequences
+from consa.data import documents, sequences
+from consa.data.sequences import SequenceSet, load_sequences
 from consa.errors import ConsaError
 from tests.text import TEXT, encode, fail, jsonl, numbered
 
@@ -159,12 +159,12 @@ def test_long_documents_have_the_same_tokens_in_pieces(load, tokenizer, tmp_path
     path = tmp_path / "a.txt"
     path.write_text(TEXT * 30)
     whole = load(path).tokens.tolist()
-    monkeypatch.setattr(data, "PIECE_CHARS", 100)
-    pieces = list(data._split_long(TEXT * 30))
+    monkeypatch.setattr(sequences, "PIECE_CHARS", 100)
+    pieces = list(sequences._split_long(TEXT * 30))
     assert len(pieces) > 20
     assert "".join(pieces) == TEXT * 30
     assert load(path, cache_dir=tmp_path / "other").tokens.tolist() == whole
-    assert [len(piece) for piece in data._split_long("x" * 450)] == [200, 200, 50]  # no line to cut at
+    assert [len(piece) for piece in sequences._split_long("x" * 450)] == [200, 200, 50]  # no line to cut at
 
 
 def test_max_tokens_keeps_the_beginning_and_stops_reading(load, tmp_path):
@@ -277,7 +277,7 @@ def test_jsonl_fields_blank_lines_and_byte_order_mark(load, tokenizer, tmp_path)
 def test_stdlib_is_there_and_leaves_out_installed_packages(load):
     files = [
         file
-        for file in documents._walk(Path(json.__file__).parents[1], ("site-packages",))
+        for file in documents._walk(Path(json.__file__).parent.parent, ("site-packages",))
         if file.suffix == ".py"
     ]
     assert Path(json.__file__) in files
@@ -315,7 +315,7 @@ def test_hugging_face_dataset(load, tmp_path, monkeypatch):
     with pytest.raises(ConsaError, match="hf:o/n row 0: no field 'body'"):
         load("hf:o/n", text_field="body")
     Rows._fingerprint = "f2"
-    monkeypatch.setattr(data, "_cut", fail)
+    monkeypatch.setattr(sequences, "_cut", fail)
     with pytest.raises(AssertionError):
         load("hf:o/n")
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -325,7 +325,7 @@ def test_hugging_face_dataset(load, tmp_path, monkeypatch):
 
 def test_import_is_cheap():
     heavy = {"torch", "transformers", "tokenizers", "rich", "zstandard"}
-    code = f"import sys, consa.data; print({heavy} & set(sys.modules))"
+    code = f"import sys, consa.data.sequences; print({heavy} & set(sys.modules))"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
     )

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from consa import rules
-from consa.adaptation import adapt
 from consa.config import AdaptConfig
+from consa.training.adaptation import adapt
 from tests.models import tiny, tokens
 
 pytestmark = [

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from consa.attention.hybrid import Rows, hybrid_attention
+from consa.attention.ops import hybrid_attention
 from consa.attention.reference import reference_attention
+from consa.attention.rows import Rows
 from consa.config import LearnConfig
-from consa.learning import learn
+from consa.training.learning import learn
 from tests.compare import assert_close
 from tests.models import tiny, tokens
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.compare import assert_close
-from tests.distributed_job import job, launch, results
+from tests.training.distributed_job import job, launch, results
 
 pytestmark = [
     pytest.mark.gpu,

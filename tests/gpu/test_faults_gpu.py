@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 LIMITED = """
 import sys, torch
 torch.cuda.set_per_process_memory_fraction(48 * 2**20 / torch.cuda.get_device_properties(0).total_memory)
-from consa.cli import main
+from consa.cli import commands as cli
 sys.exit(main())
 """
 

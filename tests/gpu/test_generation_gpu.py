@@ -10,11 +10,11 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from consa import HybridCache, convert, load, rules
-from consa.cache import allocated_bytes
-from consa.cache_layer import GROWTH, HybridLayer
-from consa.cache_static import StaticHybridLayer
-from consa.model import load_model
-from consa.retrieval import examples
+from consa.cache.hybrid import allocated_bytes
+from consa.cache.layer import GROWTH, HybridLayer
+from consa.cache.static import StaticHybridLayer
+from consa.data.questions import examples
+from consa.model.load import load_model
 from tests.models import CACHE, allocate, left_padding, tiny, tokens
 
 pytestmark = [

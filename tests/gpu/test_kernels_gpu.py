@@ -7,8 +7,8 @@ import importlib.util
 import pytest
 import torch
 
-from consa.attention.branches import fused_for
-from tests.kernel_cases import (
+from consa.attention.ops import kernels_for
+from tests.attention.kernel_cases import (
     LARGE,
     LARGE_DECODING,
     SMALL,
@@ -40,7 +40,7 @@ DEVICE = torch.device("cuda")
     ids=str,
 )
 def test_kernels_equal_the_reference(case: Case, dtype: torch.dtype, tolerance: float, one_pass: bool):
-    if fused_for(*draw(case, DEVICE, dtype)[:3], None) is None:
+    if kernels_for(*draw(case, DEVICE, dtype)[:3], None) is None:
         pytest.skip("this device has too little shared memory for the kernels")
     check(case, DEVICE, dtype, one_pass, tolerance)
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from consa import Allocation, convert, load
-from consa.serving.bench import Generation
+from consa.bench.vllm import Generation
 from tests.models import tokens
 from tests.serving.engine import engine, generate, served
 from tests.serving.kernel_cases import BATCHES, Shape, check

@@ -11,13 +11,20 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tests.serving.engine import engine, generate, groups
 
 
 def interpret_kernels() -> list[str]:
-    """Let attention run on the CPU by the kernels, interpreted; a list to which each of their launches is added."""
+    """Let attention run on the CPU by the kernels, interpreted; a list to which each of their launches is added.
+
+    Also lets vLLM's newer model runner work there, which needs Triton and so a driver of it that calls itself active.
+    """
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))  # type: ignore[assignment]
     from vllm.v1.attention.backends import fa_utils
 
     from consa.serving import attention, kernels
@@ -45,4 +52,6 @@ if __name__ == "__main__":
         found: dict[str, Any] = {"tokens": generate(llm, job["prompts"], job["num_tokens"])}
         if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
             found["groups"] = groups(llm)
+            worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+            found["runner"] = type(worker.model_runner).__module__
     print(json.dumps(found | {"launches": Counter(launches)}), flush=True)

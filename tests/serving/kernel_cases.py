@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from consa.attention.branches import full_attention
+from consa.attention.portable import full_attention
 from consa.attention.reference import reference_attention
 from tests.compare import assert_close
 

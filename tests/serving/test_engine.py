@@ -17,10 +17,11 @@ pytest.importorskip("vllm", reason="needs vLLM; run make test-vllm")
 
 from transformers import AutoConfig
 from vllm import SamplingParams
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from consa import Allocation, convert, rules
-from consa.model import load_model
-from consa.register import HybridConfig
+from consa.model.load import load_model
+from consa.model.register import HybridConfig
 from consa.serving import capacity, limits, plugin
 from consa.serving.attention import HybridAttention, HybridBuilder, _merged
 from consa.serving.pages import SinkSpec
@@ -91,6 +92,26 @@ def test_sinks_of_several_pages_in_a_pool_too_small_for_all(rows: list[list[int]
         again = generate(llm, prompts[::-1])[::-1]
     assert same_tokens(tmp_path / "hybrid", prompts, first)
     assert same_tokens(tmp_path / "hybrid", prompts, again)
+
+
+def test_requests_that_outgrow_the_pool_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Five answers begin in 30 pages and would end in 120, of 60."""
+    preempted: list[str] = []
+    preempt = Scheduler._preempt_request
+
+    def counted(self: Any, request: Any, *args: Any, **options: Any) -> None:
+        preempted.append(request.request_id)
+        preempt(self, request, *args, **options)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", counted)
+    rows = np.array([[1, 0, 0], [0, 0, 0], [0, 1, 0], [1, 1, 1]], dtype=bool)
+    allocation = Allocation(full_attention=rows, window=WINDOW, num_sink_tokens=40)
+    convert(served("llama"), allocation, tmp_path / "hybrid")
+    prompts = [[first, *PROMPTS[2]] for first in range(5)]
+    with engine(tmp_path / "hybrid", block_size=32, max_model_len=800, num_gpu_blocks_override=60) as llm:
+        found = generate(llm, prompts, 360)
+    assert preempted
+    assert same_tokens(tmp_path / "hybrid", prompts, found)
 
 
 @pytest.mark.parametrize("num_sink_tokens", [0, 4])
@@ -194,15 +215,11 @@ def test_memory(tmp_path: Path):
         assert fit == pytest.approx((pool - reserve) / held, rel=1e-3)
         assert config.scheduler_config.watermark == plugin.WATERMARK
         specs = [group.kv_cache_spec for group in cache.kv_cache_groups]
-        # The start-up check still counts a prompt's chunks, admission does not.
-        pages = [(-(-need // page)) for need in (511 + flying, 511 + 2)]
-        assert specs[1].max_memory_usage_bytes(config) == (pages[0] + 2) * specs[1].page_size_bytes
-        assert (
-            core.scheduler.kv_cache_manager.coordinator.single_type_managers[
-                1
-            ].max_admission_blocks_per_request
-            == pages[1] + 2
-        )
+        # A request is admitted, and vLLM starts, if a prompt's chunks fit too.
+        most = -(-(511 + flying) // page) + 1 + 1  # the window begins inside a page, the sinks take one
+        assert specs[1].max_memory_usage_bytes(config) == most * specs[1].page_size_bytes
+        managers = core.scheduler.kv_cache_manager.coordinator.single_type_managers
+        assert managers[1].max_admission_blocks_per_request == most
         manager = core.scheduler.kv_cache_manager
         assert capacity.bytes_in_use(manager) == 0
         engine_ = llm.llm_engine
@@ -223,15 +240,21 @@ def test_a_watermark_that_the_user_gave_stays(hybrid: Path):
         assert llm.llm_engine.vllm_config.scheduler_config.watermark == 0.1
 
 
+@pytest.mark.parametrize("runner", [1, 2])
 @pytest.mark.parametrize("rows", ["01 10 11 00", "00 00 00 01"])
-def test_the_kernels_read_the_engine_s_own_pages(rows: str, tmp_path: Path):
-    """By Triton's interpreter, with FlashAttention replaced by torch on the same view of several places."""
+def test_the_kernels_read_the_engine_s_own_pages(rows: str, runner: int, tmp_path: Path):
+    """By Triton's interpreter, with FlashAttention replaced by torch on the same view of several places.
+
+    Of vLLM's two model runners, the second is that of GPUs.
+    """
     full = np.array([[digit == "1" for digit in row] for row in rows.split()])
     model = served("llama", num_hidden_layers=4, num_key_value_heads=2, num_attention_heads=6)
     convert(model, Allocation(full_attention=full, window=20, num_sink_tokens=3), tmp_path / "hybrid")
     prompts = [prompt[:60] for prompt in PROMPTS[3:5]] + [PROMPTS[0]]
     options: dict[str, Any] = {"block_size": 16, "max_num_batched_tokens": 48, "max_num_seqs": 3}
-    found = job(tmp_path / "hybrid", prompts, {"TRITON_INTERPRET": "1"}, num_tokens=3, **options)
+    environment = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": str(runner - 1)}
+    found = job(tmp_path / "hybrid", prompts, environment, num_tokens=3, **options)
+    assert (".cpu." in found["runner"]) == (runner == 2)
     steps = found["launches"]["write"] / 4
     launches = {"write": 4, "flash": full.any(1).sum(), "attention": (~full).any(1).sum()}
     assert found["launches"] == {name: number * steps for name, number in launches.items()}

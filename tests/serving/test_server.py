@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM; run make test-vllm")
 
 from consa import convert, load, rules
-from consa.model import load_model
+from consa.model.load import load_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}

@@ -1,0 +1,1 @@
+"""What each head attends to, and how that goes with an allocation."""

@@ -1,0 +1,1 @@
+"""What a hybrid saves, measured beside the dense model."""

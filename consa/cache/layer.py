@@ -1,0 +1,406 @@
+"""One layer of a hybrid's KV cache: some KV heads keep every token, the others their sinks and a ring of the last ones.
+
+In the storage of an SWA head, the token at position p of its sequence (counted without padding) sits in slot p while
+p < num_sink_tokens, else in slot num_sink_tokens + (p - num_sink_tokens) % window. So slot s is taken once position s
+has been seen, and what is stored is exactly what the next query sees, besides its own token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from consa.attention.ops import kernels_for
+from consa.cache.attend import Heads, HeadSplit, NewKeys, as_computed, by_start, pick, selector
+from consa.errors import ConsaError
+
+GROWTH = 64  # tokens by which storage grows: at most as many unused, and a copy costs a 64th of what attention reads
+STORAGE = ("full_keys", "full_values", "sliding_keys", "sliding_values")
+
+
+class HybridLayer(CacheLayerMixin):
+    """One layer's keys and values, in storage that grows with the sequence.
+
+    Args:
+        split: which heads keep what.
+
+    Attributes:
+        full_keys: `(batch, FA heads, capacity, head_dim)`, or None; `full_values` likewise.
+        sliding_keys: `(batch, SWA heads, capacity, head_dim)`, or None; `sliding_values` likewise.
+        length: tokens seen, padding on the left included.
+        first: `(batch,)` on the CPU, column of each sequence's first real token; None without left padding.
+    """
+
+    is_sliding = False  # asked for the sizes of masks, it is a layer that sees every token
+    is_croppable = True
+    length = 0
+    full_keys: Any  # a tensor once something was written
+    full_values: Any
+    sliding_keys: Any
+    sliding_values: Any
+
+    def __init__(self, split: HeadSplit) -> None:
+        super().__init__()
+        self.split = split
+        self.record_past = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.full_keys = self.full_values = self.sliding_keys = self.sliding_values = None
+        self.length = 0
+        self._start(None)
+        self._undo: list[_Undo] = []
+        self._waiting = self._offload_after = False
+
+    def _start(self, first: Tensor | None) -> None:
+        """Take note of where the sequences start."""
+        if first is not None and not first.any():
+            first = None
+        self.first = first
+        self._earliest, self._latest = (0, 0) if first is None else (int(first.min()), int(first.max()))
+        self._first_there = None if first is None or not self.is_initialized else first.to(self.device)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype and device from the first keys, `(batch, kv_heads, any, head_dim)`."""
+        if len(self.split.full) + len(self.split.sliding) != key_states.shape[1]:
+            raise ConsaError(
+                f"the cache is for {len(self.split.full) + len(self.split.sliding)} KV heads a layer, the model has"
+                f" {key_states.shape[1]}; use the cache of this model's own allocation"
+            )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.full_heads: Heads = selector(self.split.full, self.device)
+        self.sliding_heads: Heads = selector(self.split.sliding, self.device)
+        self._has_kernels = kernels_for(key_states, key_states, value_states, None) is not None
+        self._sorted_heads = torch.tensor((*self.split.full, *self.split.sliding), device=self.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, None]:
+        """Hand the new tokens over to the attention function, which writes them: it alone knows about padding."""
+        key_states, value_states = as_computed(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+            self._leave_inference_mode()
+        if torch.is_grad_enabled() and key_states.requires_grad and self.length:
+            raise ConsaError("no gradient flows through cached keys; use torch.no_grad(), or use_cache=False")
+        self._waiting = True
+        return NewKeys(self, key_states, value_states), None
+
+    def _leave_inference_mode(self) -> None:
+        """Copy what was stored in it and could not be written to out of it."""
+        for name in STORAGE:
+            storage = getattr(self, name)
+            if storage is not None and storage.is_inference():
+                setattr(self, name, storage.clone())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the next tokens are the first."""
+        return self.length == 0
+
+    def can_append(self, key: Tensor, first: Tensor | None) -> bool:
+        """Whether `append` will do: one new token per sequence, none of them padding."""
+        self._check_start(first)
+        return key.shape[2] == 1 and self._latest <= self.length and not self.record_past
+
+    def append(self, key: Tensor, value: Tensor) -> list[tuple[Heads, Tensor, Tensor, Tensor | None]]:
+        """Write one token per sequence.
+
+        Returns:
+            For FA and for SWA heads, if there are any: which they are, all their keys and values, and which of them
+            are there, bool `(batch, 1, 1, keys)`, or None for all.
+        """
+        key, value = key.detach(), value.detach()
+        self._reserve(key, self.length + 1)
+        parts = []
+        if self.split.full:
+            here = slice(self.length, self.length + 1)
+            self.full_keys[:, :, here] = pick(key, self.full_heads)
+            self.full_values[:, :, here] = pick(value, self.full_heads)
+            filled = (x[:, :, : here.stop] for x in (self.full_keys, self.full_values))
+            visible = None
+            if self._first_there is not None:
+                column = torch.arange(here.stop, device=self.device)
+                visible = column >= self._first_there[:, None, None, None]
+            parts.append((self.full_heads, *filled, visible))
+        if self.split.sliding:
+            sliding_key, sliding_value = pick(key, self.sliding_heads), pick(value, self.sliding_heads)
+            count, visible = min(self.length + 1 - self._earliest, self.split.kept), None
+            if self._first_there is None:
+                slot = self._slot(self.length)
+                self.sliding_keys[:, :, slot : slot + 1] = sliding_key
+                self.sliding_values[:, :, slot : slot + 1] = sliding_value
+            else:
+                position = self.length - self._first_there
+                slot = self._slots_of(position)
+                sequence = torch.arange(len(key), device=self.device)
+                self.sliding_keys[sequence, :, slot] = sliding_key[:, :, 0]
+                self.sliding_values[sequence, :, slot] = sliding_value[:, :, 0]
+                if self.length - self._latest + 1 < self.split.kept:
+                    visible = torch.arange(count, device=self.device) <= position[:, None, None, None]
+            filled = (x[:, :, :count] for x in (self.sliding_keys, self.sliding_values))
+            parts.append((self.sliding_heads, *filled, visible))
+        self.length += 1
+        self._done()
+        return parts
+
+    def has_kernels(self, softcap: float | None) -> bool:
+        """Whether `decode` will do where `append` does."""
+        return self._has_kernels and softcap is None and self.first is None
+
+    def decode(self, q: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Write one token per sequence and attend to everything there then is, in kernels of their own.
+
+        Args:
+            q: `(batch, q_heads, 1, head_dim)`.
+            key: `(batch, kv_heads, 1, head_dim)`.
+            value: as `key`.
+            scaling: factor on the scores.
+
+        Returns:
+            As `q`.
+        """
+        self._reserve(key, self.length + 1)
+        out = self._decode(q, key, value, torch.full((), self.length, device=self.device), scaling)
+        self.length += 1
+        self._done()
+        return out
+
+    def _decode(self, q: Tensor, key: Tensor, value: Tensor, length: Tensor, scaling: float) -> Tensor:
+        return torch.ops.consa.decode(
+            q, key, value, self.full_keys, self.full_values, self.sliding_keys, self.sliding_values, self._sorted_heads,
+            length, self.split.num_sink_tokens, self.split.window, scaling,
+        )  # fmt: skip
+
+    def read_sliding(self, rows: slice | Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Keys and values that SWA heads hold of sequences that start at column `start`, in order of position."""
+        seen, sinks = max(0, self.length - start), self.split.num_sink_tokens
+        keys, values = self.sliding_keys[rows], self.sliding_values[rows]
+        if seen <= self.split.kept:
+            return keys[:, :, :seen], values[:, :, :seen]
+        oldest = sinks + (seen - sinks) % self.split.window
+        keys, values = (
+            torch.cat([x[:, :, :sinks], x[:, :, oldest : self.split.kept], x[:, :, sinks:oldest]], dim=2)
+            for x in (keys, values)
+        )
+        return keys, values
+
+    def write(self, key: Tensor, value: Tensor, first: Tensor | None) -> list[Tensor]:
+        """Write any number of tokens per sequence, `(batch, kv_heads, tokens, head_dim)`; some may be padding.
+
+        Returns:
+            All keys and values of FA heads, `(batch, FA heads, tokens seen, head_dim)`, if there are such heads.
+        """
+        self._check_start(first)
+        key, value = key.detach(), value.detach()
+        end = self.length + key.shape[2]
+        self._reserve(key, end)
+        if self.split.full:
+            self.full_keys[:, :, self.length : end] = pick(key, self.full_heads)
+            self.full_values[:, :, self.length : end] = pick(value, self.full_heads)
+        if self.split.sliding:
+            key, value = pick(key, self.sliding_heads), pick(value, self.sliding_heads)
+            if self.record_past:
+                self._remember(key, value)
+            self._write_sliding(key, value)
+        self.length = end
+        full = [x[:, :, :end] for x in (self.full_keys, self.full_values) if x is not None]
+        self._done()  # what is offloaded now stays where it was for who holds it
+        return full
+
+    def _write_sliding(self, key: Tensor, value: Tensor) -> None:
+        """Write SWA heads' keys and values at columns `length` and after."""
+        for rows, start in by_start(self.first):
+            slots, newest = self._slots(self.length - start, self.length - start + key.shape[2])
+            for storage, new in ((self.sliding_keys, key), (self.sliding_values, value)):
+                if self.first is None:
+                    storage.index_copy_(2, slots, new[:, :, newest])
+                else:
+                    storage[rows] = storage[rows].index_copy(2, slots, new[rows][:, :, newest])
+
+    def _slots(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Where positions `begin <= p < end` go, without those that would be overwritten at once or are padding.
+
+        Returns:
+            Slots and indices into the new tokens, both `(written,)`.
+        """
+        sinks = self.split.num_sink_tokens
+        position = torch.arange(max(begin, 0), end, device=self.device)
+        position = position[(position < sinks) | (position >= end - self.split.window)]
+        return self._slots_of(position), position - begin
+
+    def _slots_of(self, position: Tensor) -> Tensor:
+        sinks, window = self.split.num_sink_tokens, self.split.window
+        return torch.where(position < sinks, position, sinks + (position - sinks) % window)
+
+    def _slot(self, position: int) -> int:
+        sinks = self.split.num_sink_tokens
+        return position if position < sinks else sinks + (position - sinks) % self.split.window
+
+    def _capacity(self, tokens: int) -> int:
+        return -(-tokens // GROWTH) * GROWTH
+
+    def _reserve(self, like: Tensor, tokens: int) -> None:
+        """Have room for `tokens` columns."""
+        self._grow("full", len(self.split.full), like, self._capacity(tokens))
+        most = min(self._capacity(max(0, tokens - self._earliest)), self.split.kept)
+        self._grow("sliding", len(self.split.sliding), like, most)
+
+    def _grow(self, kind: str, num_heads: int, like: Tensor, capacity: int) -> None:
+        old = getattr(self, f"{kind}_keys")
+        if num_heads == 0 or (old is not None and old.shape[2] >= capacity):
+            return
+        # Zeros where a mask hides what is not there yet: it still has weight 0 times its value, which may be anything.
+        masked = kind == "sliding" or self.is_compileable
+        make = like.new_zeros if masked else like.new_empty
+        for name in (f"{kind}_keys", f"{kind}_values"):
+            old = getattr(self, name)
+            new = make(like.shape[0], num_heads, capacity, like.shape[3])
+            if old is not None:
+                new[:, :, : old.shape[2]] = old
+            setattr(self, name, new)
+
+    def _check_start(self, first: Tensor | None) -> None:
+        if first is None and self.first is None:
+            return
+        if self.length:
+            before, now = (
+                torch.zeros(1) if x is None else x.clamp(max=self.length) for x in (self.first, first)
+            )
+            # Where nothing was real, it may begin.
+            if before.shape != now.shape or not torch.equal(before, now):
+                raise ConsaError(
+                    "the attention mask puts the sequences' first tokens elsewhere than when the cache was started;"
+                    " pass the mask of the whole text, padding included"
+                )
+        if first is not self.first:
+            self._start(first)
+
+    def _done(self) -> None:
+        self._waiting = False
+        if self._offload_after:
+            self._offload_after = False
+            self.offload()
+
+    # What transformers asks of a layer.
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of columns that masks cover, and the first of them."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """Tokens there can be; -1 for any number."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything and free the memory."""
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let sequence i become what sequence `beam_idx[i]` is."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self._each_sequence(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences, in this order."""
+        self._each_sequence(lambda x: x[indices.to(x.device)])
+
+    def _each_sequence(self, change: Any) -> None:
+        for name in STORAGE:
+            storage = getattr(self, name)
+            if storage is not None:
+                setattr(self, name, change(storage))
+        if self.first is not None:
+            self._start(change(self.first))
+        self._undo.clear()  # those are of the sequences that were
+
+    def offload(self) -> None:
+        """Move the storage to the CPU; after the attention that is about to run, if there is one."""
+        if self._waiting:
+            self._offload_after = True
+        else:
+            self._move(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        """Move the storage back."""
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        for name in STORAGE:
+            storage = getattr(self, name)
+            if storage is None:
+                continue
+            # What is on its way to the CPU must have arrived before another stream fetches it back.
+            moved = storage.to(device, non_blocking=device.type != "cpu")
+            if moved.is_cuda:
+                # That stream must not give the memory away while attention reads it on this one.
+                moved.record_stream(torch.cuda.default_stream(device))
+            setattr(self, name, moved)
+
+    def activate_past_recording(self) -> None:
+        """From now on remember what is overwritten, so that `crop` can take it back; each `crop` forgets it."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens.
+
+        Raises:
+            ConsaError: SWA heads have dropped what they would need to go back that far.
+        """
+        if tokens_to_remove > 0:
+            raise ConsaError(
+                f"crop takes the number of tokens to remove as a negative, got {tokens_to_remove}"
+            )
+        length = self.length + tokens_to_remove
+        if length < 0:
+            raise ConsaError(f"cannot remove {-tokens_to_remove} tokens from a cache of {self.length}")
+        dropped = self.split.sliding and self.length - self._earliest > self.split.kept
+        if dropped and length < self.length:
+            if not self._undo or self._undo[0].length > length:
+                raise ConsaError(
+                    f"cannot remove {-tokens_to_remove} tokens: SWA heads have dropped what came before; call"
+                    " activate_past_recording() before generating them"
+                )
+            while self.length > length:
+                last = self._undo.pop()
+                self.sliding_keys.index_copy_(2, last.slots, last.old_keys)
+                self.sliding_values.index_copy_(2, last.slots, last.old_values)
+                self.length = last.length
+                stay = max(0, length - last.length)
+                self._write_sliding(last.new_keys[:, :, :stay], last.new_values[:, :, :stay])
+                self.length += stay
+        self.length = length
+        self._undo.clear()
+
+    def _remember(self, key: Tensor, value: Tensor) -> None:
+        """Keep what SWA heads are about to overwrite, and what they are given."""
+        if self.first is None:
+            slots, _ = self._slots(self.length, self.length + key.shape[2])
+        else:  # each sequence has its own
+            slots = torch.arange(self.sliding_keys.shape[2], device=self.device)
+        old = [x.index_select(2, slots) for x in (self.sliding_keys, self.sliding_values)]
+        self._undo.append(_Undo(self.length, slots, old[0], old[1], key, value))
+
+
+@dataclass(frozen=True)
+class _Undo:
+    """One write to the SWA heads' storage: when, where, what was there before and what came."""
+
+    length: int
+    slots: Tensor
+    old_keys: Tensor
+    old_values: Tensor
+    new_keys: Tensor
+    new_values: Tensor

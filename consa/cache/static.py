@@ -1,0 +1,140 @@
+"""A layer of a hybrid's KV cache in storage of a fixed size, for torch.compile and CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from consa.cache.attend import Heads, HeadSplit, pick
+from consa.cache.layer import STORAGE, HybridLayer
+from consa.errors import ConsaError
+
+
+class StaticHybridLayer(HybridLayer):
+    """A `HybridLayer` with room for a fixed number of tokens.
+
+    Decoding one token in a recorded graph runs without a look at any number on the device: masks hide what is not
+    there yet. Outside a graph every layer waits for the device to read its length; a `DynamicCache` does not.
+
+    Args:
+        split: which heads keep what.
+        max_length: tokens there is room for, padding included.
+    """
+
+    is_compileable = True
+    is_croppable = False
+
+    def __init__(self, split: HeadSplit, max_length: int) -> None:
+        self.max_length = max_length
+        self.cumulative_length = torch.tensor(0)  # a tensor: a number would be compiled into the graph
+        super().__init__(split)
+
+    @property
+    def length(self) -> int:
+        """Tokens seen; waits for the device."""
+        return int(self.cumulative_length)
+
+    @length.setter
+    def length(self, value: int) -> None:
+        self.cumulative_length.fill_(value)
+
+    def _forget(self) -> None:
+        if not self.is_initialized:
+            super()._forget()
+        self.length = 0
+        self._begun = False  # whether every sequence is known to have a real token
+        self._start(None)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate everything."""
+        super().lazy_initialization(key_states, value_states)
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        self._grow("full", len(self.split.full), key_states, self.max_length)
+        self._grow("sliding", len(self.split.sliding), key_states, min(self.max_length, self.split.kept))
+        if not torch.compiler.is_compiling():  # so that CUDA graphs may write to them
+            for tensor in (self.cumulative_length, *(getattr(self, name) for name in STORAGE)):
+                if tensor is not None:
+                    torch._dynamo.mark_static_address(tensor)
+
+    @property
+    def is_empty(self) -> bool:
+        """As `HybridLayer.is_empty`; what is recorded decodes, after a prefill that was not."""
+        return not _recording() and super().is_empty
+
+    def can_append(self, key: Tensor, first: Tensor | None) -> bool:
+        """Whether `append` will do."""
+        if _recording():
+            return key.shape[2] == 1 and (first is None or self._begun)
+        return super().can_append(key, first)
+
+    def write(self, key: Tensor, value: Tensor, first: Tensor | None) -> list[Tensor]:
+        """As `HybridLayer.write`."""
+        full = super().write(key, value, first)
+        self._begun = not _recording() and self._latest < self.length
+        return full
+
+    def append(self, key: Tensor, value: Tensor) -> list[tuple[Heads, Tensor, Tensor, Tensor | None]]:
+        """As `HybridLayer.append`."""
+        if not _recording():
+            self._reserve(key, self.length + 1)
+        column, parts = self.cumulative_length, []
+        if self.split.full:
+            for storage, new in ((self.full_keys, key), (self.full_values, value)):
+                storage.index_copy_(2, column.view(1), pick(new, self.full_heads))
+            there = torch.arange(self.max_length, device=self.device)
+            visible = (there <= column).view(1, 1, 1, -1)
+            if self._first_there is not None:
+                visible = visible & (there >= self._first_there[:, None, None, None])
+            parts.append((self.full_heads, self.full_keys, self.full_values, visible))
+        if self.split.sliding:
+            start = 0 if self._first_there is None else self._first_there
+            position = (column - start).view(-1)  # (batch,), or (1,) where all are the same
+            slot = self._slots_of(position)
+            for storage, new in ((self.sliding_keys, key), (self.sliding_values, value)):
+                new = pick(new, self.sliding_heads)
+                if self._first_there is None:
+                    storage.index_copy_(2, slot, new)
+                else:
+                    storage[torch.arange(len(new), device=self.device), :, slot] = new[:, :, 0]
+            there = torch.arange(self.sliding_keys.shape[2], device=self.device)
+            visible = there <= position[:, None, None, None]
+            parts.append((self.sliding_heads, self.sliding_keys, self.sliding_values, visible))
+        column.add_(1)
+        self._waiting = False
+        return parts
+
+    def decode(self, q: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """As `HybridLayer.decode`."""
+        if not _recording():
+            self._reserve(key, self.length + 1)
+        out = self._decode(q, key, value, self.cumulative_length, scaling)
+        self.cumulative_length.add_(1)
+        self._waiting = False
+        return out
+
+    def _reserve(self, like: Tensor, tokens: int) -> None:
+        if tokens > self.max_length:
+            raise ConsaError(
+                f"the cache was made for {self.max_length} tokens, and {tokens} are needed; give it a larger max_length"
+            )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Nothing: this layer knows by itself what is visible, and a length would be a number on the device."""
+        return 0, 0
+
+    def get_seq_length(self) -> Any:
+        """Tokens seen, as a tensor of no dimensions."""
+        return self.cumulative_length.clone() if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """Tokens there is room for."""
+        return self.max_length
+
+
+def _recording() -> bool:
+    """Whether a graph is being made, by torch.compile or as a CUDA graph: no number on the device can be looked at."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,3 @@
+"""The command line."""
+
+from consa.cli.commands import main as main

@@ -1,0 +1,1 @@
+"""Text: documents, token sequences, questions about text, and the files of other projects."""

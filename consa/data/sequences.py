@@ -1,0 +1,324 @@
+"""Text -> long token sequences, each from one document, tokenised on every core and cached by content."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from consa.data.documents import Document, Source, find_sources
+from consa.errors import ConsaError
+from consa.files import cache_dir, write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Split = Literal["all", "train", "heldout"]
+
+FORMAT_VERSION = 1
+"""Part of every cache key: raise it when the same input should give other sequences or other files."""
+
+PIECE_CHARS = 2**20
+"""Documents of more than twice as many characters are tokenised in pieces: less memory, and on all cores."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SequenceSet:
+    """Token sequences of one length, each from a single document.
+
+    Attributes:
+        tokens: (num_sequences, seq_len), read-only, uint16 where the vocabulary fits and int32 otherwise;
+            memory-mapped when it comes from the cache. Convert a batch to int64 before embedding it.
+        domains: (num_sequences,) the document's `domain` field, "" where it has none; a whole file's extension.
+        documents: (num_sequences,) int64, position of the source document among all documents read, whatever
+            their split: train and held-out sequences of the same data never share a number.
+        num_documents: documents of the asked split that were read.
+        num_skipped: those of them that gave no sequence: shorter than `seq_len` tokens, or not text.
+    """
+
+    tokens: np.ndarray
+    domains: tuple[str, ...]
+    documents: np.ndarray
+    num_documents: int
+    num_skipped: int
+
+    def spread(self, count: int) -> SequenceSet:
+        """At most `count` of the sequences: the first of every document, then the second of every, and so on."""
+        _, first, place = np.unique(self.documents, return_index=True, return_inverse=True)
+        rank = np.arange(len(self.documents)) - first[place]  # sequences of a document stand together
+        rows = np.argsort(rank, kind="stable")[:count]
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            domains=tuple(self.domains[row] for row in rows),
+            documents=self.documents[rows],
+        )
+
+
+def load_sequences(
+    data: str,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    *,
+    split: Split = "all",
+    heldout_fraction: float = 0.1,
+    max_tokens: int | None = None,
+    text_field: str = "text",
+    cache_dir: Path | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> SequenceSet:
+    """Read text, tokenise it and cut it into sequences of exactly `seq_len` tokens.
+
+    A document of n tokens gives floor(n / seq_len) consecutive sequences; its last n mod seq_len tokens are left
+    out. If the tokenizer puts a beginning-of-sequence token before text, every sequence starts with it and has
+    `seq_len - 1` tokens of text. No end-of-sequence token is added.
+
+    Args:
+        data: A file, a folder (read recursively, hidden names left out), a glob, `stdlib` (the sources of the
+            running Python's standard library), `hf:owner/name[:config][:split]` (a Hugging Face dataset), or
+            several of these separated by commas. A `.jsonl` file holds one document per line, any other file is
+            one document; both may be compressed (`.zst`).
+        tokenizer: A transformers tokenizer.
+        seq_len: Tokens per sequence.
+        split: `train` or `heldout` take one side of a division by document, by a hash of its text.
+        heldout_fraction: Expected share of the documents that are held out.
+        max_tokens: Stop, in reading order, after this many tokens of sequences.
+        text_field: Field of a JSONL record or dataset row that holds the text.
+        cache_dir: Where results are kept; by default `files.cache_dir()`.
+        workers: Documents tokenised at the same time; by default one per CPU.
+        progress: Show a progress bar on stderr, if that is a terminal.
+
+    Raises:
+        ConsaError: the data cannot be read, or holds no sequence of this length and split.
+    """
+    for is_good, message in (
+        (seq_len >= 2, f"seq_len is {seq_len}; it must be at least 2 tokens"),
+        (split in get_args(Split), f"split is {split!r}; choose one of {', '.join(get_args(Split))}"),
+        (0 < heldout_fraction < 1, f"heldout_fraction is {heldout_fraction}; it must lie between 0 and 1"),
+        (
+            max_tokens is None or max_tokens >= seq_len,
+            f"max_tokens is {max_tokens}; allow at least {seq_len}",
+        ),
+        (workers is None or workers >= 1, f"workers is {workers}; it must be at least 1"),
+    ):
+        if not is_good:
+            raise ConsaError(message)
+    encoder = _Encoder(tokenizer, workers or os.cpu_count() or 1)
+    try:
+        sources = find_sources(data, text_field)
+        options = [FORMAT_VERSION, seq_len, split, heldout_fraction, max_tokens, text_field]
+        entry = _entry_path(cache_dir, [encoder.identity, options, *(source.identity for source in sources)])
+        stored = _load_entry(entry)
+        if stored is None:
+            built = _cut(data, sources, encoder, seq_len, split, heldout_fraction, max_tokens, progress)
+            stored = _store_entry(entry, built)
+        return stored
+    except OSError as error:
+        raise ConsaError(f"cannot read {error.filename or data}: {error.strerror or error}") from error
+
+
+def _cut(
+    data: str,
+    sources: list[Source],
+    encoder: _Encoder,
+    seq_len: int,
+    split: Split,
+    heldout_fraction: float,
+    max_tokens: int | None,
+    progress: bool,
+) -> SequenceSet:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    def in_split(document: Document) -> bool:
+        is_heldout = int.from_bytes(document.digest[:8], "big") < heldout_fraction * 2**64
+        return split == "all" or is_heldout == (split == "heldout")
+
+    text_len = seq_len - len(encoder.prefix)
+    max_sequences = sys.maxsize if max_tokens is None else max_tokens // seq_len
+    buffer = bytearray()  # grows in place; a list of arrays would need twice the memory to join
+    domains: list[str] = []
+    indices: list[int] = []
+    num_found = num_documents = num_skipped = longest = 0
+    console = Console(stderr=True)
+    console.quiet = not (progress and console.is_terminal)  # rich < 14.3 ends a disabled bar with a newline
+    with Progress(console=console, transient=True, disable=console.quiet) as bar:
+        task = bar.add_task("Tokenising", total=sum(source.size for source in sources))
+        documents = (document for source in sources for document in source.read(partial(bar.advance, task)))
+        with closing(_tokenize(documents, in_split, encoder)) as tokenised:
+            for index, (document, pieces) in enumerate(tokenised):
+                num_found += 1
+                if pieces is None:
+                    continue
+                ids = np.concatenate([piece.result() for piece in pieces])
+                count = min(len(ids) // text_len, max_sequences - len(indices))
+                num_documents += 1
+                num_skipped += count == 0
+                longest = max(longest, len(ids))
+                rows = np.empty((count, seq_len), encoder.dtype)
+                rows[:, :-text_len] = encoder.prefix
+                rows[:, -text_len:] = ids[: count * text_len].reshape(count, text_len)
+                buffer += rows.tobytes()
+                domains += [document.domain] * count
+                indices += [index] * count
+                if len(indices) == max_sequences:
+                    break
+    if num_found and not num_documents:
+        raise ConsaError(
+            f"split {split!r} with heldout_fraction {heldout_fraction} has none of the {num_found} documents of "
+            f"{data!r}; add documents, or name others to measure on (heldout_data)"
+        )
+    if not longest:
+        raise ConsaError(f"data {data!r} holds no text; name files with text in UTF-8")
+    if not indices:
+        raise ConsaError(
+            f"seq_len {seq_len} is longer than each of the {num_documents} documents in split {split!r} of {data!r} "
+            f"({num_found} in all); the longest has {longest + len(encoder.prefix)} tokens: lower seq_len to that"
+        )
+    tokens = np.frombuffer(buffer, encoder.dtype).reshape(-1, seq_len)
+    tokens.flags.writeable = False
+    return SequenceSet(
+        tokens=tokens,
+        domains=tuple(domains),
+        documents=np.array(indices, np.int64),
+        num_documents=num_documents,
+        num_skipped=num_skipped,
+    )
+
+
+# Tokenising.
+
+
+class _Encoder:
+    """A tokenizer as a function from text to ids, how many threads may call it, and what identifies it."""
+
+    def __init__(self, tokenizer: Any, workers: int) -> None:
+        vocabulary = tokenizer.get_vocab()
+        self.dtype = np.dtype(np.uint16 if max(vocabulary.values()) < 2**16 else np.int32)
+        if getattr(tokenizer, "is_fast", False):
+            from tokenizers import Tokenizer
+
+            # A copy, so that truncation and padding can be off without changing the caller's tokenizer.
+            backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+            backend.no_truncation()
+            backend.no_padding()
+            described, self.workers = backend.to_str(), workers
+            first = backend.encode("a").ids[:1]
+            # A batch of one: unlike a plain `encode`, it lets other Python threads run.
+            self._encode = lambda text: backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        else:
+            described, self.workers = (
+                json.dumps([type(tokenizer).__qualname__, sorted(vocabulary.items())]),
+                1,
+            )
+            first = tokenizer.encode("a")[:1]
+            self._encode = partial(
+                tokenizer.encode, add_special_tokens=False, truncation=False, verbose=False
+            )
+        self.prefix: list[int] = first if first == [tokenizer.bos_token_id] else []
+        self.identity = [hashlib.sha256(described.encode()).hexdigest(), self.prefix]
+
+    def __call__(self, text: str) -> np.ndarray:
+        return np.array(self._encode(text), self.dtype)
+
+
+_Pieces = list[Future[np.ndarray]]
+
+
+def _tokenize(
+    documents: Iterable[Document], selected: Callable[[Document], bool], encoder: _Encoder
+) -> Generator[tuple[Document, _Pieces | None]]:
+    """Yield each document with its ids, in pieces, or with None if not selected; read only a little ahead.
+
+    Threads, not processes: the tokenizer's Rust code runs outside Python's lock, so that threads use all cores,
+    and neither text and ids are copied between processes nor is a Python started in each.
+    """
+    with ThreadPoolExecutor(encoder.workers) as pool:
+        ahead: deque[tuple[Document, _Pieces | None]] = deque()
+        try:
+            for document in documents:
+                pieces = map(partial(pool.submit, encoder), _split_long(document.text))
+                ahead.append((document, list(pieces) if selected(document) else None))
+                if len(ahead) > 4 * encoder.workers:
+                    yield ahead.popleft()
+            yield from ahead
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _split_long(text: str) -> Iterator[str]:
+    """Cut a long text between words or lines, at places that the tokens of usual tokenizers do not reach across."""
+    start = 0
+    while len(text) - start > 2 * PIECE_CHARS:
+        boundary = _BOUNDARY.search(text, start + PIECE_CHARS, start + 2 * PIECE_CHARS)
+        end = boundary.end() if boundary else start + 2 * PIECE_CHARS
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+_BOUNDARY = re.compile(r"(?<=\S)(?:(?= \S)|\n(?=\S))")  # before a lone space, after a lone line break
+
+
+# The cache: an array and a JSON file per key; the JSON file comes last and vouches for both.
+
+
+def _entry_path(folder: Path | None, identity: list[Any]) -> Path:
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    return (cache_dir() if folder is None else Path(folder)) / "sequences" / key
+
+
+def _load_entry(entry: Path) -> SequenceSet | None:
+    """Return what is stored, None if it is absent, incomplete or damaged."""
+    array = entry.with_suffix(".npy")
+    try:
+        record = json.loads(entry.with_suffix(".json").read_bytes())
+        if record.pop("checksum") != _checksum(array, record):
+            return None
+        return SequenceSet(
+            tokens=np.load(array, mmap_mode="r", allow_pickle=False),
+            domains=tuple(record.pop("domains")),
+            documents=np.array(record.pop("documents"), np.int64),
+            **record,
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _store_entry(entry: Path, built: SequenceSet) -> SequenceSet:
+    """Write `built` and return it memory-mapped; warn and return it as it is if the folder does not take it."""
+    content = io.BytesIO()
+    np.save(content, built.tokens, allow_pickle=False)
+    record = vars(built) | {"documents": built.documents.tolist()}
+    del record["tokens"]
+    try:
+        write_atomically(entry.with_suffix(".npy"), content.getvalue())
+        record["checksum"] = _checksum(entry.with_suffix(".npy"), record)
+        write_atomically(entry.with_suffix(".json"), json.dumps(record).encode())
+    except (ConsaError, OSError) as error:
+        warnings.warn(
+            f"tokens are not cached, set CONSA_CACHE to a folder that takes them: {error}", stacklevel=3
+        )
+    return _load_entry(entry) or built
+
+
+def _checksum(array: Path, record: dict[str, Any]) -> str:
+    with open(array, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(json.dumps(record).encode())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Models: look at their attention, attach an allocation, load, convert and generate."""

@@ -1,0 +1,337 @@
+"""Converted models on disk: weights, config, tokenizer and allocation in one folder, whole or absent.
+
+A folder is of one of two kinds. A *hybrid* needs consa: model type, layer types and architecture in its config.json are
+of consa's own, so that transformers, by whichever class, and other engines refuse it where consa is not there. A
+*plain* one needs nothing: a layer-wise allocation without sinks, said in the words that the family's own config has
+for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from consa.allocation import Allocation
+from consa.errors import ConsaError, UnsupportedModelError, first_line
+from consa.files import check_writable, read_json, sha256_of
+from consa.model import interface
+from consa.model.layout import attention_layout, check_fits, inspect_attention
+from consa.model.load import check_device, quiet
+from consa.model.plan import Plan
+from consa.model.register import ARCHITECTURE_PREFIX, PREFIX, TAKEN
+
+SCHEMA = "consa.checkpoint/1"
+MANIFEST = "consa.json"
+ALLOCATION = "allocation.json"
+MAX_JSON_BYTES = 64 * 2**20
+# Families whose config has words for layers of both kinds: model_type -> what to write into it, besides window and
+# layer_types. Llama has none, and layer_types in its config would give a sliding cache under a full mask; Ministral is
+# the same network with those words. vLLM knows both by the name of Llama's class.
+PLAIN_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "ministral", "architectures": ["LlamaForCausalLM"]},
+    "mistral": {"model_type": "ministral", "architectures": ["LlamaForCausalLM"]},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 0},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 0},
+    "smollm3": {"use_sliding_window": True},
+}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What `convert` wrote.
+
+    Attributes:
+        folder: where.
+        kind: "hybrid", which needs consa, or "plain", which stock transformers reads.
+        reason: why that one, in a sentence.
+    """
+
+    folder: Path
+    kind: Literal["hybrid", "plain"]
+    reason: str
+
+
+def convert(
+    model: PreTrainedModel,
+    allocation: Allocation,
+    out_dir: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    kind: Literal["auto", "hybrid", "plain"] = "auto",
+) -> Converted:
+    """Write a model with its allocation to a folder that `load` reads.
+
+    Args:
+        model: the model as pretrained, or as trained on under the allocation.
+        allocation: which KV heads keep full attention.
+        out_dir: a folder that does not exist yet, or is empty.
+        tokenizer: written along if given.
+        kind: "plain" or "hybrid"; "auto" is plain where that says the same, else hybrid.
+
+    Raises:
+        InvalidAllocationError: the allocation was made for another model.
+        ConsaError: plain was asked for and is not possible, transformers does not save the model, or the folder cannot
+            be written.
+    """
+    folder = Path(out_dir)
+    check_wish(folder, kind)
+    check_fits(allocation, attention_layout(model), type(model).__name__)
+    obstacle = None if kind == "hybrid" else plain_obstacle(model.config, allocation)
+    if kind == "plain" and obstacle:
+        raise ConsaError(
+            f"no plain checkpoint is possible: {obstacle}; write a hybrid, which consa.load reads"
+        )
+    if kind == "hybrid" or obstacle:
+        kind, reason = "hybrid", f"needs consa: {obstacle or 'as asked for'}"
+    else:
+        ministral = PLAIN_FAMILIES[model.config.model_type].get("model_type") == "ministral"
+        vllm = "vLLM" if ministral else "vLLM (with --model-impl transformers)"
+        kind, reason = (
+            "plain",
+            (
+                f"whole layers without sinks are in the words of stock configs; transformers and {vllm} read it without"
+                " consa, other engines may run it as full attention in silence: compare before use"
+            ),
+        )
+    try:
+        with _new_folder(folder) as temporary, quiet():
+            with _without_allocation(model.config):
+                model.save_pretrained(temporary)
+            config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+            describe = _hybrid_config if kind == "hybrid" else _plain_config
+            _write_json(temporary / "config.json", config | describe(model, config, allocation))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            allocation.save(temporary / ALLOCATION)
+            if kind == "plain":
+                _check_plain(temporary, allocation)
+            files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
+            manifest = {
+                "schema": SCHEMA,
+                "kind": kind,
+                "files": {path.as_posix(): sha256_of(temporary / path) for path in files},
+            }
+            _write_json(temporary / MANIFEST, manifest)
+    except (OSError, SafetensorError) as error:  # the latter is how Rust says that a disk is full
+        raise ConsaError(
+            f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; choose a folder with room"
+        ) from error
+    except ConsaError:
+        raise
+    except ValueError as error:  # transformers' own checks, as of a generation config
+        raise ConsaError(f"{type(model).__name__} cannot be saved: {first_line(error)}") from error
+    return Converted(folder, kind, reason)
+
+
+def check_wish(folder: Path, kind: str) -> None:
+    """Make sure of what `convert` can know before there is a model.
+
+    Raises:
+        ConsaError: no such kind, or a folder that holds something or cannot be made.
+    """
+    if kind not in ("auto", "hybrid", "plain"):
+        raise ConsaError(f"kind must be auto, hybrid or plain, got {kind!r}")
+    check_writable(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConsaError(f"{folder} already exists; choose another folder, or delete it")
+
+
+def load(
+    folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Load what `convert` wrote; `model.generate()` then uses the small cache by itself.
+
+    Args:
+        folder: of either kind.
+        device: "cuda" if there is one, else "cpu", unless given.
+        dtype: as saved, unless given.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ConsaError: a file is missing, truncated, edited or of another model; the message names it.
+    """
+    folder = Path(folder)
+    check_device(None if device is None else str(device))
+    kind, allocation = verify(folder)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with quiet():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False
+            ).eval()
+    except ConsaError:
+        raise
+    # transformers raises many kinds; the files are as written, so it is the versions.
+    except Exception as error:
+        raise ConsaError(f"cannot load {folder}: {first_line(error)}") from error
+    if kind == "hybrid":
+        layout = attention_layout(model)
+        check_fits(allocation, layout, type(model).__name__)
+        plan = Plan(allocation)
+        for name in layout.names:
+            model.get_submodule(name).consa_plan = plan
+    return model.to(device)
+
+
+def verify(folder: str | Path) -> tuple[Literal["hybrid", "plain"], Allocation]:
+    """Make sure that a folder holds what `convert` wrote, to the bit.
+
+    Returns:
+        The folder's kind, and its allocation.
+
+    Raises:
+        ConsaError: a file is missing, truncated, edited or of another model; the message names it.
+    """
+    folder = Path(folder)
+    if not os.path.isfile(folder / MANIFEST):  # unlike Path's, without complaint of a name that cannot be
+        raise ConsaError(f"{folder} holds no {MANIFEST}: not a converted model; make one with consa convert")
+    manifest = _read_json(folder / MANIFEST)
+    files = manifest.get("files")
+    if manifest.get("schema") != SCHEMA or not isinstance(files, dict):
+        raise ConsaError(
+            f"{folder / MANIFEST}: schema must be {SCHEMA!r}, got {manifest.get('schema')!r}; convert the model again"
+        )
+    for name in ("config.json", ALLOCATION):
+        if name not in files:
+            raise ConsaError(f"{folder / MANIFEST} lists no {name}; convert the model again")
+    for name, digest in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ConsaError(
+                f"{folder / MANIFEST} lists {name!r}, outside its folder; convert the model again"
+            )
+        if not os.path.isfile(folder / name):
+            raise ConsaError(f"{folder / name} is missing; convert the model again")
+        if sha256_of(folder / name) != digest:
+            raise ConsaError(
+                f"{folder / name} is not what {MANIFEST} says was written (truncated or edited); convert the model"
+                " again"
+            )
+    allocation = Allocation.load(folder / ALLOCATION)
+    config = _read_json(folder / "config.json")
+    if manifest.get("kind") == "plain" and "consa" not in config:
+        return "plain", allocation
+    if manifest.get("kind") != "hybrid" or config.get("consa") != _record(allocation):
+        raise ConsaError(
+            f"{folder / 'config.json'} does not hold the allocation of {ALLOCATION}; convert the model again"
+        )
+    if config.get("model_type") != interface.NAME:
+        raise ConsaError(
+            f"{folder / 'config.json'}: model_type must be {interface.NAME!r}, got {config.get('model_type')!r};"
+            " convert the model again"
+        )
+    return "hybrid", allocation
+
+
+def plain_obstacle(config: Any, allocation: Allocation) -> str | None:
+    """Why the model's own family cannot say this allocation in a stock config, or None if it can."""
+    if (allocation.full_attention.any(1) != allocation.full_attention.all(1)).any():
+        return "heads of one layer differ, and stock configs know whole layers only"
+    if allocation.num_sink_tokens and allocation.sparsity:
+        return f"stock configs know no sink tokens, and the allocation has {allocation.num_sink_tokens}"
+    if allocation.native_windows:
+        return "the model has sliding layers of its own, and stock configs know one window only"
+    if config.model_type not in PLAIN_FAMILIES:
+        known = ", ".join(PLAIN_FAMILIES)
+        return f"{config.model_type}'s config has no words for it (those of {known} have)"
+    for name in ("attention_bias", "mlp_bias"):
+        if config.model_type == "llama" and getattr(config, name, False):
+            return f"a Llama is written as a Ministral, which has no {name}"
+    return None
+
+
+def _hybrid_config(model: PreTrainedModel, written: dict[str, Any], allocation: Allocation) -> dict[str, Any]:
+    """What to change in a config as `written` by the family, so that only `register.HybridConfig` understands it."""
+    return {PREFIX + name: written[name] for name in TAKEN if name in written} | {
+        "model_type": interface.NAME,  # AutoModel looks at it
+        "layer_types": [interface.NAME] * allocation.num_layers,  # the classes of any family do
+        "architectures": [ARCHITECTURE_PREFIX + type(model).__name__],  # vLLM and others do
+        "consa": _record(allocation),
+    }
+
+
+def _record(allocation: Allocation) -> dict[str, Any]:
+    """What a config needs of an allocation."""
+    return json.loads(allocation.to_json()) | {"scores": None, "provenance": {}}
+
+
+def _plain_config(model: PreTrainedModel, written: dict[str, Any], allocation: Allocation) -> dict[str, Any]:
+    """The same in the family's own words."""
+    config: Any = model.config
+    kinds = ("sliding_attention", "full_attention")
+    changes = PLAIN_FAMILIES[config.model_type] | {
+        "sliding_window": allocation.window,
+        "layer_types": [kinds[int(full)] for full in allocation.full_attention[:, 0]],
+    }
+    if changes.get("model_type") == "ministral":
+        heads = config.num_attention_heads
+        changes["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return changes
+
+
+@contextmanager
+def _without_allocation(config: Any) -> Iterator[None]:
+    """Within the block a hybrid's config is its family's again, which may be saved."""
+    record = vars(config).pop("consa", None)
+    try:
+        yield
+    finally:
+        if record is not None:
+            config.consa = record
+
+
+def _check_plain(folder: Path, allocation: Allocation) -> None:
+    """Make sure that this version of transformers reads the config as it is meant."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    wanted = {
+        layer: allocation.window for layer, full in enumerate(allocation.full_attention[:, 0]) if not full
+    }
+    try:
+        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        found = inspect_attention(model_class, config).native_windows
+    except UnsupportedModelError:
+        if len(wanted) < allocation.num_layers:
+            raise
+        return  # every layer slides, which is nothing that consa could take over, but as wanted
+    if found != wanted:
+        raise ConsaError(
+            f"this version of transformers would slide layers {found}, not {wanted}; write a hybrid instead"
+        )
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Yields a folder that becomes `folder` if the block succeeds, and vanishes if not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, folder)
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path, max_bytes=MAX_JSON_BYTES)
+    except ConsaError as error:
+        raise ConsaError(f"{error}; convert the model again") from error

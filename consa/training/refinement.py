@@ -1,0 +1,160 @@
+"""Refining an allocation by what it really costs: exchange units near the boundary while the loss falls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from consa.allocation import Allocation
+from consa.constraints import ANY, Constraint
+from consa.errors import InvalidAllocationError
+from consa.model import loss
+from consa.model.attach import attached
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One evaluation: unit `closed` to SWA, unit `opened` to FA, and the change in mean loss, nats.
+
+    An exchange has both; a probe of what one unit is worth has one, and is never accepted.
+    """
+
+    closed: int | None
+    opened: int | None
+    change: float
+    accepted: bool
+    evaluations: int
+
+
+def refine(
+    model: PreTrainedModel,
+    allocation: Allocation,
+    sequences: np.ndarray,
+    *,
+    max_evaluations: int,
+    num_candidates: int = 8,
+    batch_size: int = 1,
+    constraint: Constraint = ANY,
+    on_exchange: Callable[[Exchange], None] | None = None,
+) -> Allocation:
+    """Exchange FA for SWA units, at equal sparsity, while that lowers the mean loss on `sequences`.
+
+    A round measures what closing each of the `num_candidates` FA units of lowest score costs and what opening each of
+    the SWA units of highest score gains, one unit at a time; then tries exchanges, the most promising sum first, and
+    keeps every one that lowers the loss. Rounds follow until one keeps none.
+
+    Under a constraint, KV heads are exchanged only within their layer and rank, which leaves every count as it is. The
+    candidates are then the FA head of lowest and the SWA head of highest score of the `num_candidates` layers (of a
+    rank) where the two scores are closest. Exchanges between layers are not tried.
+
+    Args:
+        model: a causal language model; weights do not change.
+        allocation: where to start; its scores order the candidates.
+        sequences: int tokens `(num_sequences, seq_len)`; every evaluation runs the model on all of them.
+        max_evaluations: budget, in evaluations of all sequences.
+        num_candidates: units on each side of the boundary that a round considers.
+        batch_size: sequences computed at once.
+        constraint: on the FA heads of a layer; the allocation meets it. Only for granularity "kv_head".
+        on_exchange: called after each evaluation but the first, of the start itself.
+
+    Raises:
+        InvalidAllocationError: the allocation has no scores.
+    """
+    if allocation.scores is None:
+        raise InvalidAllocationError("scores are needed to order the candidates; this allocation has none")
+    heads = allocation.num_kv_heads if allocation.granularity == "layer" else 1
+    scores = allocation.scores.reshape(-1, heads)[:, 0]  # (units,), units of native sliding layers included
+    per_layer = allocation.num_kv_heads // heads
+    native = {unit for unit in range(len(scores)) if unit // per_layer in allocation.native_windows}
+    full = allocation.full_attention.reshape(-1, heads)[:, 0].copy()
+    # Units are exchanged within groups of this many: a layer's heads on one rank, or all there are.
+    group = len(full) if constraint == ANY else per_layer // constraint.tensor_parallel
+    spent = 0
+
+    def mean_loss(full: np.ndarray) -> float:
+        nonlocal spent
+        spent += 1
+        return _mean_loss(model, _with_units(allocation, full, heads), sequences, batch_size)
+
+    def exchanged(closed: int | None, opened: int | None) -> np.ndarray:
+        out = full.copy()
+        out[[unit for unit in (closed, opened) if unit is not None]] ^= True
+        return out
+
+    def attempt(closed: int | None, opened: int | None) -> Exchange:
+        change = mean_loss(exchanged(closed, opened)) - current
+        tried = Exchange(closed, opened, change, change < 0 and None not in (closed, opened), spent)
+        if on_exchange:
+            on_exchange(tried)
+        return tried
+
+    current = mean_loss(full)
+    improved = True
+    while improved and spent < max_evaluations:
+        improved = False
+        order = [int(unit) for unit in np.argsort(-scores, kind="stable") if unit not in native]
+        closing, opening = (units[:num_candidates] for units in _candidates(order, full, scores, group))
+        alone = {}  # what each unit changes by itself
+        for unit in closing + opening:
+            if spent >= max_evaluations:
+                break
+            alone[unit] = (attempt(unit, None) if full[unit] else attempt(None, unit)).change
+        pairs = [
+            (alone[c] + alone[o], c, o)
+            for c in closing
+            for o in opening
+            if c in alone and o in alone and c // group == o // group
+        ]
+        used: set[int] = set()
+        failures = 0
+        for _, closed, opened in sorted(pairs):
+            if spent >= max_evaluations or failures == num_candidates:
+                break
+            if closed in used or opened in used:
+                continue
+            tried = attempt(closed, opened)
+            if tried.accepted:
+                full = exchanged(closed, opened)
+                used |= {closed, opened}
+                current, improved, failures = current + tried.change, True, 0
+            else:
+                failures += 1
+    return _with_units(allocation, full, heads)
+
+
+def _candidates(
+    order: list[int], full: np.ndarray, scores: np.ndarray, group: int
+) -> tuple[list[int], list[int]]:
+    """FA units to close and SWA units to open, the most promising first; `order` has all units by falling score."""
+    closing = [unit for unit in reversed(order) if full[unit]]
+    opening = [unit for unit in order if not full[unit]]
+    if group == len(full):
+        return closing, opening
+    lowest = {unit // group: unit for unit in reversed(closing)}  # the last of a group stays
+    highest = {unit // group: unit for unit in reversed(opening)}
+    both = lowest.keys() & highest.keys()
+    closest = sorted(both, key=lambda place: (scores[lowest[place]] - scores[highest[place]], place))
+    return [lowest[place] for place in closest], [highest[place] for place in closest]
+
+
+def _with_units(allocation: Allocation, full: np.ndarray, heads: int) -> Allocation:
+    mask = np.repeat(full, heads).reshape(allocation.full_attention.shape)
+    return replace(allocation, full_attention=mask)
+
+
+def _mean_loss(
+    model: PreTrainedModel, allocation: Allocation, sequences: np.ndarray, batch_size: int
+) -> float:
+    with attached(model, allocation):
+        sums = [
+            loss.token_losses(model, torch.from_numpy(batch.astype(np.int64)).to(model.device))
+            .double()
+            .sum()
+            .item()
+            for batch in np.array_split(sequences, -(-len(sequences) // batch_size))
+        ]
+    return sum(sums) / (len(sequences) * (sequences.shape[1] - 1))

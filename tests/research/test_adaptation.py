@@ -1,0 +1,120 @@
+"""benchmarks/adaptation.py on a tiny model: its rows, that it goes on, and what the page makes of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from consa import rules
+from consa.config import LearnConfig
+from consa.data.questions import examples
+from consa.evaluation.answers import ask
+from consa.model.attach import attached
+from consa.model.load import load_model
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+LENGTH = 600
+
+
+@pytest.fixture
+def call(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the benchmark with more arguments; returns what its file holds then."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    benchmark = import_module("adaptation")
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    learned = LearnConfig(sparsity=0.5, window=6, seq_len=LENGTH, num_steps=2, refine_evaluations=1)
+    for granularity, heads in (("kv_head", ["100", "011", "010", "110"]), ("layer", ["111", "000"] * 2)):
+        record = {
+            "settings": asdict(learned),
+            "rows": [{"name": f"consa/{granularity}/seed0", "allocation": heads}],
+        }
+        (tmp_path / f"allocations-{granularity}.json").write_text(json.dumps(record))
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 10), ("heldout", 2)):
+        np.save(tmp_path / f"{name}.npy", rng.integers(2, 250, (count, LENGTH)).astype(np.uint16))
+    given = ["--model", str(tiny_model_folder), "--start", "100", "--out", str(tmp_path / "out.json")]
+    given += ["--train", str(tmp_path / "train.npy"), "--heldout", str(tmp_path / "heldout.npy")]
+    given += ["--lengths", str(LENGTH), "--examples", "2", "--tokens", "1200", "--sequences-per-step", "2"]
+
+    def run(*more: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["adaptation.py", *given, "--micro-batch", "2", *more])
+        benchmark.main()
+        return json.loads((tmp_path / "out.json").read_text())
+
+    return run
+
+
+def test_every_row_and_its_page(call: Any, capsys: pytest.CaptureFixture[str]):
+    names = import_module("adaptation").ROWS
+    call("--rows", ",".join(names[:2]))
+    first = call("--seconds", "0")
+    assert list(first["rows"]) == names[:2] and "11 rows left" in capsys.readouterr().out
+    record = call()
+    assert list(record["rows"]) == names and "complete" in capsys.readouterr().out
+    assert record["rows"]["dense"] == first["rows"]["dense"]
+    assert record["steps"] == 1 and record["train_sequences"] == 10 - 2 * record["learn_sequences_per_step"]
+    rows = record["rows"]
+    dense, floor, hybrid = (rows[name] for name in ("dense", "all_swa/4", "kv_head/4"))
+    assert hybrid["allocation"] == ["100", "011", "010", "110"]
+    assert [rows[name]["recovered_before"] for name in ("all_swa/4", "all_swa/0")] == [0, 0]
+    assert floor["recovered_of_trained"] == 0 and dense["behind_dense"] == 0
+    wanted = floor["before"]["loss"] - hybrid["after"]["loss"]
+    wanted /= floor["before"]["loss"] - dense["after"]["loss"]
+    assert hybrid["recovered"] == pytest.approx(wanted, abs=1e-4)
+    page = "\n".join(import_module("results_page").adaptation(record))
+    for text in (
+        "With 4 sinks",
+        "With no sinks",
+        "KV heads, learned jointly",
+        f"{hybrid['after']['loss']:.4f}",
+    ):
+        assert text in page
+    with pytest.raises(SystemExit, match="was measured with"):
+        call("--start", "50")
+
+
+def test_other_sparsities_come_from_the_methods_and_are_compared_in_pairs(call: Any, tmp_path: Path):
+    chosen = {
+        f"consa-{granularity}-0.75-seed0": {"allocation": heads}
+        for granularity, heads in (("kv_head", ["100", "010", "001", "000"]), ("layer", ["000", "111"] * 2))
+    }
+    (tmp_path / "methods.json").write_text(json.dumps({"rows": chosen}))
+    record = call("--rows", "dense,all_swa/4,kv_head/4/0.75,layer/4/0.75,top/4/0.75,middle_layer/4/0.75")
+    rows = record["rows"]
+    assert rows["kv_head/4/0.75"]["allocation"] == ["100", "010", "001", "000"]
+    assert rows["layer/4/0.75"]["allocation"] == ["000", "111"] * 2
+    assert rows["top/4/0.75"]["allocation"] == ["000"] * 3 + ["111"]
+    assert rows["middle_layer/4/0.75"]["allocation"] == ["000", "111", "000", "000"]
+    page = "\n".join(import_module("results_page").adaptation(record))
+    gap = rows["all_swa/4"]["before"]["loss"] - rows["dense"]["after"]["loss"]
+    more = (rows["top/4/0.75"]["after"]["loss"] - rows["kv_head/4/0.75"]["after"]["loss"]) / gap
+    assert "With 4 sinks, sparsity 0.75:" in page and "With 4 sinks:" not in page
+    assert f"{more:.3f} [" in page and "] than KV heads, top; " in page and "] than layers, middle." in page
+    with pytest.raises(SystemExit, match=r"or rules, got best/4"):
+        call("--rows", "best/4")
+
+
+def test_found_agrees_with_generation(call: Any, tiny_model_folder: Path):
+    """Both on the model's own continuation, put in the place of the answer, and on one that it would not say."""
+    made = import_module("adaptation").Questions
+    loaded = load_model(str(tiny_model_folder), device="cpu")
+    kept = rules.interleaved(4, 3, sparsity=0.5, window=6, num_sink_tokens=4)
+    asked = made.make(loaded.tokenizer, LENGTH, 2)
+    with attached(loaded.model, kept):
+        said = ask(loaded, None, examples("single", loaded.tokenizer, length=LENGTH, count=2, seed=1))
+        assert asked.found(loaded.model) == np.mean(said["scores"]) == 0
+        for tokens, count in zip(asked.tokens, asked.num_answer, strict=True):
+            out = loaded.model.generate(
+                tokens[None, :-count], max_new_tokens=count, do_sample=False, eos_token_id=None
+            )
+            tokens[-count:] = out[0, -count:]
+        assert asked.found(loaded.model, batch=1) == asked.found(loaded.model) == 1
+        asked.tokens[0][-1] += 1
+        assert asked.found(loaded.model) == 0.5

@@ -1,0 +1,25 @@
+"""What a summary counts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from consa import rules
+from consa.config import LearnConfig
+from consa.data.sequences import SequenceSet
+from consa.evaluation.losses import compare
+from consa.runs import summary as summaries
+
+
+def test_documents_are_counted_once():
+    heldout = SequenceSet(
+        tokens=np.zeros((3, 96), int),
+        domains=("",) * 3,
+        documents=np.array([4, 4, 7]),
+        num_documents=9,
+        num_skipped=7,
+    )
+    found = {name: (0.0, np.ones((3, 95))) for name in ("dense", "all_swa")}
+    allocation = rules.top(4, 3, sparsity=0.5)
+    said = summaries.measured({}, allocation, LearnConfig(), heldout, compare(found, start=32))
+    assert (said["heldout_sequences"], said["heldout_documents"]) == (3, 2)
