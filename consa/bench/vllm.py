@@ -56,7 +56,7 @@ def benchmark(
 
     In a measurement, `cache_bytes` are the bytes of the KV cache in use while all requests decode, and `peak_bytes` are
     those of the engine's process, with the whole pool. `where["workloads"]` has every generation's times, the number of
-    requests that ran at once, preemptions, and how many requests fit by vLLM's number and by consa's.
+    requests that ran at once, preemptions, and how many requests fit by vLLM's count and by consa's.
 
     Args:
         folder: a hybrid.
@@ -144,7 +144,7 @@ def requests_line(result: Benchmark) -> str:
         fit = rows[-1]["fit"]
         lines.append(
             f"{name}: {fit['consa']:.1f} requests of {fit['tokens']:,} tokens fit into"
-            f" {result.where['pool_bytes'] / 2**30:.2f} GiB ({fit['vllm']:.1f} by vLLM's own number)."
+            f" {result.where['pool_bytes'] / 2**30:.2f} GiB ({fit['vllm']:.1f} by vLLM's own count)."
         )
     return "\n".join(lines)
 
