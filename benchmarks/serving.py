@@ -9,8 +9,8 @@ which by default compiles them and uses CUDA graphs. Workloads: `long` (16 reque
 many requests of 32,768 tokens as fit; `server` sends requests of 2,048 to 8,192 tokens, all at once, to the
 OpenAI-compatible server.
 
-An interrupted run resumes when the same command is started again. `--prepare` only writes the models and lets vLLM
-compile them, all at the same time, so that later starts are fast.
+An interrupted run resumes when the same command is started again. `--prepare compile` does not measure: it writes the
+models and lets vLLM compile them, all at the same time, so that later starts are fast.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ WORKLOADS = ("long", "short", "saturated", "server")
 MODELS = ("dense", "heads-sinks4", "heads-sinks0", "layers-sinks4")
 COLUMNS = ["workload", "model", "prefill s", "of dense", "decode ms/step", "of dense", "tokens/s", "x dense"]
 COLUMNS += ["at once", "preempted", "KV GB used", "fit", "fit by vLLM"]
-COMPILING = 2 * 2**30  # bytes of KV cache while models only compile, all at the same time
+COMPILING = {"kv_cache_memory_bytes": 2**31, "gpu_memory_utilization": 0.3}  # several engines share the GPU
 
 
 def main() -> None:
@@ -70,11 +70,13 @@ def main() -> None:
         before = json.loads(options.out.read_text())
         if before["settings"] != settings:
             raise SystemExit(f"{options.out} was measured with {before['settings']}; choose another --out")
-        record["runs"] = before["runs"]
+        record |= {"runs": before["runs"], "rows": before["rows"]}
     with _folder(options.folder) as folder:
         models = Models(folder, options, engine["max_model_len"])
         if options.prepare:
             folders = {name: models(name) for name in options.models}
+            if options.prepare == "write":
+                return
             with ThreadPoolExecutor() as pool:
                 list(pool.map(lambda name: _compile(name, folders[name], engine), options.models))
             return
@@ -91,8 +93,6 @@ def main() -> None:
                     _keep(record, options.out, f"server {name}", row)
             except ConsaError as error:  # the other models go on
                 print(f"{name}: {error}", flush=True)
-    record["rows"] = _table(record["runs"])
-    write_json(options.out, record)
     print_table(COLUMNS, record["rows"])
 
 
@@ -116,7 +116,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=0.75)
     parser.add_argument("--window", type=int, default=512, help="tokens")
     parser.add_argument("--folder", type=Path, help="keeps the models between runs")
-    parser.add_argument("--prepare", action="store_true", help="only write and compile the models")
+    parser.add_argument(
+        "--prepare", choices=("write", "compile"), help="write the models, or compile them too"
+    )
     parser.add_argument(
         "--tiny", action="store_true", help="a small model and small workloads, to test this script"
     )
@@ -239,7 +241,7 @@ def _compile(name: str, folder: Path, engine: dict[str, Any]) -> None:
     """Start an engine and end it, so that vLLM has compiled the model when it is measured."""
     start = time.perf_counter()
     try:
-        list(bench.run_job(folder, engine | {"kv_cache_memory_bytes": COMPILING}, [], stock=name == "dense"))
+        list(bench.run_job(folder, engine | COMPILING, [], stock=name == "dense"))
         print(f"{name}: started in {time.perf_counter() - start:.0f} s", flush=True)
     except ConsaError as error:
         print(f"{name}: {error}", flush=True)
@@ -247,6 +249,7 @@ def _compile(name: str, folder: Path, engine: dict[str, Any]) -> None:
 
 def _keep(record: dict[str, Any], out: Path, name: str, row: dict[str, Any]) -> None:
     record["runs"][name] = row
+    record["rows"] = _table(record["runs"])
     write_json(out, record)
     print(f"{name}: {json.dumps(row)}", flush=True)
 

@@ -50,6 +50,7 @@ OPTIONS: dict[str, Any] = {
     "max_num_seqs": 16,
     "max_model_len": 1024,
     "kv_cache_memory_bytes": 2**28,
+    "gpu_memory_utilization": 0.3,  # others may use the GPU too
     "compilation_config": GRAPHS,
 }
 DEVICE = "cuda"

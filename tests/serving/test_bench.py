@@ -21,7 +21,7 @@ FIT = 5  # requests of CONTEXT + OUTPUT tokens
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A hybrid whose pool holds `FIT` requests: 7 pages of FA heads and at most 4 of SWA heads each, besides the reserve."""
+    """A hybrid whose pool holds `FIT` requests, each of 7 pages of FA heads and up to 4 of SWA heads."""
     folder = tmp_path_factory.mktemp("hybrid") / "hybrid"
     full = np.array([[1, 0], [0, 1], [1, 0], [0, 1]], dtype=bool)
     model = served("llama", num_key_value_heads=2, num_attention_heads=6)
