@@ -257,6 +257,7 @@ def measure(
         "compilation": engine.compilation_config.mode.name,
         "graphs": engine.compilation_config.cudagraph_mode.name,
         "chunk": engine.scheduler_config.max_num_batched_tokens,
+        "asynchronous": bool(engine.scheduler_config.async_scheduling),
     }
     if workloads:  # compiles kernels for prompts and for decoding
         longest = max(workload["context"] for workload in workloads)
