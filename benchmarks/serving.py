@@ -1,139 +1,406 @@
-"""What vLLM plans for requests of a hybrid, beside the dense model: KV bytes of a request, and requests that fit.
+"""What hybrids save in vLLM on a GPU, beside stock vLLM with the dense model: time, throughput and memory.
 
     python benchmarks/serving.py --out benchmarks/results/serving.json
+    python benchmarks/serving.py --out real.json --model FOLDER --allocation FILE
 
-The numbers are those of the engine's own planner, which it admits requests by. The model has the shape of Qwen3-0.6B's
-attention and random weights; only so many layers that the engine starts on a laptop, since a request's layers all count
-alike. In an environment with vLLM; on a CPU, VLLM_CPU_KVCACHE_SPACE says how many GiB the pool has.
+Without `--model` the model has the shape of Qwen3-0.6B and random weights. All models get the same options of vLLM,
+which by default compiles them and uses CUDA graphs. Workloads: `long` (16 requests of 32,768 tokens) and `short` (64 of
+2,048) are whole generations, timed in prefill and in decode steps of all requests; `saturated` hands in twice as
+many requests of 32,768 tokens as fit; `server` sends requests of 2,048 to 8,192 tokens, all at once, to the
+OpenAI-compatible server.
+
+An interrupted run resumes when the same command is started again. `--prepare compile` does not measure: it writes the
+models and lets vLLM compile them, all at the same time, so that later starts are fast.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import json
+import socket
+import statistics
+import subprocess
+import sys
 import tempfile
-from dataclasses import replace
+import threading
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import environment, parser_of, print_table, write_json
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from consa.allocation import Allocation
-from consa.bench.vllm import dense_folder, run_job
-from consa.constraints import Constraint, choose
-from consa.model.convert import convert
+from consa import Allocation, ConsaError, convert
+from consa.bench import vllm as bench
 from consa.serving.limits import vllm_version
-from consa.serving.plan import plan
+from consa.serving.server import command
 
-HEADS, HEAD_DIM = 8, 128
-COLUMNS = [
-    "allocation",
-    "FA heads per layer",
-    "sinks",
-    "tokens at once",
-    "KV MiB of a request",
-    "of dense",
-    "decoding, of ideal",
-    "requests that fit",
-    "over dense",
-]
+SHAPE = {
+    "layers": 28,
+    "kv_heads": 8,
+    "head_dim": 128,
+    "hidden": 1024,
+    "intermediate": 3072,
+    "vocabulary": 151_936,
+}
+TINY = {"layers": 3, "kv_heads": 4, "head_dim": 32, "hidden": 64, "intermediate": 64, "vocabulary": 512}
+WORKLOADS = ("long", "short", "saturated", "server")
+MODELS = ("dense", "heads-sinks4", "heads-sinks0", "layers-sinks4")
+COLUMNS = ["workload", "model", "prefill s", "of dense", "decode ms/step", "of dense", "tokens/s", "x dense"]
+COLUMNS += ["at once", "preempted", "KV GB used", "fit", "fit by vLLM"]
+COMPILING = {"kv_cache_memory_bytes": 2**31, "gpu_memory_utilization": 0.3}  # several engines share the GPU
 
 
 def main() -> None:
     options = _options()
-
-    config = Qwen3Config(
-        num_hidden_layers=options.layers,
-        num_key_value_heads=HEADS,
-        num_attention_heads=2 * HEADS,
-        head_dim=HEAD_DIM,
-        hidden_size=64,
-        intermediate_size=64,
-        vocab_size=256,
-        max_position_embeddings=options.context + 1,
-    )
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config).bfloat16()
-    chunks = [int(chunk) for chunk in options.chunks.split(",")]
-    rows: list[list[Any]] = []
-    dense: dict[str, Any] = {}
-    planned, requests = 0, 0.0  # of the dense model
-    with tempfile.TemporaryDirectory() as temporary:
-        for index, (name, allocation) in enumerate(_allocations(options)):
-            hybrid = Path(temporary, str(index))
-            kind = convert(model, allocation, hybrid).kind
-            if not dense:  # the first is a hybrid
-                dense_model = dense_folder(hybrid, Path(temporary, "dense"))
-                dense = _measured(dense_model, options.context, chunks[:1], Path(temporary))
-                (planned, requests), *_ = dense["plans"]
-                rows.append(
-                    ["dense", "", "", "any", f"{planned / 2**20:.1f}", "1.000", "", f"{requests:.1f}", "1.00"]
-                )
-            per_layer = allocation.full_attention.sum(1)
-            counts = f"{per_layer.min()} to {per_layer.max()}" if np.ptp(per_layer) else str(per_layer[0])
-            ideal = plan(allocation, context=options.context, head_dim=HEAD_DIM).ideal_bytes
-            engine = {} if kind == "hybrid" else {"model_impl": "transformers"}
-            found = _measured(hybrid, options.context, [*chunks, 1], Path(temporary), **engine)
-            decoding, _ = found["plans"].pop()
-            for chunk, (bytes_of_request, fit) in zip(chunks, found["plans"], strict=True):
-                rows.append(
-                    [
-                        name if kind == "hybrid" else f"{name} (plain folder)",
-                        counts,
-                        allocation.num_sink_tokens,
-                        chunk,
-                        f"{bytes_of_request / 2**20:.1f}",
-                        f"{bytes_of_request / planned:.3f}",
-                        f"{decoding / ideal:.3f}",
-                        f"{fit:.1f}",
-                        f"{fit / requests:.2f}",
-                    ]
-                )
-                print(rows[-1], flush=True)
-    settings = {name: getattr(options, name) for name in ("layers", "sparsity", "context", "window")}
-    settings |= {"kv_heads": HEADS, "head_dim": HEAD_DIM, "pool_bytes": dense["pool_bytes"]}
-    record = environment() | {"settings": settings, "columns": COLUMNS, "rows": rows}
+    workloads = _workloads(options)
+    engine = {"max_num_batched_tokens": bench.CHUNK, "dtype": "bfloat16"} | options.engine
+    longest = (_longest(workload, engine["max_num_batched_tokens"]) for workload in workloads.values())
+    engine.setdefault("max_model_len", max(longest))
+    kept = ("model", "allocation", "sparsity", "window", "tiny")
+    settings = {name: getattr(options, name) for name in kept} | {"engine": engine, "workloads": workloads}
+    record = environment() | {"settings": settings, "columns": COLUMNS, "rows": [], "runs": {}}
     record["versions"] |= {"vllm": vllm_version()}
-    write_json(options.out, record)
-    print_table(COLUMNS, rows)
+    if options.out.exists():
+        before = json.loads(options.out.read_text())
+        if before["settings"] != settings:
+            raise SystemExit(f"{options.out} was measured with {before['settings']}; choose another --out")
+        record |= {"runs": before["runs"], "rows": before["rows"]}
+    with _folder(options.folder) as folder:
+        models = Models(folder, options, engine["max_model_len"])
+        if options.prepare:
+            folders = {name: models(name) for name in options.models}
+            if options.prepare == "write":
+                return
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(lambda name: _compile(name, folders[name], engine), options.models))
+            return
+        for name in options.models:
+            missing = [key for key in options.workloads if f"{key} {name}" not in record["runs"]]
+            offline = [key for key in missing if key != "server"]
+            try:
+                jobs = [workloads[key] for key in offline]
+                rows = bench.run_job(models(name), engine, jobs, stock=name == "dense") if jobs else ()
+                for key, row in zip(offline, rows, strict=True):
+                    _keep(record, options.out, f"{key} {name}", row)
+                if "server" in missing:
+                    row = serve(models(name), engine, stock=name == "dense", **workloads["server"])
+                    _keep(record, options.out, f"server {name}", row)
+            except ConsaError as error:  # the other models go on
+                print(f"{name}: {error}", flush=True)
+    print_table(COLUMNS, record["rows"])
 
 
 def _options() -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--sparsity", type=float, default=0.75)
-    parser.add_argument("--context", type=int, default=32768)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--chunks", default="512,2048,8192", help="tokens that the engine computes at once")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    return parser.parse_args()
+    parser.add_argument(
+        "--models", default="dense,heads-sinks4,heads-sinks0", help=f"among {', '.join(MODELS)}"
+    )
+    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="among these, with commas between")
+    parser.add_argument("--context", type=int, default=32768, help="tokens of long prompts")
+    parser.add_argument(
+        "--output-tokens", type=int, default=512, help="of each request of the saturated workload"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="generations of each workload")
+    parser.add_argument(
+        "--engine", type=json.loads, default={}, help="options of vLLM's LLM for all models, as JSON"
+    )
+    parser.add_argument("--model", help="a model folder or GGUF file instead of random weights")
+    parser.add_argument("--allocation", help="allocation.json of the hybrid of --model")
+    parser.add_argument("--sparsity", type=float, default=0.75)
+    parser.add_argument("--window", type=int, default=512, help="tokens")
+    parser.add_argument("--folder", type=Path, help="keeps the models between runs")
+    parser.add_argument(
+        "--prepare", choices=("write", "compile"), help="write the models, or compile them too"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="a small model and small workloads, to test this script"
+    )
+    options = parser.parse_args()
+    if bool(options.model) != bool(options.allocation):
+        parser.error("--model and --allocation go together")
+    if options.model:
+        options.models = "dense,given"
+    for name, known in (("models", (*MODELS, "given")), ("workloads", WORKLOADS)):
+        chosen = getattr(options, name).split(",")
+        if unknown := set(chosen) - set(known):
+            parser.error(f"unknown {name}: {', '.join(unknown)}; choose among {', '.join(known)}")
+        setattr(options, name, chosen)
+    return options
 
 
-def _allocations(options: argparse.Namespace) -> list[tuple[str, Allocation]]:
-    """Random ones of the sparsity, by what is asked of the numbers of FA heads; and one of whole layers."""
-    shape = options.layers, HEADS
-    scores = np.random.default_rng(options.seed).normal(size=shape)
-    num_full = round((1 - options.sparsity) * scores.size)
-    kinds = ("uniform", "even", "any")
-    masks = {kind: choose(scores, num_full, Constraint(full_heads_per_layer=kind)) for kind in kinds}
-    found = {
-        kind: Allocation(full_attention=mask, window=options.window, num_sink_tokens=0)
-        for kind, mask in masks.items()
-    }
-    layers = np.argsort(scores[:, 0]) < num_full // HEADS
-    whole = replace(found["any"], full_attention=layers[:, None].repeat(HEADS, 1), granularity="layer")
-    return [*found.items(), ("any", replace(found["any"], num_sink_tokens=4)), ("layers", whole)]
+def _workloads(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Arguments of `bench.generations`, `bench.saturate` and `serve` by the names of workloads."""
+    context, repeats = options.context, options.repeats
+    long = {"context": context, "requests": 16, "decode_tokens": 64, "repeats": repeats}
+    saturated = {"context": context, "output_tokens": options.output_tokens}
+    server = {"context": [2048, 8192], "requests": 256, "output_tokens": 256}
+    if options.tiny:
+        long |= {"requests": 3, "decode_tokens": 4}
+        server = {"context": [20, 80], "requests": 4, "output_tokens": 4}
+    short = long | {"context": context // 16, "requests": 4 * long["requests"]}
+    return dict(zip(WORKLOADS, (long, short, saturated, server), strict=True))
 
 
-def _measured(
-    folder: Path, context: int, chunks: list[int], temporary: Path, **options: Any
+def _longest(workload: dict[str, Any], chunk: int) -> int:
+    if isinstance(workload["context"], list):
+        return max(workload["context"]) + workload["output_tokens"]
+    return bench.tokens_of(workload, chunk)
+
+
+@contextmanager
+def _folder(kept: Path | None) -> Any:
+    if kept:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+
+
+class Models:
+    """Folders by the names of models; written when they are asked for."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace, positions: int) -> None:
+        self.folder, self.options, self.positions = folder, options, positions
+        self._model: Any = None
+
+    def __call__(self, name: str) -> Path:
+        """The folder of a model."""
+        folder = self.folder / name
+        if folder.exists():
+            return folder
+        if name == "dense":
+            return bench.dense_folder(self("given" if self.options.model else MODELS[1]), folder)
+        if name == "given":
+            model, allocation = self.options.model, self.options.allocation
+            words = [sys.executable, "-m", "consa", "convert", model, "--allocation", allocation]
+            subprocess.run([*words, "--kind", "hybrid", "--out", folder], check=True)
+            return folder
+        convert(self._random(), self._allocation(name), folder, kind="hybrid", tokenizer=self._tokenizer())
+        return folder
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Sizes of the random model."""
+        return TINY if self.options.tiny else SHAPE
+
+    def _random(self) -> Any:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        if self._model is None:
+            shape = self.shape
+            config = Qwen3Config(
+                num_hidden_layers=shape["layers"],
+                num_key_value_heads=shape["kv_heads"],
+                num_attention_heads=2 * shape["kv_heads"],
+                head_dim=shape["head_dim"],
+                hidden_size=shape["hidden"],
+                intermediate_size=shape["intermediate"],
+                vocab_size=shape["vocabulary"],
+                tie_word_embeddings=True,
+                max_position_embeddings=self.positions,
+            )
+            torch.manual_seed(0)
+            self._model = Qwen3ForCausalLM(config).bfloat16()
+        return self._model
+
+    def _allocation(self, name: str) -> Allocation:
+        """FA heads anywhere, or FA layers anywhere, drawn with seed 0."""
+        granularity, sinks = name.split("-sinks")
+        layers, heads = self.shape["layers"], self.shape["kv_heads"]
+        units = layers * heads if granularity == "heads" else layers
+        full = np.zeros(units, bool)
+        full[np.random.default_rng(0).permutation(units)[: round(units * (1 - self.options.sparsity))]] = True
+        full = full.reshape(layers, -1).repeat(layers * heads // units, axis=1)
+        return Allocation(
+            full_attention=full,
+            granularity="kv_head" if granularity == "heads" else "layer",
+            window=self.options.window,
+            num_sink_tokens=int(sinks),
+        )
+
+    def _tokenizer(self) -> Any:
+        """A word for each token; the server wants a tokenizer."""
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        words = {f"t{token}": token for token in range(self.shape["vocabulary"])}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0", eos_token="t1")
+
+
+def _compile(name: str, folder: Path, engine: dict[str, Any]) -> None:
+    """Start an engine and end it, so that vLLM has compiled the model when it is measured."""
+    start = time.perf_counter()
+    try:
+        list(bench.run_job(folder, engine | COMPILING, [], stock=name == "dense"))
+        print(f"{name}: started in {time.perf_counter() - start:.0f} s", flush=True)
+    except ConsaError as error:
+        print(f"{name}: {error}", flush=True)
+
+
+def _keep(record: dict[str, Any], out: Path, name: str, row: dict[str, Any]) -> None:
+    record["runs"][name] = row
+    record["rows"] = _table(record["runs"])
+    write_json(out, record)
+    print(f"{name}: {json.dumps(row)}", flush=True)
+
+
+def serve(
+    folder: Path,
+    engine: dict[str, Any],
+    *,
+    context: list[int],
+    requests: int,
+    output_tokens: int,
+    stock: bool,
 ) -> dict[str, Any]:
-    engine = {"max_model_len": context, "max_num_batched_tokens": chunks[0], "dtype": "bfloat16"} | options
-    job = {"folder": str(folder), "options": engine, "contexts": [], "batch_sizes": [], "chunks": chunks}
-    return run_job(job | {"decode_tokens": 1, "repeats": 1}, temporary)
+    """Measure the OpenAI-compatible server with requests of `context[0]` to `context[1]` tokens, all sent at once.
+
+    Returns:
+        Seconds until the last answer, tokens generated per second, seconds until the first token (median and 99th
+        percentile), seconds between tokens (median over requests), requests at once, preemptions.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["--host", "127.0.0.1", "--port", str(port), "--no-enable-prefix-caching"]
+    for key, value in engine.items():
+        words += [f"--{key.replace('_', '-')}"] if value is True else []
+        if not isinstance(value, bool):
+            words += [f"--{key.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)]
+    stock_server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    program = [*stock_server, *words] if stock else command(folder, words)
+    address = f"http://127.0.0.1:{port}"
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        log = Path(temporary, "log")
+        with log.open("w") as output:
+            server = subprocess.Popen(
+                program, env=bench.environment(stock), stdout=output, stderr=subprocess.STDOUT
+            )
+        try:
+            while not _answers(address):
+                if server.poll() is not None:
+                    raise ConsaError(f"the server of {folder} failed: {bench.last_line(log)}")
+                time.sleep(0.5)
+            started = time.perf_counter() - start
+            lengths = np.random.default_rng(0).integers(context[0], context[1], requests, endpoint=True)
+            asyncio.run(_send(address, str(folder), lengths[:2].tolist(), output_tokens))  # compiles kernels
+            return {"start_seconds": started} | asyncio.run(
+                _send(address, str(folder), lengths.tolist(), output_tokens)
+            )
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def _answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/health").close()
+    except OSError:
+        return False
+    return True
+
+
+async def _send(address: str, model: str, lengths: list[int], output_tokens: int) -> dict[str, Any]:
+    """Send all requests at once and read their answers as streams."""
+    import aiohttp
+
+    generator = np.random.default_rng(len(lengths))
+    running: list[float] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            running.append(_metric(address, "vllm:num_requests_running"))
+            stop.wait(0.25)
+
+    async def answer(length: int) -> tuple[float, float]:
+        prompt = generator.integers(2, 256, length).tolist()
+        body = {"model": model, "prompt": prompt, "max_tokens": output_tokens, "temperature": 0}
+        first, last = 0.0, 0.0
+        async with session.post(
+            f"{address}/v1/completions", json=body | {"ignore_eos": True, "stream": True}
+        ) as answer:
+            answer.raise_for_status()
+            async for line in answer.content:
+                if line.startswith(b"data:") and b"[DONE]" not in line:
+                    last = time.perf_counter()
+                    first = first or last
+        return first, last
+
+    watcher = threading.Thread(target=watch)
+    preempted = _metric(address, "vllm:num_preemptions_total")
+    limits = {"connector": aiohttp.TCPConnector(limit=0), "timeout": aiohttp.ClientTimeout(total=None)}
+    async with aiohttp.ClientSession(**limits) as session:
+        watcher.start()
+        start = time.perf_counter()
+        times = await asyncio.gather(*map(answer, lengths))
+        seconds = time.perf_counter() - start
+        stop.set()
+        watcher.join()
+    firsts = [first - start for first, _ in times]
+    return {
+        "requests": len(lengths),
+        "output_tokens": output_tokens,
+        "prompt_tokens": sum(lengths),
+        "seconds": seconds,
+        "tokens_per_second": len(lengths) * output_tokens / seconds,
+        "first_token_seconds": statistics.median(firsts),
+        "first_token_seconds_p99": float(np.quantile(firsts, 0.99)),
+        "seconds_per_token": statistics.median(
+            (last - first) / max(output_tokens - 1, 1) for first, last in times
+        ),
+        "running_max": int(max(running)),
+        "preemptions": _metric(address, "vllm:num_preemptions_total") - preempted,
+    }
+
+
+def _metric(address: str, name: str) -> float:
+    """A number that the server reports of itself."""
+    with urllib.request.urlopen(f"{address}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+
+
+def _table(runs: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """A row for each workload and model; ratios are to the dense model, of medians."""
+    rows = []
+    for key in sorted(runs, key=lambda key: WORKLOADS.index(key.split()[0])):
+        workload, name = key.split()
+        run, dense = runs[key], runs.get(f"{workload} dense")
+        cells = [workload, name]
+        for times, unit, digits in (("prefill_seconds", 1, 2), ("decode_seconds", 1e3, 2)):
+            if times in run:
+                cells.append(bench.interval([unit * value for value in run[times]], digits))
+                cells.append(_ratio(run, dense, lambda run, times=times: statistics.median(run[times])))
+            else:
+                cells += ["", ""]
+
+        def speed(run: dict[str, Any]) -> float:
+            return run.get("tokens_per_second") or run["requests"] / statistics.median(run["decode_seconds"])
+
+        cells += [f"{speed(run):,.0f}", _ratio(run, dense, speed)]
+        median = run.get("running_median")
+        cells.append(f"{run['running_max']}" + ("" if median is None else f" (median {median:.0f})"))
+        cells.append(f"{run['preemptions']:.0f}")
+        cells.append(f"{run['kv_bytes'] / 1e9:.1f}" if "kv_bytes" in run else "")
+        cells += [f"{run['fit'][name]:.1f}" if "fit" in run else "" for name in ("consa", "vllm")]
+        rows.append(cells)
+    return rows
+
+
+def _ratio(run: dict[str, Any], dense: dict[str, Any] | None, value: Any) -> str:
+    return "" if dense is None else f"{value(run) / value(dense):.3f}"
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ PLUGIN = "consa"
 # Classes of transformers that vLLM has a class of the same name for, whose attention the plugin replaces.
 SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 NATIVE_PLAIN = "ministral"  # the model_type of plain folders that vLLM's own classes read
-CHUNKS = (512, 8192)  # tokens; the upper one is vLLM's own number on large GPUs
-CHUNK_SHARE = 0.05  # of what a request holds, up to which its SWA heads may hold more while a prompt is read
 
 
 def vllm_version() -> str | None:
@@ -71,24 +69,3 @@ def hybrid_obstacle(architecture: str, allocation: Allocation, *, tensor_paralle
 def plain_needs_transformers(model_type: str) -> bool:
     """Whether vLLM reads a plain folder right only through transformers: its own class would not slide its layers."""
     return model_type != NATIVE_PLAIN
-
-
-def prefill_chunk(allocation: Allocation, context: int) -> int:
-    """Tokens that vLLM should compute at once.
-
-    Until a step is done, SWA heads hold all of its tokens on top of their window, and vLLM keeps room for two steps in
-    every request. So many tokens are chosen, a power of two, that this stays small beside what the allocation needs;
-    where none does, the lowest of `CHUNKS`.
-
-    Args:
-        allocation: which KV heads keep full attention.
-        context: tokens of the longest request.
-    """
-    lowest, highest = CHUNKS
-    sparsity = allocation.sparsity
-    kept = min(context, allocation.window + allocation.num_sink_tokens)
-    held = (1 - sparsity) * context + sparsity * kept
-    chunk = highest
-    while chunk > lowest and 2 * chunk * sparsity > CHUNK_SHARE * held:
-        chunk //= 2
-    return chunk

@@ -33,8 +33,13 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    defaults = {"dtype": "float32", "max_model_len": 2048, "max_num_batched_tokens": 256}
-    llm: Any = LLM(str(folder), enforce_eager=True, skip_tokenizer_init=True, **defaults | options)
+    defaults = {
+        "enforce_eager": True,
+        "dtype": "float32",
+        "max_model_len": 2048,
+        "max_num_batched_tokens": 256,
+    }
+    llm: Any = LLM(str(folder), skip_tokenizer_init=True, **defaults | options)
     try:
         yield llm
     finally:

@@ -106,7 +106,7 @@ def test_bench(folder: Path, tmp_path: Path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "vLLM plans to fit" in done.stdout
+    assert "2 requests at once, 0 preemptions" in done.stdout and "by vLLM's own count" in done.stdout
     record = json.loads((tmp_path / "bench.json").read_text())
     rows = record["measurements"]
     assert [(row["context"], row["model"]) for row in rows] == [
@@ -117,5 +117,10 @@ def test_bench(folder: Path, tmp_path: Path):
     for row in rows[::2]:
         pages = -(-(row["context"] + 3) // page)
         assert row["cache_bytes"] == 2 * pages * page * layers * heads * head_dim * 2 * 4  # float32
+    for name, generations in record["where"]["workloads"].items():
+        assert [row["running_max"] for row in generations] == [2, 2]
+        assert {row["plugin"] for row in generations} == {
+            name == "hybrid"
+        }  # the dense model is in stock vLLM
     assert record["where"]["dtype"] == "float32" and record["where"]["engine"].startswith("vLLM 0.32")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
