@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from consa.training.objective import order
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.common import print_table
@@ -41,6 +40,7 @@ from consa.model.attach import attached
 from consa.model.load import load_model
 from consa.training.adaptation import adapt
 from consa.training.learning import learn
+from consa.training.objective import order
 from research.records import Heldout, Rows, digits_of, mask_of, read, run_missing, study_parser, tokens_of
 
 COLUMNS = ["row", "loss before", "recovered before", "loss", "recovered", "of trained", "behind dense"]

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from consa.methods.choice import Choice, make, method_named
 
 from benchmarks.common import print_table
 from consa import rules
@@ -30,6 +29,7 @@ from consa.allocation import Allocation, Granularity
 from consa.config import ChoiceConfig
 from consa.data.questions import examples
 from consa.evaluation.answers import ask
+from consa.methods.choice import Choice, make, method_named
 from consa.model.layout import AttentionLayout
 from consa.model.load import LoadedModel, load_model, read_layout
 from consa.training.learning import learn, units_of

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from consa.training.objective import Mixture
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,6 +21,7 @@ from consa.config import LearnConfig
 from consa.training import gates
 from consa.training.lagrangian import AugmentedLagrangian
 from consa.training.learning import LearnResult, learn
+from consa.training.objective import Mixture
 from consa.training.refinement import refine
 
 Variant = Callable[[PreTrainedModel, np.ndarray, LearnConfig], LearnResult]
