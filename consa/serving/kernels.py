@@ -7,6 +7,9 @@ A page table of a sliding-window head begins with the pages of the sinks. The en
 are stale: those pages may belong to other requests by now. Loads are therefore masked, not only scores, and masked
 values are zero, because 0 * NaN is NaN.
 
+A decoding request is little work, most of it waiting for memory: its keys are spread over several programs, whose
+results a second launch joins, always in the same order, so that results repeat bit for bit.
+
 All lengths are read on the device and nothing is tuned at run time, so the kernels can be captured in CUDA graphs.
 """
 
@@ -40,6 +43,7 @@ class Blocks(NamedTuple):
     """How a kernel cuts its work: rows (queries x query heads) and keys per block, warps, pipeline stages.
 
     If there are fewer requests x KV heads than `programs`, decoding spreads each one's keys over several programs.
+    Fewer `registers` per thread than the compiler would take may let more programs run at once.
     """
 
     rows: int
@@ -47,12 +51,19 @@ class Blocks(NamedTuple):
     warps: int
     stages: int
     programs: int = 0
+    registers: int | None = None
 
 
+# Two stages load a block's keys and values while nothing else is done; other programs fill the time.
 DECODE = Blocks(MIN_ROWS, 64, 4, 2, programs=1024)
-# By padded head_dim, for 16-bit elements.
-PREFILL = {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(64, 32, 4, 2)}
-FLOAT32 = Blocks(32, 32, 4, 1)
+# By padded head_dim, for 16-bit elements. An entry of a page table and the keys that it leads to are loaded one after
+# the other, so five stages load keys and values two blocks ahead, and three one block.
+PREFILL = {
+    64: Blocks(64, 64, 4, 5, registers=168),
+    128: Blocks(64, 32, 4, 5, registers=168),
+    256: Blocks(64, 32, 4, 3),
+}
+FLOAT32 = Blocks(32, 32, 4, 1, programs=1024)
 
 
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["heads"])
@@ -70,12 +81,8 @@ def _write(
     source = token[:, None].to(tl.int64)
     k = tl.load(key + source * key_strides[0] + head * key_strides[1] + d[None, :], mask=mask)
     v = tl.load(value + source * value_strides[0] + head * value_strides[1] + d[None, :], mask=mask)
-    place = (
-        cache
-        + tl.multiple_of(tl.load(row + 1), ALIGNMENT)
-        + slot // PAGE * page_stride
-        + slot % PAGE * token_stride
-    )
+    cache += tl.multiple_of(tl.load(row + 1), ALIGNMENT)
+    place = cache + slot // PAGE * page_stride + slot % PAGE * token_stride
     tl.store(place[:, None] + d[None, :], k, mask=mask)
     tl.store(place[:, None] + HEAD_DIM + d[None, :], v, mask=mask)
 
@@ -261,10 +268,8 @@ def _prefill(
             number = start + tl.arange(0, BLOCK)
             key = tl.where(number < held, number, number + gap)
             exists = number < count
-            reach = tl.where(
-                exists, tl.where(number < held, hi, window), 0
-            )  # how far away a key is still seen
-            # Of unsigned numbers, one comparison says 0 <= distance < reach.
+            # How far away a key is still seen. Of unsigned numbers, one comparison says 0 <= distance < reach.
+            reach = tl.where(exists, tl.where(number < held, hi, window), 0)
             distance = (position[:, None] - key[None, :]).to(tl.uint32, bitcast=True)
             visible = distance < reach.to(tl.uint32, bitcast=True)[None, :]
             state = _attend(
@@ -348,7 +353,8 @@ def attention(
     shape = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": padded_dim(head_dim), "COLUMNS": HEAD_COLUMNS}
     settings = {
         "PAGE": cache.shape[2], "ROWS": blocks.rows, "BLOCK": blocks.keys, "num_warps": blocks.warps,
-        "num_stages": blocks.stages, "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
+        "num_stages": blocks.stages, "maxnreg": blocks.registers,
+        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     if not decoding:
         programs = num_tokens // (blocks.rows // group) + num_requests
@@ -371,9 +377,9 @@ def attention(
 
 
 def num_parts(blocks: Blocks, rows: int, keys: int) -> int:
-    """Programs over which decoding spreads the keys of a request and KV head, of so many, and of at most so many keys.
+    """Programs over which decoding spreads the keys of each of `rows` pairs of a request and a KV head.
 
-    It depends on no request's length, so that a CUDA graph holds for all.
+    No request sees more than `keys`. What a request really sees does not matter, so a CUDA graph holds for all lengths.
     """
     key_blocks = _cdiv(keys, blocks.keys)
     most = max(1, min(MAX_PARTS, blocks.programs // rows))
