@@ -173,6 +173,13 @@ def check(
     assert output[tokens:].isnan().all()
 
 
+def check_no_keys(batch: Batch, shape: Shape) -> None:
+    """Requests of length 0 that have queries, as an engine's warm-up may have them, get 0."""
+    problem = Problem(batch, shape, 17, 4, "cpu", torch.float32)
+    problem.seq_lens.zero_()
+    assert (problem.run()[: sum(batch.new)] == 0).all()
+
+
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, *, cu_seqlens_q: Tensor, seqused_k: Tensor,
     block_table: Tensor, softmax_scale: float, **ignored: Any,
@@ -211,12 +218,28 @@ def interpret() -> None:
     patch_interpreter()
     from consa.serving import kernels
 
-    kernels.FLOAT32 = kernels.Blocks(16, 16, 4, 1)
+    # So small that windows take several blocks. Keys of a decoding request are spread over as many programs as there
+    # are blocks (for full attention many more), or over two.
+    spread, two, whole = (kernels.Blocks(16, 16, 4, 1, programs) for programs in (1000, 50, 0))
     every = list(product((1, 15, 16, 17, 64), (0, 1, 4, 16, 20)))
-    for name, batch in BATCHES.items():
-        for window, sinks in every if name == "decoding" else every[::4]:
-            check(batch, Shape(), window, sinks)
+    sliding = Shape(groups=(2, 1))
+    for blocks, shape, cases in (
+        (spread, sliding, every),
+        (two, Shape(), every[::4]),
+        (whole, Shape(), every[1::4]),
+    ):
+        kernels.FLOAT32 = blocks
+        for window, sinks in cases:
+            check(BATCHES["decoding"], shape, window, sinks)
+        print("decoding", blocks, flush=True)
+    for name in ("one-token prompts", "prompts", "chunks", "mixed"):
+        for window, sinks in every[::4]:
+            check(BATCHES[name], Shape(), window, sinks)
         print(name, flush=True)
+    for blocks, name in ((spread, "decoding"), (whole, "decoding"), (whole, "chunks")):
+        kernels.FLOAT32 = blocks
+        check_no_keys(BATCHES[name], Shape())
+    kernels.FLOAT32 = spread
     for shape in (
         Shape(groups=(1, 1)),  # no FA head
         Shape(groups=(0, 0, 0)),  # no SWA head
