@@ -126,7 +126,7 @@ class Table:
         yield section(
             f"Held-out loss (nats) from position {self.start} on, with 95 % confidence intervals of the difference to"
             f" dense; KV cache with {self.cache_tokens} tokens, as a share of the dense model's",
-            ["sparsity", "KV cache", "loss", "difference to dense", "recovered"],
+            ["sparsity", "cache", "loss", "to dense", "recovered"],
             lambda line: [
                 f"{line.sparsity:.4f}",
                 f"{line.cache_bytes / dense.cache_bytes:.1%}",

@@ -86,7 +86,7 @@ def run_learning(
         last = result.history[-1] if result.history else {}
         if last.get("fractional", 0) > MAX_FRACTIONAL:
             note(
-                f"{last['fractional']:.0%} of the gates are undecided; take more steps, or read the result with care"
+                f"Undecided: {last['fractional']:.0%} of the gates; take more steps, or read the result with care"
             )
         seconds = summary.seconds_since("learning", began, learned)
         whole = summary.summarise(loaded.identity, result.allocation, config, heldout, table, seconds, record)

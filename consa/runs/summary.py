@@ -140,9 +140,10 @@ def write(summary: Summary, markdown: str, folder: Path) -> None:
 
 
 def losses(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the losses from `start` on, as text."""
+    """Columns and rows of the losses from `start` on, as text that fits 80 columns: without the KV cache."""
     _, columns, rows = _sections(summary)[0]
-    return columns, rows
+    shown = [place for place, column in enumerate(columns) if column != "cache"]
+    return [columns[place] for place in shown], [[row[place] for place in shown] for row in rows]
 
 
 def of_learning(summary: Summary) -> str:
