@@ -38,17 +38,7 @@ TRAINING = [  # batch, query heads, KV heads, tokens, head_dim, window
     (1, 16, 8, 32768, 128, 512),
 ]
 PREFILL = [(1, 16, 8, 32768, 128, 512), (1, 16, 8, 131072, 128, 512)]
-COLUMNS = [
-    "shape",
-    "window",
-    "sinks",
-    "attention",
-    "forward ms",
-    "ratio",
-    "forward + backward ms",
-    "ratio",
-    "CPU ms",
-]
+COLUMNS = ["shape", "window", "sinks", "attention", "forward ms", "ratio", "forward + backward ms", "ratio", "CPU ms"]
 QUEUE_CYCLES = 100_000_000  # about 50 ms in which the GPU waits while calls are queued
 
 Shape = tuple[int, int, int, int, int, int]
@@ -109,8 +99,7 @@ def error(shape: Shape, sinks: int, z: Tensor, attention: Attention) -> float:
     truth = [reference_attention(q, k, v, z.to(DEVICE), **options)]
     truth += torch.autograd.grad(truth[0], leaves, upstream.float())
     return max(
-        float(((a.float() - b.float()).abs().max() / b.abs().max()).detach())
-        for a, b in zip(mine, truth, strict=True)
+        float(((a.float() - b.float()).abs().max() / b.abs().max()).detach()) for a, b in zip(mine, truth, strict=True)
     )
 
 
@@ -146,17 +135,13 @@ def measure(attention: Attention, shape: Shape, batches: int, calls: int, traini
     def both(q: Tensor, k: Tensor, v: Tensor, upstream: Tensor) -> None:
         torch.autograd.grad(attention(q, k, v), (q, k, v), upstream)
 
-    (ms, _), *rest = [
-        median_ms(step, shape, batches, calls) for step in ([forward, both] if training else [forward])
-    ]
+    (ms, _), *rest = [median_ms(step, shape, batches, calls) for step in ([forward, both] if training else [forward])]
     return [ms, *(x for pair in rest for x in pair)]
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer batches, no sequences beyond 8,192 tokens"
-    )
+    parser.add_argument("--quick", action="store_true", help="fewer batches, no sequences beyond 8,192 tokens")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
@@ -174,9 +159,7 @@ def main() -> None:
             ("", "causal, cuDNN"): library_cudnn,
             ("", "causal, default"): library,
         }
-        for (setting, z), sinks, kind in product(
-            settings.items(), SINKS, ("one pass", "library's FA and SWA")
-        ):
+        for (setting, z), sinks, kind in product(settings.items(), SINKS, ("one pass", "library's FA and SWA")):
             label, attention = f"{setting}, {kind}", hybrid(shape, sinks, z, one_pass=kind == "one pass")
             attentions[sinks, label] = attention
             errors[f"{name}, {sinks} sinks, {label}"] = largest = error(shape, sinks, z, attention)

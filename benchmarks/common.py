@@ -30,9 +30,7 @@ QWEN3_06B: dict[str, Any] = {  # Qwen3-0.6B's shape, for models with random weig
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
     """An empty parser that shows the script's docstring as it stands."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def environment() -> dict[str, Any]:

@@ -117,9 +117,7 @@ def dense_sdpa(model: PreTrainedModel, context: int, batch: int) -> Iterator[lis
         for _ in range(LAYERS)
     ]
 
-    def attend(
-        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any
-    ) -> tuple[Tensor, None]:
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
         keys, values = storage[module.layer_idx]
         keys[:, :, -1:], values[:, :, -1:] = k, v
         out = F.scaled_dot_product_attention(q, keys, values, scale=options["scaling"], enable_gqa=True)
@@ -249,13 +247,7 @@ def main() -> None:
         del cache, step
         dense_ms = measured["dense"][0]
         for name, (ms, attention_ms, speed, fits) in measured.items():
-            row = [
-                f"{context} x {batch}",
-                name,
-                round(ms, 3),
-                round(1e3 * batch / ms),
-                round(dense_ms / ms, 2),
-            ]
+            row = [f"{context} x {batch}", name, round(ms, 3), round(1e3 * batch / ms), round(dense_ms / ms, 2)]
             row += [round(held[name] / 1e9, 2), round(attention_ms, 3), round(speed)]
             rows.append([*row, round(1e9 * speed / copy, 3), fits])
             print(*rows[-1], flush=True)

@@ -33,9 +33,7 @@ def main() -> None:
         kept = ("sparsity", "losses", "expected_sparsity", "fractional", "seconds", "heldout_sequences")
         runs.append({"seed": seed, "hardware": summary["hardware"]} | {key: summary[key] for key in kept})
         write_json(options.out, environment() | {"runs": runs, "recovered": recovered})
-    print_table(
-        ["allocation", *(f"seed {run['seed']}" for run in runs)], [[k, *v] for k, v in recovered.items()]
-    )
+    print_table(["allocation", *(f"seed {run['seed']}" for run in runs)], [[k, *v] for k, v in recovered.items()])
 
 
 if __name__ == "__main__":

@@ -60,10 +60,7 @@ def main() -> None:
                 repeats=options.repeats,
             )
             settings = {"model": options.model, "window": allocation.window}
-            settings |= {
-                "num_sink_tokens": allocation.num_sink_tokens,
-                "decode_tokens": options.decode_tokens,
-            }
+            settings |= {"num_sink_tokens": allocation.num_sink_tokens, "decode_tokens": options.decode_tokens}
             settings |= {"repeats": options.repeats, "dtype": result.where["dtype"]}
             measured = [asdict(measurement) for measurement in result.measurements]
             results.append({"allocation": name, "sparsity": result.sparsity, "measurements": measured})

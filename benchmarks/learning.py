@@ -58,9 +58,7 @@ def random_model(config: Any) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
 
 
-def learned(
-    model: PreTrainedModel, tokens: np.ndarray, num_steps: int, at_once: int = 1, **settings: Any
-) -> float:
+def learned(model: PreTrainedModel, tokens: np.ndarray, num_steps: int, at_once: int = 1, **settings: Any) -> float:
     """Tokens per second of a whole run of `learn`, after a short run that compiles all kernels."""
     speeds: list[float] = []
     for steps in (min(WARM_UP_RUN, num_steps), num_steps):
@@ -104,9 +102,7 @@ def two_attentions(model: PreTrainedModel, seq_len: int) -> Iterator[None]:
     distance = position[:, None] - position
     visible = (distance >= 0) & ((distance < WINDOW) | (position < NUM_SINK_TOKENS))
 
-    def attend(
-        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any
-    ) -> tuple[Tensor, None]:
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
         group = q.shape[1] // heads
         full = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
@@ -155,9 +151,7 @@ def main() -> None:
         loops["consa, compiled"] = peak_of(compiled)
         for name, (speed, peak) in loops.items():
             dense = loops["dense, compiled" if "compiled" in name else "dense"][0]
-            rows.append(
-                ["SmolLM2-135M", 8192, at_once, name, round(speed), round(speed / dense, 3), round(peak, 2)]
-            )
+            rows.append(["SmolLM2-135M", 8192, at_once, name, round(speed), round(speed / dense, 3), round(peak, 2)])
     del model
     print_table(COLUMNS, rows)
 
@@ -167,11 +161,7 @@ def main() -> None:
         speed, peak = peak_of(partial(learned, model, tokens, len(tokens), **settings))
         rows.append(["Qwen3-0.6B", 32768, 1, name, round(speed), "", round(peak, 2)])
     if options.out:
-        settings: dict[str, Any] = {
-            "window": WINDOW,
-            "num_sink_tokens": NUM_SINK_TOKENS,
-            "steps": options.steps,
-        }
+        settings: dict[str, Any] = {"window": WINDOW, "num_sink_tokens": NUM_SINK_TOKENS, "steps": options.steps}
         write_json(options.out, environment() | settings | {"columns": COLUMNS, "rows": rows})
     print_table(COLUMNS, rows)
 

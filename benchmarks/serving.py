@@ -40,14 +40,7 @@ from consa.bench import vllm as bench
 from consa.serving.limits import vllm_version
 from consa.serving.server import command
 
-SHAPE = {
-    "layers": 28,
-    "kv_heads": 8,
-    "head_dim": 128,
-    "hidden": 1024,
-    "intermediate": 3072,
-    "vocabulary": 151_936,
-}
+SHAPE = {"layers": 28, "kv_heads": 8, "head_dim": 128, "hidden": 1024, "intermediate": 3072, "vocabulary": 151_936}
 TINY = {"layers": 3, "kv_heads": 4, "head_dim": 32, "hidden": 64, "intermediate": 64, "vocabulary": 512}
 WORKLOADS = ("long", "short", "saturated", "server")
 MODELS = ("dense", "heads-sinks4", "heads-sinks0", "layers-sinks4")
@@ -99,29 +92,19 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--models", default="dense,heads-sinks4,heads-sinks0", help=f"among {', '.join(MODELS)}"
-    )
+    parser.add_argument("--models", default="dense,heads-sinks4,heads-sinks0", help=f"among {', '.join(MODELS)}")
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help="among these, with commas between")
     parser.add_argument("--context", type=int, default=32768, help="tokens of long prompts")
-    parser.add_argument(
-        "--output-tokens", type=int, default=512, help="of each request of the saturated workload"
-    )
+    parser.add_argument("--output-tokens", type=int, default=512, help="of each request of the saturated workload")
     parser.add_argument("--repeats", type=int, default=3, help="generations of each workload")
-    parser.add_argument(
-        "--engine", type=json.loads, default={}, help="options of vLLM's LLM for all models, as JSON"
-    )
+    parser.add_argument("--engine", type=json.loads, default={}, help="options of vLLM's LLM for all models, as JSON")
     parser.add_argument("--model", help="a model folder or GGUF file instead of random weights")
     parser.add_argument("--allocation", help="allocation.json of the hybrid of --model")
     parser.add_argument("--sparsity", type=float, default=0.75)
     parser.add_argument("--window", type=int, default=512, help="tokens")
     parser.add_argument("--folder", type=Path, help="keeps the models between runs")
-    parser.add_argument(
-        "--prepare", choices=("write", "compile"), help="write the models, or compile them too"
-    )
-    parser.add_argument(
-        "--tiny", action="store_true", help="a small model and small workloads, to test this script"
-    )
+    parser.add_argument("--prepare", choices=("write", "compile"), help="write the models, or compile them too")
+    parser.add_argument("--tiny", action="store_true", help="a small model and small workloads, to test this script")
     options = parser.parse_args()
     if bool(options.model) != bool(options.allocation):
         parser.error("--model and --allocation go together")
@@ -255,13 +238,7 @@ def _keep(record: dict[str, Any], out: Path, name: str, row: dict[str, Any]) -> 
 
 
 def serve(
-    folder: Path,
-    engine: dict[str, Any],
-    *,
-    context: list[int],
-    requests: int,
-    output_tokens: int,
-    stock: bool,
+    folder: Path, engine: dict[str, Any], *, context: list[int], requests: int, output_tokens: int, stock: bool
 ) -> dict[str, Any]:
     """Measure the OpenAI-compatible server with requests of `context[0]` to `context[1]` tokens, all sent at once.
 
@@ -284,9 +261,7 @@ def serve(
     with tempfile.TemporaryDirectory() as temporary:
         log = Path(temporary, "log")
         with log.open("w") as output:
-            server = subprocess.Popen(
-                program, env=bench.environment(stock), stdout=output, stderr=subprocess.STDOUT
-            )
+            server = subprocess.Popen(program, env=bench.environment(stock), stdout=output, stderr=subprocess.STDOUT)
         try:
             while not _answers(address):
                 if server.poll() is not None:
@@ -357,9 +332,7 @@ async def _send(address: str, model: str, lengths: list[int], output_tokens: int
         "tokens_per_second": len(lengths) * output_tokens / seconds,
         "first_token_seconds": statistics.median(firsts),
         "first_token_seconds_p99": float(np.quantile(firsts, 0.99)),
-        "seconds_per_token": statistics.median(
-            (last - first) / max(output_tokens - 1, 1) for first, last in times
-        ),
+        "seconds_per_token": statistics.median((last - first) / max(output_tokens - 1, 1) for first, last in times),
         "running_max": int(max(running)),
         "preemptions": _metric(address, "vllm:num_preemptions_total") - preempted,
     }

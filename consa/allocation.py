@@ -97,9 +97,7 @@ class Allocation:
             )
         scores = None if self.scores is None else _checked_scores(self.scores, mask.shape)
         mask.flags.writeable = False
-        native_windows = {
-            int(layer): int(self.native_windows[layer]) for layer in sorted(self.native_windows)
-        }
+        native_windows = {int(layer): int(self.native_windows[layer]) for layer in sorted(self.native_windows)}
         object.__setattr__(self, "full_attention", mask)
         object.__setattr__(self, "scores", scores)
         object.__setattr__(self, "window", int(self.window))
@@ -136,9 +134,7 @@ class Allocation:
         num_units = len(self.layers) * self.num_kv_heads
         return (num_units - int(self.full_attention.sum())) / num_units  # one rounding: 9 of 30 is 0.3
 
-    def kv_cache_bytes(
-        self, seq_len: int, *, head_dim: int, bytes_per_element: int = 2, batch_size: int = 1
-    ) -> int:
+    def kv_cache_bytes(self, seq_len: int, *, head_dim: int, bytes_per_element: int = 2, batch_size: int = 1) -> int:
         """Bytes of keys and values in the cache after `seq_len` tokens.
 
         An FA head keeps every token, an SWA head `min(seq_len, num_sink_tokens + window)`.
@@ -199,9 +195,7 @@ class Allocation:
         if (
             not isinstance(rows, list)
             or len(rows) != shape[0]
-            or not all(
-                isinstance(row, str) and len(row) == shape[1] and set(row) <= set("01") for row in rows
-            )
+            or not all(isinstance(row, str) and len(row) == shape[1] and set(row) <= set("01") for row in rows)
         ):
             raise InvalidAllocationError(
                 f"full_attention must be num_layers={shape[0]!r} strings of num_kv_heads={shape[1]!r} digits 0 or 1"
@@ -212,9 +206,7 @@ class Allocation:
         try:
             native_windows = {int(layer): window for layer, window in record["native_windows"].items()}
         except ValueError as error:
-            raise InvalidAllocationError(
-                f"native_windows must have layer numbers as keys: {error}"
-            ) from error
+            raise InvalidAllocationError(f"native_windows must have layer numbers as keys: {error}") from error
         allocation = cls(
             full_attention=np.array([[digit == "1" for digit in row] for row in rows], dtype=bool),
             granularity=record["granularity"],
@@ -245,9 +237,7 @@ class Allocation:
         file = published.resolve(path)
         if not os.path.exists(file):  # unlike Path.exists, accepts names that are too long
             known = ", ".join(published.names())
-            raise ConsaError(
-                f"allocation {str(path)!r} is neither a file nor a published allocation: {known}"
-            )
+            raise ConsaError(f"allocation {str(path)!r} is neither a file nor a published allocation: {known}")
         text = read_text(file, max_bytes=MAX_FILE_BYTES)
         try:
             return cls.from_json(text)
@@ -322,9 +312,7 @@ def num_full_units_within(
 def check_sparsity(sparsity: float) -> None:
     """Raise ConsaError unless `sparsity` is a number in [0, 1]."""
     if not isinstance(sparsity, (int, float)) or not 0 <= sparsity <= 1:
-        raise ConsaError(
-            f"sparsity must be a share in [0, 1], got {sparsity!r}; 0.75 puts three quarters on SWA"
-        )
+        raise ConsaError(f"sparsity must be a share in [0, 1], got {sparsity!r}; 0.75 puts three quarters on SWA")
 
 
 def _sorted_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -337,9 +325,7 @@ def _checked_scores(values: Any, shape: tuple[int, ...]) -> np.ndarray:
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidAllocationError(f"scores are not numbers: {error}") from error
     if scores.shape != shape or not np.isfinite(scores).all():
-        raise InvalidAllocationError(
-            f"scores must be finite numbers of shape {shape}, got shape {scores.shape}"
-        )
+        raise InvalidAllocationError(f"scores must be finite numbers of shape {shape}, got shape {scores.shape}")
     scores.flags.writeable = False
     return scores
 

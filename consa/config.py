@@ -65,21 +65,13 @@ class LearnConfig:
         "frozen", "Whether the model's weights stay frozen or are trained jointly with the gates."
     )
     weight_lr: float = _solver(1e-5, "Learning rate of AdamW for the weights in joint mode.", gt=0)
-    gate_lr: float | None = _solver(
-        None, "Learning rate of Adam for the gates. Default: min(1, 60 / num_steps).", gt=0
-    )
+    gate_lr: float | None = _solver(None, "Learning rate of Adam for the gates. Default: min(1, 60 / num_steps).", gt=0)
     initial_log_alpha: float = _solver(
         2.0, "Initial log_alpha of the gates. At 2 a gate is open with probability 0.97."
     )
-    log_alpha_min: float = _solver(
-        -7.0, "Lower bound of log_alpha. At -7 a gate is open with probability 0.005."
-    )
-    log_alpha_max: float = _solver(
-        3.0, "Upper bound of log_alpha. Beyond 3 the constraint hardly moves a gate."
-    )
-    warmup: float = _solver(
-        0.7, "Share of the steps over which the target sparsity rises from 0.", ge=0, le=1
-    )
+    log_alpha_min: float = _solver(-7.0, "Lower bound of log_alpha. At -7 a gate is open with probability 0.005.")
+    log_alpha_max: float = _solver(3.0, "Upper bound of log_alpha. Beyond 3 the constraint hardly moves a gate.")
+    warmup: float = _solver(0.7, "Share of the steps over which the target sparsity rises from 0.", ge=0, le=1)
     penalty: float = _solver(300.0, "Quadratic coefficient (rho) of the sparsity constraint, in nats.", gt=0)
     multiplier_step: float = _solver(
         3.0, "Step size (eta) of the sparsity constraint's Lagrange multiplier, in nats.", gt=0
@@ -92,21 +84,14 @@ class LearnConfig:
     sharpening: float = _solver(
         3.0, "Largest coefficient of the term P(1 - P), in nats. It drives every gate to a decision.", ge=0
     )
-    sharpening_start: float = _solver(
-        0.75, "Share of the steps after which the sharpening rises from 0.", ge=0, le=1
-    )
-    averaged: float = _solver(
-        0.2, "Last share of the steps whose average log_alpha ranks the units.", gt=0, le=1
-    )
-    refine_evaluations: int = _solver(
-        40, "Evaluations that the final refinement may use. 0 turns it off.", ge=0
-    )
+    sharpening_start: float = _solver(0.75, "Share of the steps after which the sharpening rises from 0.", ge=0, le=1)
+    averaged: float = _solver(0.2, "Last share of the steps whose average log_alpha ranks the units.", gt=0, le=1)
+    refine_evaluations: int = _solver(40, "Evaluations that the final refinement may use. 0 turns it off.", ge=0)
     refine_sequences: int = _solver(8, "Training sequences of each evaluation of the refinement.", ge=1)
     gradient_checkpointing: bool = _speed(False, RECOMPUTE_HELP, alias="activation_checkpointing")
     compile: bool = _speed(False, COMPILE_HELP)
     parallel: Literal["ddp", "fsdp"] = _speed(
-        "ddp",
-        "Parallelism over several processes in joint mode: copies of all weights, or layers sharded with FSDP.",
+        "ddp", "Parallelism over several processes in joint mode: copies of all weights, or layers sharded with FSDP."
     )
     checkpoint_every: int = _speed(10, "Steps between checkpoints.", ge=1)
 
@@ -135,9 +120,7 @@ class LearnConfig:
         """The constraint on the FA heads of a layer; none for whole layers."""
         if self.granularity == "layer":
             return ANY
-        return Constraint(
-            full_heads_per_layer=self.full_heads_per_layer, tensor_parallel=self.tensor_parallel
-        )
+        return Constraint(full_heads_per_layer=self.full_heads_per_layer, tensor_parallel=self.tensor_parallel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +132,7 @@ class AdaptConfig:
     """
 
     method: Literal["full", "lora"] = option(
-        "full",
-        "Weights that are trained: all, or low-rank adapters of the linear layers (needs consa[lora]).",
+        "full", "Weights that are trained: all, or low-rank adapters of the linear layers (needs consa[lora])."
     )
     cross_entropy: float = _solver(1.0, "Weight of the next-token loss.", ge=0)
     distillation: float = _solver(
@@ -192,9 +174,7 @@ class AdaptConfig:
         check(self)
         _check_steps(self)
         if not self.cross_entropy + self.distillation + self.hidden_loss:
-            raise ConsaError(
-                "cross_entropy, distillation and hidden_loss are all 0; give one of them a weight"
-            )
+            raise ConsaError("cross_entropy, distillation and hidden_loss are all 0; give one of them a weight")
         if self.method == "lora" and self.parallel == "fsdp":
             raise ConsaError("parallel must be ddp with method lora, which trains few weights; got 'fsdp'")
         if not words_of(self.lora_targets):
@@ -229,16 +209,14 @@ class RunConfig:
     """
 
     model: str = option(
-        ...,
-        "Model: a folder, a .gguf file, a Hugging Face name, or smollm2-135m (from an installed package).",
+        ..., "Model: a folder, a .gguf file, a Hugging Face name, or smollm2-135m (from an installed package)."
     )
     data: str = _data(
         "stdlib",
         "Training text: file, folder, glob, hf:owner/name, or stdlib (Python's own sources). Separated by commas.",
     )
     heldout_data: str | None = _data(
-        None,
-        "Text to measure on. Default: a tenth of the documents of --data, which are kept out of training.",
+        None, "Text to measure on. Default: a tenth of the documents of --data, which are kept out of training."
     )
     text_field: str = _data("text", "Field that holds the text in a JSONL record or dataset row.")
     max_tokens: int | None = _data(
@@ -294,17 +272,13 @@ class EvalConfig:
     retrieval: str | None = option(
         None, f"Retrieval tasks to ask: {', '.join(TASKS)}. Separated by commas. Default: none."
     )
-    lengths: str = option(
-        "1024,4096", "Prompt lengths of the retrieval tasks, in tokens. Separated by commas."
-    )
+    lengths: str = option("1024,4096", "Prompt lengths of the retrieval tasks, in tokens. Separated by commas.")
     examples: int = option(20, "Prompts of each retrieval task at each length.", ge=1)
     tasks: str | None = option(None, "Tasks of lm-eval to run. Separated by commas. Default: none.")
     limit: int | None = option(None, "Documents of each lm-eval task to use. Default: all.", ge=1)
     batch_size: int = _speed(1, "Batch size of all measurements, in sequences.", ge=1)
     cache_tokens: int = option(32768, "Tokens in the KV cache whose size the tables show.", ge=1)
-    seed: int = option(
-        0, "Random seed of retrieval prompts, confidence intervals and random allocations.", ge=0
-    )
+    seed: int = option(0, "Random seed of retrieval prompts, confidence intervals and random allocations.", ge=0)
 
     def __post_init__(self) -> None:
         check(self)
@@ -325,9 +299,7 @@ class EvalConfig:
         try:
             return tuple(int(length) for length in words_of(self.lengths))
         except ValueError:
-            raise ConsaError(
-                f"lengths must be integers >= 1 separated by commas, got {self.lengths!r}"
-            ) from None
+            raise ConsaError(f"lengths must be integers >= 1 separated by commas, got {self.lengths!r}") from None
 
     @property
     def harness_tasks(self) -> tuple[str, ...]:
@@ -344,9 +316,7 @@ class SweepConfig:
     """
 
     sparsity: str = option("0.5,0.75,0.9", f"Sparsities to choose at. {SPARSITY_HELP} Separated by commas.")
-    granularity: str = option(
-        "kv_head", f"{GRANULARITY_HELP} Values are layer and kv_head, separated by commas."
-    )
+    granularity: str = option("kv_head", f"{GRANULARITY_HELP} Values are layer and kv_head, separated by commas.")
     methods: str = option(
         "consa,rules",
         "Methods that choose allocations: consa, other methods, rules by name, rules for all of them, or"
@@ -357,9 +327,7 @@ class SweepConfig:
         None,
         "Settings of single methods, for example prulong.learning_rate=0.5,bosch.num_buckets=4. Separated by commas.",
     )
-    num_steps: int | None = _solver(
-        None, "Optimizer steps of methods that train. Default: each method's own.", ge=1
-    )
+    num_steps: int | None = _solver(None, "Optimizer steps of methods that train. Default: each method's own.", ge=1)
     sequences_per_step: int | None = _solver(
         None, "Global batch size of methods that train. Default: each method's own.", ge=1
     )

@@ -36,9 +36,7 @@ class Constraint:
     def __post_init__(self) -> None:
         if self.full_heads_per_layer not in get_args(FullHeadsPerLayer):
             allowed = ", ".join(get_args(FullHeadsPerLayer))
-            raise ConsaError(
-                f"full_heads_per_layer must be one of {allowed}, got {self.full_heads_per_layer!r}"
-            )
+            raise ConsaError(f"full_heads_per_layer must be one of {allowed}, got {self.full_heads_per_layer!r}")
         if not isinstance(self.tensor_parallel, int) or self.tensor_parallel < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConsaError(f"tensor_parallel must be an integer >= 1, got {self.tensor_parallel!r}")
 

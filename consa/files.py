@@ -39,9 +39,7 @@ def write_atomically(path: Path, *content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise ConsaError(
-            f"cannot write {path}: {error.strerror or error}; choose a folder with room"
-        ) from error
+        raise ConsaError(f"cannot write {path}: {error.strerror or error}; choose a folder with room") from error
     finally:  # also when interrupted; after os.replace there is nothing left under this name
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -100,9 +98,7 @@ def check_writable(folder: Path) -> None:
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         tempfile.TemporaryDirectory(prefix=".", dir=nearest).cleanup()
     except OSError as error:
-        raise ConsaError(
-            f"cannot write {folder}: {error.strerror or error}; choose another folder"
-        ) from error
+        raise ConsaError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
 
 
 def read_text(path: Path, *, max_bytes: int) -> str:
@@ -122,9 +118,7 @@ def read_text(path: Path, *, max_bytes: int) -> str:
     except OSError as error:
         raise ConsaError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise ConsaError(
-            f"cannot read {path}: not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from error
+        raise ConsaError(f"cannot read {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def read_json(path: Path, *, max_bytes: int) -> JsonObject:

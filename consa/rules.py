@@ -38,9 +38,7 @@ def top(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
 
 def middle(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
     """FA in one contiguous block in the middle."""
-    return from_units(
-        lambda n, k, _: np.arange(k) + (n - k) // 2, num_layers, num_kv_heads, rule="middle", **options
-    )
+    return from_units(lambda n, k, _: np.arange(k) + (n - k) // 2, num_layers, num_kv_heads, rule="middle", **options)
 
 
 def sandwich(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
@@ -89,23 +87,17 @@ def uniform_heads(
         per_layer[_spread(layers, num_full % layers)] += 1
         return np.flatnonzero(np.arange(heads) < per_layer[:, None])
 
-    return from_units(
-        choose, num_layers, num_kv_heads, rule="uniform_heads", granularity="kv_head", **options
-    )
+    return from_units(choose, num_layers, num_kv_heads, rule="uniform_heads", granularity="kv_head", **options)
 
 
 def dense(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
     """FA everywhere: the original model. Options as in `from_units`, except the sparsity."""
-    return from_units(
-        lambda n, k, _: np.arange(k), num_layers, num_kv_heads, rule="dense", sparsity=0.0, **options
-    )
+    return from_units(lambda n, k, _: np.arange(k), num_layers, num_kv_heads, rule="dense", sparsity=0.0, **options)
 
 
 def all_swa(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
     """SWA everywhere. Options as in `from_units`, except the sparsity."""
-    return from_units(
-        lambda n, k, _: np.arange(k), num_layers, num_kv_heads, rule="all_swa", sparsity=1.0, **options
-    )
+    return from_units(lambda n, k, _: np.arange(k), num_layers, num_kv_heads, rule="all_swa", sparsity=1.0, **options)
 
 
 RULES: dict[str, Rule] = {
@@ -132,8 +124,7 @@ def every_rule(
 ) -> dict[str, Allocation]:
     """The allocation of every rule that exists for a granularity. Other options as in `by_name`."""
     return {
-        name: by_name(name, num_layers, num_kv_heads, granularity=granularity, **options)
-        for name in names(granularity)
+        name: by_name(name, num_layers, num_kv_heads, granularity=granularity, **options) for name in names(granularity)
     }
 
 
@@ -181,9 +172,7 @@ def from_units(
     full[choose(num_units, num_full_units(num_units, sparsity), per_layer)] = True
     mask = np.zeros((num_layers, num_kv_heads), dtype=bool)
     mask[layers] = full.reshape(len(layers), per_layer)  # a layer's decision broadcasts over its KV heads
-    provenance = {"method": rule, "target_sparsity": float(sparsity)} | (
-        {} if seed is None else {"seed": seed}
-    )
+    provenance = {"method": rule, "target_sparsity": float(sparsity)} | ({} if seed is None else {"seed": seed})
     return Allocation(
         full_attention=mask,
         granularity=granularity,

@@ -89,9 +89,7 @@ def section(name: str, recipe: ModuleType) -> list[str]:
     for part in dict.fromkeys(part for parts, _ in estimates for part in parts):
         cells = (f"{parts[part] / 1e9:.1f}" if part in parts else "" for parts, _ in estimates)
         lines.append(f"| {part} | " + " | ".join(cells) + " |")
-    lines.append(
-        "| **GB in all** | " + " | ".join(f"**{sum(p.values()) / 1e9:.1f}**" for p, _ in estimates) + " |"
-    )
+    lines.append("| **GB in all** | " + " | ".join(f"**{sum(p.values()) / 1e9:.1f}**" for p, _ in estimates) + " |")
     for label in estimates[0][1]:
         lines.append(f"| {label} | " + " | ".join(facts[label] for _, facts in estimates) + " |")
     return [*lines, ""]
@@ -106,11 +104,7 @@ def skeleton(shape: dict[str, Any]) -> Qwen3ForCausalLM:
 def parameters(model: Qwen3ForCausalLM) -> tuple[int, int, int]:
     """How many there are, in the layers, in the embeddings."""
     total = sum(p.numel() for p in model.parameters())
-    return (
-        total,
-        sum(p.numel() for p in model.model.layers.parameters()),
-        model.model.embed_tokens.weight.numel(),
-    )
+    return (total, sum(p.numel() for p in model.model.layers.parameters()), model.model.embed_tokens.weight.numel())
 
 
 def memory(model: Qwen3ForCausalLM, config: LearnConfig | AdaptConfig, gpus: int) -> dict[str, float]:
@@ -140,9 +134,7 @@ def memory(model: Qwen3ForCausalLM, config: LearnConfig | AdaptConfig, gpus: int
     return parts
 
 
-def time(
-    model: Qwen3ForCausalLM, config: LearnConfig | AdaptConfig, gpus: int, *, full: float
-) -> dict[str, str]:
+def time(model: Qwen3ForCausalLM, config: LearnConfig | AdaptConfig, gpus: int, *, full: float) -> dict[str, str]:
     """Tokens, FLOP and time, if a share `full` of the heads computes full attention and the others cost nothing.
 
     Backward counts as 2 passes through weights that train, 1 through frozen ones, and 2.5 through attention;
@@ -166,9 +158,7 @@ def time(
 
 def layer_bytes(config: Any) -> float:
     """What one layer keeps for its backward pass, bytes per token, in bfloat16: from running one on a few."""
-    small = Qwen3Config(
-        **config.to_diff_dict() | {"num_hidden_layers": 1, "vocab_size": 8, "layer_types": None}
-    )
+    small = Qwen3Config(**config.to_diff_dict() | {"num_hidden_layers": 1, "vocab_size": 8, "layer_types": None})
     model = Qwen3ForCausalLM(small).bfloat16()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -179,10 +169,7 @@ def layer_bytes(config: Any) -> float:
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
-    layer, hidden = (
-        model.model.layers[0],
-        torch.zeros(1, SAMPLE_TOKENS, config.hidden_size, dtype=torch.bfloat16),
-    )
+    layer, hidden = (model.model.layers[0], torch.zeros(1, SAMPLE_TOKENS, config.hidden_size, dtype=torch.bfloat16))
     places = torch.arange(SAMPLE_TOKENS)[None]
     position_embeddings = model.model.rotary_emb(hidden, places)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):

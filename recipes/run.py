@@ -20,17 +20,13 @@ RECIPES = sorted(path.stem for path in Path(__file__).parent.glob("qwen*.py"))
 
 def main() -> None:
     """Run a phase of a recipe. An interrupted run resumes from its last checkpoint."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("phase", choices=["learn", "adapt"])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     options = parser.parse_args()
     recipe = import_module(f"recipes.{options.recipe}")
-    command = (
-        f"python -m recipes.run {options.recipe} {options.phase} --runs {shlex.quote(str(options.runs))}"
-    )
+    command = f"python -m recipes.run {options.recipe} {options.phase} --runs {shlex.quote(str(options.runs))}"
     learned, adapted = (options.runs / f"{options.recipe}-{phase}" for phase in ("learn", "adapt"))
     try:
         if options.phase == "learn":

@@ -48,9 +48,7 @@ ROWS = [
     *("dense", "kv_head/4", "all_swa/4", "kv_head/0", "layer/4", "interleaved/4", "middle/4", "joint/4"),
     *("all_swa/0", "distilled/4", "layer/0", "interleaved/0", "middle/0"),
 ]
-KINDS = (
-    {row.partition("/")[0] for row in ROWS} | rules.RULES.keys() | {f"{rule}_layer" for rule in rules.RULES}
-)
+KINDS = {row.partition("/")[0] for row in ROWS} | rules.RULES.keys() | {f"{rule}_layer" for rule in rules.RULES}
 
 
 def main() -> None:
@@ -72,15 +70,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the learned allocations")
     parser.add_argument("--tokens", type=float, default=5.25e6, help="of each row's training; at most 20 M")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="peak learning rate")
-    parser.add_argument(
-        "--joint-rate", type=float, default=1e-4, help="learning rate of the weights in joint learning"
-    )
+    parser.add_argument("--joint-rate", type=float, default=1e-4, help="learning rate of the weights in joint learning")
     parser.add_argument("--sequences-per-step", type=int, default=8)
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--compile", action="store_true", help="compile the layers that train")
-    parser.add_argument(
-        "--learn-steps", type=int, help="steps of joint learning (default: those of the files)"
-    )
+    parser.add_argument("--learn-steps", type=int, help="steps of joint learning (default: those of the files)")
     parser.add_argument("--lengths", default="4096,8192", help="tokens of the retrieval questions")
     parser.add_argument("--examples", type=int, default=50, help="questions per length")
     return parser.parse_args()
@@ -164,9 +158,7 @@ class Benchmark:
             "learning_seconds": learning_seconds,
             "seconds": round(took, 1),
             "tokens_per_second": round(tokens / took),
-            "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)
-            if torch.cuda.is_available()
-            else None,
+            "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if torch.cuda.is_available() else None,
             "losses": [round(record["loss"], 4) for record in history],
             "allocation": digits_of(allocation),
         }
@@ -189,9 +181,7 @@ class Benchmark:
                 name = f"consa-{granularity}-{sparsity[0]}-seed{self.options.seed}"
                 full = mask_of(read("methods")["rows"][name]["allocation"])
             return Allocation(full_attention=full, granularity=granularity, **shape)
-        shape["sparsity"] = {"dense": 0.0, "all_swa": 1.0}.get(
-            kind, float(*sparsity or [heads.config.sparsity])
-        )
+        shape["sparsity"] = {"dense": 0.0, "all_swa": 1.0}.get(kind, float(*sparsity or [heads.config.sparsity]))
         granularity = "layer" if kind.endswith("_layer") else "kv_head"
         rule = rules.RULES.get(kind.removesuffix("_layer"), rules.bottom)
         return rule(layout.num_layers, layout.num_kv_heads, granularity=granularity, **shape)
@@ -218,9 +208,7 @@ class Source:
         (row,) = (row for row in record["rows"] if row["name"] == f"consa/{granularity}/seed{seed}")
         return cls(
             mask_of(row["allocation"]),
-            LearnConfig(
-                **with_present_names(record["settings"]) | {"granularity": granularity, "seed": seed}
-            ),
+            LearnConfig(**with_present_names(record["settings"]) | {"granularity": granularity, "seed": seed}),
         )
 
 

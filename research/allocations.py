@@ -38,14 +38,11 @@ def main() -> None:
     limits: dict[str, Any] = {"window": config.window, "num_sink_tokens": config.num_sink_tokens}
     limits["native_windows"] = layout.native_windows
     floor, dense = (
-        float(heldout.losses(loaded.model, end).mean())
-        for end in (rules.all_swa(*layout.shape, **limits), None)
+        float(heldout.losses(loaded.model, end).mean()) for end in (rules.all_swa(*layout.shape, **limits), None)
     )
     rows: list[dict[str, Any]] = []
 
-    def add(
-        name: str, allocation: Allocation, seconds: float = 0.0, last: dict[str, float] | None = None
-    ) -> None:
+    def add(name: str, allocation: Allocation, seconds: float = 0.0, last: dict[str, float] | None = None) -> None:
         each = heldout.losses(loaded.model, allocation)
         row = {
             "name": name,
@@ -58,15 +55,8 @@ def main() -> None:
         }
         print(row, flush=True)
         scores = None if allocation.scores is None else allocation.scores.round(2).tolist()
-        rows.append(
-            row | {"allocation": digits_of(allocation), "scores": scores, "losses": each.round(5).tolist()}
-        )
-        record: dict[str, Any] = {
-            "model": options.model,
-            "settings": asdict(config),
-            "dense": dense,
-            "all_swa": floor,
-        }
+        rows.append(row | {"allocation": digits_of(allocation), "scores": scores, "losses": each.round(5).tolist()})
+        record: dict[str, Any] = {"model": options.model, "settings": asdict(config), "dense": dense, "all_swa": floor}
         record |= {"start": options.start, "heldout_sequences": len(heldout.tokens), "rows": rows}
         write_json(options.out, environment() | record)
 
@@ -94,9 +84,7 @@ def _options() -> argparse.Namespace:
     parser = study_parser(__doc__, resumes=False)
     parser.add_argument("--sparsity", default="0.733")
     parser.add_argument("--granularity", default="kv_head,layer")
-    parser.add_argument(
-        "--full-heads-per-layer", default="any", help="constraints to learn under: any,even,uniform"
-    )
+    parser.add_argument("--full-heads-per-layer", default="any", help="constraints to learn under: any,even,uniform")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rules", action="store_true", help="also evaluate every rule")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")

@@ -68,9 +68,7 @@ def main() -> None:
         columns = [allocations[0].granularity, "AUC", "rank with FA", "rank with log_alpha"]
         rows = [[name, *map(_median, values.values())] for name, values in sets[-1]["measures"].items()]
         print_table(columns, rows)
-    across = [
-        vars(agreement(first, second)) for a, b in combinations(learned, 2) for first in a for second in b
-    ]
+    across = [vars(agreement(first, second)) for a, b in combinations(learned, 2) for first in a for second in b]
     causal = behaviour.measures.get("causal_effect")
     alike = {} if causal is None else {n: rank_correlation(v, causal) for n, v in behaviour.measures.items()}
     record = {

@@ -106,9 +106,7 @@ def main() -> None:
     run([known[name] for name in wanted], torch.cuda.device_count(), options.seconds, Path("runs/campaign"))
 
 
-def run(
-    wanted: Sequence[Job], num_gpus: int, seconds: float, logs: Path, say: Callable[[str], None] = print
-) -> None:
+def run(wanted: Sequence[Job], num_gpus: int, seconds: float, logs: Path, say: Callable[[str], None] = print) -> None:
     """Run the jobs in order; a job that waits for several GPUs is not overtaken."""
     logs.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()

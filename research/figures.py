@@ -63,9 +63,7 @@ def places(record: Record) -> bytes:
     left, right = drawing.subplots(1, 2, width_ratios=(1, 1.6))
     for which, label, style in (("losses", "refined", "-"), (GATES, "gates alone", "--")):
         values = [recovered(record, row, which) for row in steps]
-        left.plot(
-            [row["tokens"] for row in steps], values, style, color="C0", marker="o", markersize=4, label=label
-        )
+        left.plot([row["tokens"] for row in steps], values, style, color="C0", marker="o", markersize=4, label=label)
     left.set(xscale="log", xlabel="tokens of learning", ylabel="recovered")
     left.legend(frameon=False)
     cells = located(record)

@@ -122,9 +122,7 @@ def make_tokenizer(documents: Iterator[str], vocabulary: int) -> PreTrainedToken
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END, bos_token=END, pad_token=END)
 
 
-def sequences(
-    documents: Iterator[str], tokenizer: PreTrainedTokenizerFast, seq_len: int
-) -> Iterator[np.ndarray]:
+def sequences(documents: Iterator[str], tokenizer: PreTrainedTokenizerFast, seq_len: int) -> Iterator[np.ndarray]:
     """Whole sequences of each document, `(n, seq_len)` uint16; its rest is left out."""
     for text in documents:
         ids = np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.uint16)
@@ -184,16 +182,10 @@ def train(options: argparse.Namespace) -> None:
         for layer in decoder_layers(model):
             layer.forward = torch.compile(layer.forward, dynamic=False)
     num_steps = max(1, int(options.tokens) // (options.sequences_per_step * text.shape[1]))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True)
     stream = batches(text, hidden, tokenizer, options)
     asked = questions(tokenizer, text.shape[1])
-    record: dict[str, Any] = environment() | {
-        "parameters": model.num_parameters(),
-        "steps": num_steps,
-        "measured": [],
-    }
+    record: dict[str, Any] = environment() | {"parameters": model.num_parameters(), "steps": num_steps, "measured": []}
     began = time.perf_counter()
     for step in range(num_steps):
         for group in optimizer.param_groups:

@@ -91,12 +91,7 @@ def main() -> None:
     mine = shares(seconds, number)[index - 1]
     if options.estimate:
         rows = [
-            [
-                runs[i][0].name,
-                len(runs[i]),
-                *(f"{n / 1e6:.2f}" for n in costs[runs[i][0].origin]),
-                round(seconds[i]),
-            ]
+            [runs[i][0].name, len(runs[i]), *(f"{n / 1e6:.2f}" for n in costs[runs[i][0].origin]), round(seconds[i])]
             for i in mine
         ]
         print_table(["run", "rows", "M tokens forward", "of those also backward", "seconds"], rows)
@@ -117,9 +112,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", default=",".join(PLAN), help="names of the plan, comma-separated")
     parser.add_argument("--sparsity", default="0.733,0.5,0.9")
     parser.add_argument("--seeds", type=int, default=3, help="of methods that use randomness")
-    parser.add_argument(
-        "--budget", action="append", default=[], metavar="NAME=VALUE", help="a setting of the methods"
-    )
+    parser.add_argument("--budget", action="append", default=[], metavar="NAME=VALUE", help="a setting of the methods")
     parser.add_argument("--lengths", default="2048,4096,8192", help="tokens of the retrieval questions")
     parser.add_argument("--examples", type=int, default=8, help="questions per length; 0 for none")
     return parser.parse_args()
@@ -140,9 +133,7 @@ def planned(options: argparse.Namespace) -> Iterator[list[Choice]]:
                     continue
                 runs: dict[Any, list[Choice]] = {}
                 for sparsity in sparsities:
-                    config = ChoiceConfig(
-                        **{"sparsity": sparsity, "granularity": granularity, "seed": seed} | shared
-                    )
+                    config = ChoiceConfig(**{"sparsity": sparsity, "granularity": granularity, "seed": seed} | shared)
                     choice = Choice(method=method, config=config)
                     runs.setdefault(choice.origin, []).append(choice)
                 yield from runs.values()
@@ -173,9 +164,7 @@ def in_seconds(forward: int, backward: int) -> float:
 class Benchmark:
     """The rows, and what measures one."""
 
-    def __init__(
-        self, options: argparse.Namespace, heldout: Heldout, lengths: list[int], processes: int
-    ) -> None:
+    def __init__(self, options: argparse.Namespace, heldout: Heldout, lengths: list[int], processes: int) -> None:
         self.loaded: LoadedModel = load_model(options.model)
         self.train, self.heldout, self.processes = tokens_of(options.train), heldout, processes
         self.measured: dict[bytes, dict[str, Any]] = {}

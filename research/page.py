@@ -101,11 +101,7 @@ def headline() -> tuple[Columns, Rows]:
     lines.sort(key=lambda line: -line[1][-1])
     heads = [trained["rows"][f"kv_head/4/{at:g}"] for at in SPARSITIES]
     rules = [analysis.best_trained_rule(trained, f"{at:g}")[1] for at in SPARSITIES]
-    after = {
-        "consa, KV heads": heads,
-        "best rule": rules,
-        "all-SWA, sparsity 1": [trained["rows"]["all_swa/4"]] * 3,
-    }
+    after = {"consa, KV heads": heads, "best rule": rules, "all-SWA, sparsity 1": [trained["rows"]["all_swa/4"]] * 3}
     lines += [(f"trained: {title}", [row["recovered"] for row in rows]) for title, rows in after.items()]
     columns = ["recovered at sparsity", *map(str, SPARSITIES)]
     return columns, [[title, *(f"{value:.3f}" for value in values)] for title, values in lines]
@@ -113,9 +109,7 @@ def headline() -> tuple[Columns, Rows]:
 
 def _lines(quality: dict[Any, dict[float, float]]) -> list[tuple[str, list[tuple[Any, float]]]]:
     """Titles of methods and of the best rule, each with the method and granularity that it stands for by sparsity."""
-    shown = [
-        kind for kind in quality if kind[0] not in RULES and (kind[1] == "kv_head" or kind[0] == "consa")
-    ]
+    shown = [kind for kind in quality if kind[0] not in RULES and (kind[1] == "kv_head" or kind[0] == "consa")]
     lines = [(f"{kind[0]}, {UNITS[kind[1]]}", [(kind, at) for at in SPARSITIES]) for kind in shown]
     rules = [kind for kind in quality if kind[0] in RULES]
     best = [(max(rules, key=lambda kind, at=at: quality[kind][at]), at) for at in SPARSITIES]
@@ -146,11 +140,7 @@ def methods() -> tuple[Columns, Rows]:
         kind, at = kinds[1]
         rows.append([title, *values, f"{tokens[kind][at]:.1f}", f"{seconds[kind][at]:.0f}"])
     rows.sort(key=lambda row: -float(row[2]))
-    columns = [
-        "method",
-        *(f"recovered at {at}" for at in SPARSITIES),
-        *(f"needles at {at}" for at in SPARSITIES),
-    ]
+    columns = ["method", *(f"recovered at {at}" for at in SPARSITIES), *(f"needles at {at}" for at in SPARSITIES)]
     return [*columns, "M tokens", "seconds"], rows
 
 
@@ -201,26 +191,17 @@ def trained() -> tuple[Columns, Rows]:
 
 def _title(key: str) -> str:
     kind, _, rest = key.partition("/")
-    titles = {
-        "dense": "dense",
-        "all_swa": "all-SWA",
-        "kv_head": "KV heads, learned",
-        "layer": "layers, learned",
-    }
+    titles = {"dense": "dense", "all_swa": "all-SWA", "kv_head": "KV heads, learned", "layer": "layers, learned"}
     titles["joint"] = "KV heads, learned with the weights"
     unit, rule = "layers" if kind.endswith("_layer") else "KV heads", kind.removesuffix("_layer")
-    return titles.get(kind, f"{unit}, {rule.replace('_', ' ')}") + (
-        ", no sinks" if rest.startswith("0") else ""
-    )
+    return titles.get(kind, f"{unit}, {rule.replace('_', ' ')}") + (", no sinks" if rest.startswith("0") else "")
 
 
 def _trained(row: Record) -> list[str]:
     before, after = row["before"], row["after"]
     needles = [f"{mean(when['retrieval'].values()):.2f}" for when in (before, after)]
     shares = [row[key] for key in ("recovered_before", "recovered", "recovered_of_trained")]
-    numbers = [
-        f"{value:.3f}" if value is not None else "" for value in (before["loss"], after["loss"], *shares)
-    ]
+    numbers = [f"{value:.3f}" if value is not None else "" for value in (before["loss"], after["loss"], *shares)]
     return [f"{row['sparsity']:g}", *numbers, *needles]
 
 
@@ -258,12 +239,7 @@ def places() -> tuple[Columns, Rows]:
             thirds = " / ".join(f"{share:.0%}" for share in depth(allocation).thirds)
             jaccard = f"{alike.jaccard:.2f} / {alike.expected_jaccard:.2f}"
             rows.append([title, thirds, jaccard, f"{analysis.recovered(study, row, GATES):.3f}"])
-    return [
-        "learned with",
-        "bottom / middle / top",
-        "Jaccard with base / by chance",
-        "recovered, gates alone",
-    ], rows
+    return ["learned with", "bottom / middle / top", "Jaccard with base / by chance", "recovered, gates alone"], rows
 
 
 def behaviour() -> tuple[Columns, Rows]:
@@ -288,9 +264,7 @@ def constraints() -> tuple[Columns, Rows]:
         model = SCRATCH.get(name.rpartition("-")[2], "135 M") + f", {record['settings']['seq_len']:,} tokens"
         for row in others:
             losses = (analysis.losses_of(of) for of in (row, free))
-            less = analysis.paired(
-                [a - b for a, b in zip(*losses, strict=True)], record["all_swa"] - record["dense"]
-            )
+            less = analysis.paired([a - b for a, b in zip(*losses, strict=True)], record["all_swa"] - record["dense"])
             shares = [f"{of['recovered']:.3f}" for of in (free, row)]
             rows.append([model, row["name"].split("/")[-1], f"{row['sparsity']:g}", *shares, less])
     return ["model and text", "FA heads in a layer", "sparsity", "free choice", "constrained", "less"], rows

@@ -25,9 +25,7 @@ FORWARD, FORWARD_AND_BACKWARD = 450_000, 150_000
 Task = TypeVar("Task")
 
 
-def study_parser(
-    description: str | None, *, shared: bool = False, resumes: bool = True
-) -> argparse.ArgumentParser:
+def study_parser(description: str | None, *, shared: bool = False, resumes: bool = True) -> argparse.ArgumentParser:
     """A parser with the options of every study on text; `shared` and `resumes` add some for scripts that can."""
     parser = parser_of(description)
     parser.add_argument("--model", default="smollm2-135m")
@@ -36,9 +34,7 @@ def study_parser(
     parser.add_argument("--num-heldout", type=int, default=48, help="held-out sequences")
     parser.add_argument("--start", type=int, default=1024, help="first position that counts")
     if resumes:
-        parser.add_argument(
-            "--seconds", type=float, default=float("inf"), help="start nothing later than that"
-        )
+        parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing later than that")
     parser.add_argument("--out", type=Path, required=True)
     if shared:
         parser.add_argument("--share", default="1/1", metavar="I/N", help="part I of N processes on one GPU")
@@ -122,12 +118,7 @@ def measured_before(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_missing(
-    tasks: Iterable[Task],
-    is_done: Callable[[Task], bool],
-    run: Callable[[Task], None],
-    *,
-    began: float,
-    seconds: float,
+    tasks: Iterable[Task], is_done: Callable[[Task], bool], run: Callable[[Task], None], *, began: float, seconds: float
 ) -> None:
     """Run the tasks that are not done; start none later than `seconds` after `began`, and say what is left."""
     left = 0

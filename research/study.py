@@ -79,9 +79,7 @@ class Cell:
 def cells() -> list[Cell]:
     """All cells, in the order in which they run."""
     short = {"num_steps": 100, "refine_evaluations": 0}
-    chosen = [
-        Cell("steps", str(steps), {"num_steps": steps}) for steps in (100, 6, 12, 25, 50, 200, 400, 600)
-    ]
+    chosen = [Cell("steps", str(steps), {"num_steps": steps}) for steps in (100, 6, 12, 25, 50, 200, 400, 600)]
     for granularity, sparsity in product(("kv_head", "layer"), PUBLISHED):
         config = {"granularity": granularity, "sparsity": sparsity}
         chosen.append(Cell("published", f"{granularity}-{sparsity:g}", config))

@@ -75,9 +75,7 @@ class Recording(AugmentedLagrangian):
         self.total, self.steps = self.total + log_alpha.detach().double(), self.steps + 1
         return super().update(log_alpha, target, growth)
 
-    def refine(
-        self, model: PreTrainedModel, allocation: Allocation, *args: Any, **options: Any
-    ) -> Allocation:
+    def refine(self, model: PreTrainedModel, allocation: Allocation, *args: Any, **options: Any) -> Allocation:
         """Refine with candidates in the order of the mean over all steps.
 
         By the average over the last steps, most gates at a high sparsity are equal, at their lower bound.
@@ -106,9 +104,7 @@ def distillation(model: PreTrainedModel, sequences: np.ndarray, config: LearnCon
     return learn(model, sequences, config, objective=Mixture(cross_entropy=0.0, distillation=1.0))
 
 
-def candidates_by_all_steps(
-    model: PreTrainedModel, sequences: np.ndarray, config: LearnConfig
-) -> LearnResult:
+def candidates_by_all_steps(model: PreTrainedModel, sequences: np.ndarray, config: LearnConfig) -> LearnResult:
     """Candidates of the refinement in the order of log_alpha over all steps."""
     recording = Recording(config)
     return learn(model, sequences, config, constraint=recording, refine=recording.refine)

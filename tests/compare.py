@@ -10,12 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def assert_close(
-    actual: Tensor | None,
-    wanted: Tensor,
-    tolerance: float = 1e-5,
-    name: str = "result",
-    *,
-    floor: float = 1e-30,
+    actual: Tensor | None, wanted: Tensor, tolerance: float = 1e-5, name: str = "result", *, floor: float = 1e-30
 ) -> None:
     """The largest difference is at most `tolerance` times the largest number wanted.
 

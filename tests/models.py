@@ -102,13 +102,7 @@ def write_gguf(path: Path, **numbers: int) -> Path:
     words = sorted(vocabulary, key=lambda word: vocabulary[word])
     writer = gguf.GGUFWriter(path, "llama")
     said = {"block_count": 2, "context_length": 64, "embedding_length": width, "feed_forward_length": width}
-    said |= {
-        "head_count": 2,
-        "head_count_kv": 1,
-        "vocab_size": len(words),
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
+    said |= {"head_count": 2, "head_count_kv": 1, "vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 1}
     for name, number in (said | numbers).items():
         getattr(writer, f"add_{name}")(number)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -121,9 +115,7 @@ def write_gguf(path: Path, **numbers: int) -> Path:
     blocks |= {"ffn_gate": width, "ffn_up": width, "ffn_down": width, "attn_norm": 0, "ffn_norm": 0}
     shapes = {"token_embd": (len(words), width)}
     for layer in range(2):
-        shapes |= {
-            f"blk.{layer}.{name}": (rows, width)[-2 if rows else -1 :] for name, rows in blocks.items()
-        }
+        shapes |= {f"blk.{layer}.{name}": (rows, width)[-2 if rows else -1 :] for name, rows in blocks.items()}
     shapes |= {"output_norm": (width,)}
     rng = np.random.default_rng(0)
     for name, shape in shapes.items():
@@ -158,11 +150,7 @@ def allocate(
     full[-1] = np.arange(config.num_key_value_heads) % 2 == 0
     full[list(native)] = False
     return Allocation(
-        full_attention=full,
-        window=window,
-        num_sink_tokens=num_sink_tokens,
-        native_windows=native,
-        **options,
+        full_attention=full, window=window, num_sink_tokens=num_sink_tokens, native_windows=native, **options
     )
 
 

@@ -15,14 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from consa.allocation import (
-    SCHEMA,
-    Allocation,
-    Granularity,
-    check_sparsity,
-    num_full_units,
-    num_full_units_within,
-)
+from consa.allocation import SCHEMA, Allocation, Granularity, check_sparsity, num_full_units, num_full_units_within
 from consa.errors import ConsaError, InvalidAllocationError
 
 # Half surrogates included: a path that is not UTF-8 ends up in the provenance like any other.
@@ -38,9 +31,7 @@ json_values = st.recursive(
 def allocations(draw: st.DrawFn) -> Allocation:
     num_layers, num_kv_heads = draw(st.integers(1, 6)), draw(st.integers(1, 5))
     granularity = draw(st.sampled_from(get_args(Granularity)))
-    native = draw(
-        st.dictionaries(st.integers(0, num_layers - 1), st.integers(1, 9000), max_size=num_layers - 1)
-    )
+    native = draw(st.dictionaries(st.integers(0, num_layers - 1), st.integers(1, 9000), max_size=num_layers - 1))
     mask = draw(hnp.arrays(bool, (num_layers, num_kv_heads)))
     if granularity == "layer":
         mask[:] = mask[:, :1]
@@ -313,9 +304,7 @@ def test_an_unknown_field_is_refused_by_name():
         Allocation.from_json(json.dumps(record))
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", '"x"', "[" * 100_000, "NaN", "1" * 5000, "\ufeff{}", "\0"]
-)
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"x"', "[" * 100_000, "NaN", "1" * 5000, "\ufeff{}", "\0"])
 def test_what_is_no_record_is_refused(content: str):
     with pytest.raises(InvalidAllocationError, match=r"JSON|schema"):
         Allocation.from_json(content)
@@ -345,9 +334,7 @@ def _loads_or_refuses(content: str) -> None:
     assert Allocation.from_json(allocation.to_json()) == allocation
 
 
-anything = json_values | st.sampled_from(
-    [float("nan"), float("inf"), 10**400, "0", "01", [], {}, -1, 0.5, True]
-)
+anything = json_values | st.sampled_from([float("nan"), float("inf"), 10**400, "0", "01", [], {}, -1, 0.5, True])
 
 
 @given(allocations(), st.data())
@@ -389,9 +376,7 @@ def test_sparsity_is_the_share_of_decided_heads_on_swa(allocation: Allocation):
         for full in row
     ]
     assert allocation.sparsity == float(Fraction(sum(decided), len(decided)))
-    assert allocation.layers == [
-        x for x in range(allocation.num_layers) if x not in allocation.native_windows
-    ]
+    assert allocation.layers == [x for x in range(allocation.num_layers) if x not in allocation.native_windows]
     assert (allocation.num_layers, allocation.num_kv_heads) == allocation.full_attention.shape
 
 
@@ -408,9 +393,7 @@ def test_kv_cache_bytes_counts_the_tokens_that_the_next_query_may_need(
                 if layer in allocation.native_windows:
                     tokens += last - allocation.native_windows[layer] < position
                 else:
-                    tokens += (
-                        full or last - allocation.window < position or position < allocation.num_sink_tokens
-                    )
+                    tokens += full or last - allocation.window < position or position < allocation.num_sink_tokens
     assert allocation.kv_cache_bytes(
         seq_len, head_dim=head_dim, bytes_per_element=bytes_per_element, batch_size=batch_size
     ) == tokens * (2 * head_dim * bytes_per_element * batch_size)
@@ -455,9 +438,7 @@ def test_a_sparsity_that_is_no_share_is_refused(sparsity: Any):
 
 
 @given(allocations(), st.integers(0, 300), st.data())
-def test_num_full_units_within_is_the_most_that_fits(
-    allocation: Allocation, seq_len: int, data: st.DataObject
-):
+def test_num_full_units_within_is_the_most_that_fits(allocation: Allocation, seq_len: int, data: st.DataObject):
     allocation = replace(allocation, window=1 + allocation.window % 100)
     by_layer = allocation.granularity == "layer"
     units = [[(layer, head) for head in range(allocation.num_kv_heads)] for layer in allocation.layers]
@@ -469,9 +450,7 @@ def test_num_full_units_within_is_the_most_that_fits(
         for unit in units[:full_units]:
             for place in unit:
                 mask[place] = True
-        return replace(allocation, full_attention=mask).kv_cache_bytes(
-            seq_len, head_dim=4, bytes_per_element=1
-        )
+        return replace(allocation, full_attention=mask).kv_cache_bytes(seq_len, head_dim=4, bytes_per_element=1)
 
     sizes = [bytes_with(count) for count in range(len(units) + 1)]
     budget = data.draw(st.sampled_from([*sizes, 2 * sizes[-1]])) + data.draw(st.integers(-1, 1))

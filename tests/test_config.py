@@ -46,9 +46,7 @@ BAD: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values]
-)
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
 def test_a_bad_setting_is_refused_by_name(name: str, value: Any):
     with pytest.raises(ConsaError, match=name) as caught:
         LearnConfig(**{name: value})

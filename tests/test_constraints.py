@@ -93,22 +93,10 @@ def test_without_a_constraint_the_highest_scores_win_and_ties_go_to_the_lower_un
     ("rows", "constraint", "said"),
     [
         ("1100 1000", Constraint(full_heads_per_layer="even"), "'even' .*; layer 1 has 1$"),
-        (
-            "1100 1110",
-            Constraint(full_heads_per_layer="uniform"),
-            "'uniform' .*; layer 0 has 2, layer 1 has 3",
-        ),
+        ("1100 1110", Constraint(full_heads_per_layer="uniform"), "'uniform' .*; layer 0 has 2, layer 1 has 3"),
         ("1010 1100", Constraint(tensor_parallel=2), "tensor_parallel=2 .* every rank; layer 1 has 2, 0"),
-        (
-            "1100 1010",
-            Constraint(full_heads_per_layer="even", tensor_parallel=2),
-            "every rank; layer 0 has 2, 0",
-        ),
-        (
-            "1010 1010",
-            Constraint(full_heads_per_layer="even", tensor_parallel=2),
-            "layer 0 has 1 on each rank",
-        ),
+        ("1100 1010", Constraint(full_heads_per_layer="even", tensor_parallel=2), "every rank; layer 0 has 2, 0"),
+        ("1010 1010", Constraint(full_heads_per_layer="even", tensor_parallel=2), "layer 0 has 1 on each rank"),
         ("1100 1100", Constraint(tensor_parallel=3), "tensor_parallel must divide the 4 KV heads .* got 3"),
         ("110 110", Constraint(full_heads_per_layer="even"), "even number of KV heads on each rank, got 3"),
     ],
@@ -137,10 +125,7 @@ def test_a_total_that_no_choice_has_is_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"full_heads_per_layer": "odd"},
-            "full_heads_per_layer must be one of any, even, uniform, got 'odd'",
-        ),
+        ({"full_heads_per_layer": "odd"}, "full_heads_per_layer must be one of any, even, uniform, got 'odd'"),
         ({"tensor_parallel": 0}, "tensor_parallel must be an integer >= 1, got 0"),
         ({"granularity": "layer", "full_heads_per_layer": "uniform"}, "granularity layer, got 'uniform'"),
     ],
@@ -177,9 +162,7 @@ def test_under_a_budget_the_target_is_the_most_that_is_feasible():
 
 
 @pytest.mark.parametrize("refined", [0, 12])
-@pytest.mark.parametrize(
-    ("kind", "ranks"), [("even", 1), ("uniform", 1), ("any", 2), ("even", 2), ("uniform", 2)]
-)
+@pytest.mark.parametrize(("kind", "ranks"), [("even", 1), ("uniform", 1), ("any", 2), ("even", 2), ("uniform", 2)])
 def test_learning_keeps_to_the_constraint(kind: Any, ranks: int, refined: int):
     model = tiny(num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=3)
     config = LearnConfig(
@@ -215,9 +198,7 @@ def test_a_constraint_that_the_model_cannot_meet_is_refused_before_learning():
 
 @given(st.sampled_from([case for case in CASES if case[2] != ANY]), st.integers(0, 2**31), st.data())
 @settings(max_examples=100, deadline=None)
-def test_refinement_exchanges_within_layer_and_rank_until_none_of_those_helps(
-    case: Any, seed: int, data: Any
-):
+def test_refinement_exchanges_within_layer_and_rank_until_none_of_those_helps(case: Any, seed: int, data: Any):
     layers, heads, constraint = case
     rng = np.random.default_rng(seed)
     scores, costs = rng.normal(size=(2, layers, heads))
@@ -232,9 +213,7 @@ def test_refinement_exchanges_within_layer_and_rank_until_none_of_those_helps(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refinement, "_mean_loss", loss)
         budget = data.draw(st.integers(1, 30))
-        out = refine(
-            NOTHING, start, NOTHING, max_evaluations=budget, constraint=constraint, on_exchange=seen.append
-        )
+        out = refine(NOTHING, start, NOTHING, max_evaluations=budget, constraint=constraint, on_exchange=seen.append)
     assert len(seen) < budget
     assert violation(out, constraint) is None and out.sparsity == start.sparsity
     assert loss(NOTHING, out, NOTHING, 1) <= loss(NOTHING, start, NOTHING, 1)
@@ -251,9 +230,7 @@ def test_refinement_tries_the_layers_first_where_the_choice_was_close(monkeypatc
     full = np.array([[True, False], [True, False], [False, True]])
     costs = np.array([[0.0, 5.0], [0.0, 1.0], [5.0, 0.0]])
     monkeypatch.setattr(
-        refinement,
-        "_mean_loss",
-        lambda _m, allocation, _s, _b: float(costs[~allocation.full_attention].sum()),
+        refinement, "_mean_loss", lambda _m, allocation, _s, _b: float(costs[~allocation.full_attention].sum())
     )
     start = Allocation(full_attention=full, window=4, scores=scores)
     uniform = Constraint(full_heads_per_layer="uniform")
@@ -276,13 +253,7 @@ def test_learning_refines_within_the_constraint(kind: Any, ranks: int, monkeypat
     loss = lambda _m, allocation, _s, _b: -float(worth[allocation.full_attention].sum())  # noqa: E731
     monkeypatch.setattr(refinement, "_mean_loss", loss)
     config = LearnConfig(
-        **{
-            "sparsity": 0.6,
-            "full_heads_per_layer": kind,
-            "tensor_parallel": ranks,
-            "seq_len": 16,
-            "window": 3,
-        },
+        **{"sparsity": 0.6, "full_heads_per_layer": kind, "tensor_parallel": ranks, "seq_len": 16, "window": 3},
         **{"num_sink_tokens": 1, "num_steps": 2, "sequences_per_step": 2, "refine_evaluations": 60},
     )
     model = tiny(num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=3)

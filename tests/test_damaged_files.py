@@ -109,10 +109,7 @@ def test_a_damaged_record_of_a_sweep_is_refused(text: str, tmp_path: Path, monke
     (tmp_path / "text").write_text("text")
     monkeypatch.setattr(sweeping, "read_layout", lambda model: AttentionLayout(("attention",), 1, 1, 8))
     where = RunConfig(model="./nowhere", data=str(tmp_path / "text"))
-    refuses(
-        lambda: sweeping.sweep(where, SweepConfig(), EvalConfig(), tmp_path, command=""),
-        "config.json: damaged",
-    )
+    refuses(lambda: sweeping.sweep(where, SweepConfig(), EvalConfig(), tmp_path, command=""), "config.json: damaged")
 
 
 @pytest.mark.parametrize("text", [None, "{"])

@@ -32,15 +32,7 @@ from tests import models
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 RECORDS = ("CHANGELOG.md", "RESULTS.md", "LOG.md")  # of what there was then, with the options of then
-WITH_BLOCKS = {
-    "README.md",
-    "CONTRIBUTING.md",
-    "SECURITY.md",
-    "DESIGN.md",
-    "EXTENDING.md",
-    "SERVING.md",
-    "TUTORIAL.md",
-}
+WITH_BLOCKS = {"README.md", "CONTRIBUTING.md", "SECURITY.md", "DESIGN.md", "EXTENDING.md", "SERVING.md", "TUTORIAL.md"}
 
 TRAINING = "--seq-len 96 --num-steps 2 --sequences-per-step 4 --num-heldout 2 --device cpu"
 SMALL = {
@@ -190,9 +182,7 @@ def tables() -> Iterator[None]:
 
 
 @pytest.fixture
-def folder(
-    tmp_path: Path, tiny_model_folder: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def folder(tmp_path: Path, tiny_model_folder: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory of a reader, with stand-ins under the names in the documents."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     qwen = models.tiny("qwen3", vocab_size=len(tokenizer), bos_token_id=None, pad_token_id=None)

@@ -40,9 +40,7 @@ def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
     assert Allocation.load(name) == own
 
 
-@pytest.mark.parametrize(
-    "name", ["smollm2-135m/kv_head-0.1", "../allocations/smollm2-135m/kv_head-0.733", "x" * 5000]
-)
+@pytest.mark.parametrize("name", ["smollm2-135m/kv_head-0.1", "../allocations/smollm2-135m/kv_head-0.733", "x" * 5000])
 def test_an_unknown_name_lists_those_there_are(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConsaError, match=r"nor a published allocation: smollm2-135m/"):

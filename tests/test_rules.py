@@ -36,9 +36,7 @@ def nearest(num_units: int, percent: int) -> int:
 @given(size=sizes, percent=percentages, data=st.data())
 def test_every_rule_hits_every_target(rule: Any, granularity: Any, size: Any, percent: int, data: Any):
     num_layers, num_kv_heads = size
-    native = data.draw(
-        st.dictionaries(st.integers(0, num_layers - 1), st.integers(1, 4096), max_size=num_layers - 1)
-    )
+    native = data.draw(st.dictionaries(st.integers(0, num_layers - 1), st.integers(1, 4096), max_size=num_layers - 1))
     allocation = rule(
         num_layers,
         num_kv_heads,
@@ -115,9 +113,7 @@ def test_interleaved_is_even_and_comes_in_two_phases(granularity: str, size: tup
     late = full_units(rules.interleaved_late(*size, sparsity=percent / 100, granularity=granularity))
     assert late == [num_units - 1 - unit for unit in reversed(early)]
     if early:
-        assert (
-            early[0] == 0
-        )  # each stretch begins with FA, so the first unit has it, and the last stretch counts
+        assert early[0] == 0  # each stretch begins with FA, so the first unit has it, and the last stretch counts
         gaps = np.diff([*early, num_units])
         assert gaps.max() - gaps.min() <= 1
 

@@ -110,10 +110,7 @@ def test_the_walk_sees_what_it_looks_for(source: str):
 
 
 def test_the_walk_lets_pass_what_is_safe():
-    assert (
-        faults("torch.load(path, weights_only=True)\nmodel.eval()\nre.compile(text)\ntorch.compile(model)")
-        == []
-    )
+    assert faults("torch.load(path, weights_only=True)\nmodel.eval()\nre.compile(text)\ntorch.compile(model)") == []
     assert len(SOURCES) > 50
 
 
@@ -139,14 +136,9 @@ def test_a_models_own_code_is_never_run(
     code = f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n"
     (folder / "theirs.py").write_text(code + "class Theirs: pass\n")
     content = json.loads((folder / file).read_text())
-    classes = {
-        "config.json": ["AutoConfig", "AutoModelForCausalLM"],
-        "tokenizer_config.json": ["AutoTokenizer"],
-    }
+    classes = {"config.json": ["AutoConfig", "AutoModelForCausalLM"], "tokenizer_config.json": ["AutoTokenizer"]}
     theirs = "theirs.Theirs"
-    content["auto_map"] = {
-        name: [theirs, None] if name == "AutoTokenizer" else theirs for name in classes[file]
-    }
+    content["auto_map"] = {name: [theirs, None] if name == "AutoTokenizer" else theirs for name in classes[file]}
     if file == "config.json":
         content["model_type"] = "theirs"
     (folder / file).write_text(json.dumps(content))

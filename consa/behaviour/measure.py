@@ -237,9 +237,7 @@ def _log_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     first = 0 if native_window else int(queries[0])  # all see the keys before it
-    visible = masks.in_window(
-        queries[:, None], torch.arange(first, end, device=q.device), native_window or end
-    )
+    visible = masks.in_window(queries[:, None], torch.arange(first, end, device=q.device), native_window or end)
     scores[..., first:].masked_fill_(~visible, -1e30)  # finite, so that 0 * log 0 is 0
     return scores.log_softmax(-1)
 
@@ -270,9 +268,7 @@ def _repeated_sequence(vocab_size: int, seed: int) -> np.ndarray:
     return np.concatenate([drawn, drawn[1:]])
 
 
-def _needles(
-    tokenizer: PreTrainedTokenizerBase, length: int, seed: int
-) -> list[tuple[np.ndarray, Tensor, Tensor]]:
+def _needles(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> list[tuple[np.ndarray, Tensor, Tensor]]:
     """Tokens of a text with its answer, positions that predict the answer, and positions where the text states it."""
     found = []
     for example in examples("single", tokenizer, length=length, count=NUM_NEEDLES, seed=seed):

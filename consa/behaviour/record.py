@@ -75,9 +75,7 @@ class Behaviour:
                     else f"{name} holds numbers that are not finite"
                 )
             if name not in UNBOUNDED and not (values.min() > -1e-3 and values.max() < 1 + 1e-3):
-                raise ConsaError(
-                    f"{name} must hold shares in [0, 1], got {values.min():g} to {values.max():g}"
-                )
+                raise ConsaError(f"{name} must hold shares in [0, 1], got {values.min():g} to {values.max():g}")
         total = self.by_distance.sum(-1)
         if abs(total - 1).max() > 1e-3:
             raise ConsaError(f"by_distance must add up to 1 per head, got {total.min():g} to {total.max():g}")
@@ -115,9 +113,7 @@ class Behaviour:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             record = json.loads(metadata.get("consa", "{}"))
             if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-                raise ConsaError(
-                    f"its metadata does not say schema {SCHEMA!r}; write it with consa behaviour"
-                )
+                raise ConsaError(f"its metadata does not say schema {SCHEMA!r}; write it with consa behaviour")
             if "by_distance" not in tensors:
                 raise ConsaError("by_distance is missing")
             return cls(

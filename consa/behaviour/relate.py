@@ -166,8 +166,7 @@ def depth_correlation(first: Allocation, second: Allocation) -> float | None:
     shares = [allocation.full_attention[allocation.layers].mean(1) for allocation in (first, second)]
     edges = np.linspace(0, 1, min(map(len, shares)) + 1)
     parts = [
-        np.diff(np.interp(edges, np.linspace(0, 1, len(share) + 1), np.append(0, share.cumsum())))
-        for share in shares
+        np.diff(np.interp(edges, np.linspace(0, 1, len(share) + 1), np.append(0, share.cumsum()))) for share in shares
     ]
     return rank_correlation(*(part.round(9) for part in parts))
 

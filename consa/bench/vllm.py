@@ -89,9 +89,7 @@ def benchmark(
         for size in batch_sizes
     ]
     engine = {"max_num_batched_tokens": CHUNK} | (options or {})
-    engine.setdefault(
-        "max_model_len", max(tokens_of(job, engine["max_num_batched_tokens"]) for job in workloads)
-    )
+    engine.setdefault("max_model_len", max(tokens_of(job, engine["max_num_batched_tokens"]) for job in workloads))
     longest = config.get("max_position_embeddings")
     if longest is not None and engine["max_model_len"] > longest:
         raise ConsaError(
@@ -201,8 +199,7 @@ def run_job(
         with log.open("w") as output, result.open() as rows:
             process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(job), str(result)],
-                env=environment(stock)
-                | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},  # the scheduler in that process
+                env=environment(stock) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},  # the scheduler in that process
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -234,10 +231,7 @@ def environment(stock: bool) -> dict[str, str]:
 
 
 def measure(
-    folder: str,
-    options: dict[str, Any],
-    workloads: list[dict[str, Any]],
-    write: Callable[[dict[str, Any]], None],
+    folder: str, options: dict[str, Any], workloads: list[dict[str, Any]], write: Callable[[dict[str, Any]], None]
 ) -> None:
     """Measure workloads in this process; calls `write` with each row."""
     from vllm import LLM, ModelRegistry
@@ -299,11 +293,7 @@ class Generation:
             generator = torch.Generator().manual_seed(seed)
             prompts = torch.randint(vocabulary, (requests, context), generator=generator).tolist()
         sampling = SamplingParams(
-            temperature=0,
-            max_tokens=max_tokens,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
+            temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
         )
         self.max_tokens = max_tokens
         self.tokens: dict[str, list[int]] = {}
@@ -379,9 +369,7 @@ class Generation:
         self.finish()
 
 
-def generations(
-    llm: Any, *, context: int, requests: int, decode_tokens: int, repeats: int, **_: Any
-) -> dict[str, Any]:
+def generations(llm: Any, *, context: int, requests: int, decode_tokens: int, repeats: int, **_: Any) -> dict[str, Any]:
     """Measure prefill and decode steps of whole generations in which all requests are alive.
 
     Args:
@@ -406,9 +394,7 @@ def generations(
         "kv_bytes": 0,
     }
     for seed in range(repeats):
-        generation = Generation(
-            llm, context=context, requests=requests, max_tokens=tokens - context, seed=seed
-        )
+        generation = Generation(llm, context=context, requests=requests, max_tokens=tokens - context, seed=seed)
         row["prefill_seconds"].append(generation.prefill())
         generation.decode(SETTLE, strict=False)
         generation.kv_bytes = 0  # count decoding alone
@@ -444,9 +430,7 @@ def saturate(
     seconds = generation.seconds
     steady = [
         running
-        for running, waiting, finished in zip(
-            generation.running, generation.waiting, generation.finished, strict=True
-        )
+        for running, waiting, finished in zip(generation.running, generation.waiting, generation.finished, strict=True)
         if waiting and finished
     ]
     return limits | {

@@ -16,9 +16,7 @@ from consa.cache.layer import HybridLayer, NewKeys
 from consa.cache.split import Heads, by_start, pick
 
 
-def cached_attention(
-    q: Tensor, new: NewKeys, first: Tensor | None, *, scaling: float, softcap: float | None
-) -> Tensor:
+def cached_attention(q: Tensor, new: NewKeys, first: Tensor | None, *, scaling: float, softcap: float | None) -> Tensor:
     """Attention of the newest tokens over the cache and themselves; also writes them to the cache.
 
     Args:
@@ -69,9 +67,7 @@ def cached_attention(
     return out
 
 
-def _decode(
-    q: Tensor, cache: HybridLayer, k: Tensor, v: Tensor, scaling: float, softcap: float | None
-) -> Tensor:
+def _decode(q: Tensor, cache: HybridLayer, k: Tensor, v: Tensor, scaling: float, softcap: float | None) -> Tensor:
     """One token per sequence sees everything in the cache, so order and window do not matter."""
     if cache.has_kernels(softcap):
         return cache.decode(q, k.detach(), v.detach(), scaling)

@@ -295,9 +295,7 @@ class HybridLayer(CacheLayerMixin):
         if first is None and self.first is None:
             return
         if self.length:
-            before, now = (
-                torch.zeros(1) if x is None else x.clamp(max=self.length) for x in (self.first, first)
-            )
+            before, now = (torch.zeros(1) if x is None else x.clamp(max=self.length) for x in (self.first, first))
             # A sequence that was all padding may start now.
             if before.shape != now.shape or not torch.equal(before, now):
                 raise ConsaError(

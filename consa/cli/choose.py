@@ -17,15 +17,12 @@ from consa.errors import ConsaError
 @with_fields_of(LearnConfig, only=("sparsity", "granularity", "window", "num_sink_tokens"))
 def rules(
     model: Annotated[
-        str | None,
-        typer.Argument(metavar="[MODEL]", help="Model, as for `consa learn`. Only its shape is read."),
+        str | None, typer.Argument(metavar="[MODEL]", help="Model, as for `consa learn`. Only its shape is read.")
     ] = None,
     *,
     layers: Annotated[int | None, number(help="Number of layers, instead of MODEL.")] = None,
     kv_heads: Annotated[int | None, number(help="KV heads of each layer, instead of MODEL.")] = None,
-    head_dim: Annotated[
-        int, number(help="Head dimension, for the size of the KV cache. Applies without MODEL.")
-    ] = 128,
+    head_dim: Annotated[int, number(help="Head dimension, for the size of the KV cache. Applies without MODEL.")] = 128,
     seed: Annotated[int, number(help="Random seed of the rule random_units.")] = 0,
     tokens: Annotated[int, number(help="Tokens in the KV cache whose size is shown.")] = 32768,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for one JSON file per rule.")],
@@ -55,9 +52,7 @@ def rules(
         origin = {} if model is None else {"model": model}
         replace(allocation, provenance=origin | dict(allocation.provenance)).save(out / f"{name}.json")
         taken = allocation.kv_cache_bytes(tokens, head_dim=head_dim)
-        rows.append(
-            [name, f"{allocation.sparsity:.4f}", f"{taken / 2**20:.1f} MiB", f"{taken / dense_bytes:.1%}"]
-        )
+        rows.append([name, f"{allocation.sparsity:.4f}", f"{taken / 2**20:.1f} MiB", f"{taken / dense_bytes:.1%}"])
     show(["rule", "sparsity", f"KV cache at {tokens} tokens", "of dense"], rows)
     print(f"{len(allocations)} allocations in {out}")
 

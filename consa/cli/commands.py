@@ -40,8 +40,7 @@ for group, verbs in VERBS.items():
 
 @app.callback(invoke_without_command=True)
 def _consa(
-    ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False
 ) -> None:
     if version:
         print(f"consa {consa.__version__}")
@@ -71,14 +70,10 @@ def _described(parameter: Any) -> str:
     """An option or argument, as an item of a Markdown list."""
     if parameter.param_type_name == "argument":
         return f"- `{parameter.metavar}`: {parameter.help}"
-    names = " / ".join(
-        name for name in (*parameter.opts, *parameter.secondary_opts) if name not in FORMER_OPTIONS
-    )
+    names = " / ".join(name for name in (*parameter.opts, *parameter.secondary_opts) if name not in FORMER_OPTIONS)
     value = "" if parameter.is_flag else f" {parameter.metavar}"
     has_default = parameter.default is not None and parameter.default is not False
-    default = (
-        f" (default `{parameter.default}`)" if has_default else " (required)" if parameter.required else ""
-    )
+    default = f" (default `{parameter.default}`)" if has_default else " (required)" if parameter.required else ""
     return f"- `{names}{value}`: {parameter.help}{default}"
 
 

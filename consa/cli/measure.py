@@ -8,16 +8,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from consa.cli.options import (
-    Converted,
-    Out,
-    command_line,
-    from_options,
-    model_name,
-    number,
-    was_given,
-    with_fields_of,
-)
+from consa.cli.options import Converted, Out, command_line, from_options, model_name, number, was_given, with_fields_of
 from consa.cli.terminal import show
 from consa.config import EvalConfig, LearnConfig, RunConfig
 from consa.errors import ConsaError
@@ -46,11 +37,7 @@ def evaluate(
     from consa.runs.evaluation import run_evaluation
 
     table, paths = run_evaluation(
-        run_config,
-        config,
-        allocation or [],
-        out or Path("runs") / f"eval-{model_name(run_config)}",
-        command=command,
+        run_config, config, allocation or [], out or Path("runs") / f"eval-{model_name(run_config)}", command=command
     )
     for title, columns, rows in table.sections():
         print(f"{title}:")
@@ -80,9 +67,7 @@ def bench(
     out: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER",
-            help="Folder for bench.json and bench.png. Default: FOLDER-bench.",
-            show_default=False,
+            metavar="FOLDER", help="Folder for bench.json and bench.png. Default: FOLDER-bench.", show_default=False
         ),
     ] = None,
 ) -> None:
@@ -106,12 +91,7 @@ def bench(
     model = folder if engine == "vllm" else load(folder)
     with progress("measuring", len(lists[0]) * len(lists[1]) * repeats * 2) as tell:
         result = measure(
-            model,
-            contexts=lists[0],
-            batch_sizes=lists[1],
-            decode_tokens=decode_tokens,
-            repeats=repeats,
-            on_run=tell,
+            model, contexts=lists[0], batch_sizes=lists[1], decode_tokens=decode_tokens, repeats=repeats, on_run=tell
         )
     show(*result.table())
     if engine == "vllm":
@@ -128,8 +108,7 @@ def behaviour(
     seed: Annotated[int, number(help="Random seed of the random sequence and the needles.")] = 0,
     sequences: Annotated[int, number(help="Held-out sequences to measure on.")] = 1,
     causal_sequences: Annotated[
-        int,
-        number(help="Sequences of these to measure each KV head's effect on the loss on. Slow; 0 for none."),
+        int, number(help="Sequences of these to measure each KV head's effect on the loss on. Slow; 0 for none.")
     ] = 0,
     run: Annotated[
         Path | None,
@@ -172,9 +151,7 @@ def behaviour(
         raise ConsaError(f"out must be a file, got the folder {path}")
     if allocation:
         check_fits(allocation, read_layout(run_config.model), run_config.model)
-    measured = run_behaviour(
-        run_config, path, num_sequences=sequences, causal_sequences=causal_sequences, **limits
-    )
+    measured = run_behaviour(run_config, path, num_sequences=sequences, causal_sequences=causal_sequences, **limits)
     columns, rows = ["measure", "lowest", "mean", "highest"], []
     for name in filter(measured.measures.__contains__, MEASURES):
         values = measured.measures[name]
@@ -190,22 +167,17 @@ def behaviour(
 
 def report(
     runs: Annotated[
-        list[Path],
-        typer.Argument(metavar="RUN...", help="Folders of learn, adapt, eval or bench, or allocations."),
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of learn, adapt, eval or bench, or allocations.")
     ],
     *,
     out: Annotated[Path, typer.Option(metavar="FILE", help="File for the page.")] = Path("report.html"),
     behaviour: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="File that `consa behaviour` wrote, for runs without one of their own."
-        ),
+        typer.Option(metavar="FILE", help="File that `consa behaviour` wrote, for runs without one of their own."),
     ] = None,
     figures: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Folder for every chart as SVG and PNG. Default: none are written."
-        ),
+        typer.Option(metavar="FOLDER", help="Folder for every chart as SVG and PNG. Default: none are written."),
     ] = None,
 ) -> None:
     """Write one HTML page about runs: allocations, losses, behaviour, memory and speed. It needs no network."""

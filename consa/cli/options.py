@@ -51,9 +51,7 @@ def with_fields_of(*configs: type, only: tuple[str, ...] = ()) -> Callable[..., 
 
 
 def _is_option(parameter: inspect.Parameter) -> bool:
-    return not any(
-        isinstance(extra, ArgumentInfo) for extra in getattr(parameter.annotation, "__metadata__", ())
-    )
+    return not any(isinstance(extra, ArgumentInfo) for extra in getattr(parameter.annotation, "__metadata__", ()))
 
 
 def _parameter(item: Field[Any], kind: Kind) -> inspect.Parameter:
@@ -154,9 +152,7 @@ def command_line(verb: str, *configs: Any) -> str:
 
 Out = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FOLDER", help="Folder for the results. Default: a folder under runs/.", show_default=False
-    ),
+    typer.Option(metavar="FOLDER", help="Folder for the results. Default: a folder under runs/.", show_default=False),
 ]
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Also write the metrics for TensorBoard.")]
 Kept = Annotated[

@@ -64,9 +64,7 @@ class Commands(TyperGroup):
         except typer.Abort:
             status = INTERRUPTED
         if status == INTERRUPTED:  # in a command, or in typer around it
-            goes_on = (
-                "; the same command resumes from its last checkpoint" if self._interrupted in RESUMING else ""
-            )
+            goes_on = "; the same command resumes from its last checkpoint" if self._interrupted in RESUMING else ""
             fail(f"interrupted{goes_on}", INTERRUPTED)
         sys.exit(status if isinstance(status, int) else 0)
 
@@ -93,9 +91,7 @@ class Commands(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except OSError as error:
-            raise typer.Exit(
-                fail(f"{error.filename or 'the system'}: {error.strerror or error}", 2)
-            ) from None
+            raise typer.Exit(fail(f"{error.filename or 'the system'}: {error.strerror or error}", 2)) from None
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise

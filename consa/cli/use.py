@@ -42,9 +42,7 @@ def convert(
     loaded = load_model(model, device="cpu", dtype="auto")
     match chosen.provenance.get("config"):
         case {"mode": "joint"}:
-            note(
-                "Mode joint trained weights along with this allocation; they are in the folder `model` of its run"
-            )
+            note("Mode joint trained weights along with this allocation; they are in the folder `model` of its run")
     written = convert.convert(loaded.model, chosen, out, tokenizer=loaded.tokenizer, kind=cast(Any, kind))
     print(f"{written.folder}: {written.kind} checkpoint ({written.reason})")
 
@@ -54,16 +52,13 @@ def generate(
     *,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Prompt to continue.")] = None,
     file: Annotated[
-        Path | None,
-        typer.Option("--file", "-f", metavar="FILE", help="File with the prompt, instead of --prompt."),
+        Path | None, typer.Option("--file", "-f", metavar="FILE", help="File with the prompt, instead of --prompt.")
     ] = None,
     max_new_tokens: Annotated[int, number(help="Maximum number of tokens to generate.")] = 256,
     temperature: Annotated[
         float, number(kind=float, help="Sampling temperature. 0 always takes the most likely token.")
     ] = 0.0,
-    top_p: Annotated[
-        float, number(kind=float, help="Nucleus sampling: share of probability to sample from.")
-    ] = 1.0,
+    top_p: Annotated[float, number(kind=float, help="Nucleus sampling: share of probability to sample from.")] = 1.0,
     seed: Annotated[int, number(help="Random seed of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
 ) -> None:

@@ -120,16 +120,12 @@ def _read_jsonl(path: Path, text_field: str, advance: Callable[[int], None]) -> 
             number += 1
             place = f"{path}:{number}"
             if len(line) > MAX_DOCUMENT_BYTES:
-                raise ConsaError(
-                    f"{place}: a line of more than {MAX_DOCUMENT_BYTES} bytes; split the document"
-                )
+                raise ConsaError(f"{place}: a line of more than {MAX_DOCUMENT_BYTES} bytes; split the document")
             if line.strip():
                 try:
                     record = json.loads(line.decode("utf-8-sig"))
                 except (ValueError, RecursionError) as error:
-                    raise ConsaError(
-                        f"{place}: not a JSON object in UTF-8 ({error}); fix or remove it"
-                    ) from error
+                    raise ConsaError(f"{place}: not a JSON object in UTF-8 ({error}); fix or remove it") from error
                 yield _from_record(record, text_field, place)
             advance(file.tell() - position)
             position = file.tell()
@@ -142,9 +138,7 @@ def _read_whole(path: Path, kind: str, is_named: bool, advance: Callable[[int], 
         while block := stream.read(2**20):
             content += block
             if len(content) > MAX_DOCUMENT_BYTES:
-                raise ConsaError(
-                    f"{path} has more than {MAX_DOCUMENT_BYTES} bytes; split it into several files"
-                )
+                raise ConsaError(f"{path} has more than {MAX_DOCUMENT_BYTES} bytes; split it into several files")
         advance(file.tell())
     try:
         text = content.decode("utf-8-sig")
@@ -168,9 +162,7 @@ def _hub_source(name: str, text_field: str) -> Source:
     try:
         rows = datasets.load_dataset(path, config or None, split=split or "train")
     except Exception as error:  # the network, the hub and dataset builders may raise anything
-        raise ConsaError(
-            f"cannot load data {name!r}: {first_line(error)}; check its name, config and split"
-        ) from error
+        raise ConsaError(f"cannot load data {name!r}: {first_line(error)}; check its name, config and split") from error
 
     def read(advance: Callable[[int], None]) -> Iterator[Document]:
         for number, row in enumerate(rows):
@@ -182,9 +174,7 @@ def _hub_source(name: str, text_field: str) -> Source:
 
 def _from_record(record: Any, text_field: str, place: str) -> Document:
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-        raise ConsaError(
-            f"{place}: no field {text_field!r} that is a string; set text_field, or fix the data"
-        )
+        raise ConsaError(f"{place}: no field {text_field!r} that is a string; set text_field, or fix the data")
     text, domain = record[text_field], record.get("domain")
     try:
         digest = hashlib.sha256(text.encode()).digest()
@@ -217,9 +207,7 @@ class _ZstdStream(io.RawIOBase):
                     raise self._zstandard.ZstdError("the file is truncated")
                 self._ready = memoryview(self._frame.decompress(block))
             except self._zstandard.ZstdError as error:
-                raise ConsaError(
-                    f"cannot decompress {self._path}: {error}; download or create it again"
-                ) from error
+                raise ConsaError(f"cannot decompress {self._path}: {error}; download or create it again") from error
             self._compressed = self._frame.unused_data
             if self._frame.eof:
                 self._frame = None

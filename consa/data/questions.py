@@ -142,15 +142,12 @@ def common_words(rng: random.Random) -> Puzzle:
 
 
 TASKS: dict[str, Callable[[random.Random], Puzzle]] = {
-    task.__name__: task
-    for task in (single, multi_key, multi_query, multi_value, variable_tracking, common_words)
+    task.__name__: task for task in (single, multi_key, multi_query, multi_value, variable_tracking, common_words)
 }
 """Task name -> function that draws a puzzle."""
 
 
-def examples(
-    task: str, tokenizer: PreTrainedTokenizerBase, *, length: int, count: int, seed: int = 0
-) -> list[Example]:
+def examples(task: str, tokenizer: PreTrainedTokenizerBase, *, length: int, count: int, seed: int = 0) -> list[Example]:
     """Make examples of one task and length; the same arguments give the same examples.
 
     Args:
@@ -168,9 +165,7 @@ def examples(
     if count < 1:
         raise ConsaError(f"the number of examples must be at least 1, got {count}")
     return [
-        _example(
-            task, tokenizer, length, (index + 0.5) / count, random.Random(f"{task} {seed} {length} {index}")
-        )
+        _example(task, tokenizer, length, (index + 0.5) / count, random.Random(f"{task} {seed} {length} {index}"))
         for index in range(count)
     ]
 
@@ -187,9 +182,7 @@ def answered(example: Example, continuation: str) -> float:
     return sum(answer.casefold() in text for answer in example.answers) / len(example.answers)
 
 
-def _example(
-    task: str, tokenizer: PreTrainedTokenizerBase, length: int, depth: float, rng: random.Random
-) -> Example:
+def _example(task: str, tokenizer: PreTrainedTokenizerBase, length: int, depth: float, rng: random.Random) -> Example:
     """An example of nearly `length` tokens, with each hidden sentence at `depth` of its part of the text."""
     puzzle = TASKS[task](rng)
     room = length - num_answer_tokens(Example("", puzzle.answers), tokenizer)

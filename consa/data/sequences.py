@@ -110,10 +110,7 @@ def load_sequences(
         (seq_len >= 2, f"seq_len is {seq_len}; it must be at least 2 tokens"),
         (split in get_args(Split), f"split is {split!r}; choose one of {', '.join(get_args(Split))}"),
         (0 < heldout_fraction < 1, f"heldout_fraction is {heldout_fraction}; it must lie between 0 and 1"),
-        (
-            max_tokens is None or max_tokens >= seq_len,
-            f"max_tokens is {max_tokens}; allow at least {seq_len}",
-        ),
+        (max_tokens is None or max_tokens >= seq_len, f"max_tokens is {max_tokens}; allow at least {seq_len}"),
         (workers is None or workers >= 1, f"workers is {workers}; it must be at least 1"),
     ):
         if not is_good:
@@ -222,14 +219,9 @@ class _Encoder:
             # A batch of one, because unlike `encode` it releases the GIL.
             self._encode = lambda text: backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         else:
-            described, self.workers = (
-                json.dumps([type(tokenizer).__qualname__, sorted(vocabulary.items())]),
-                1,
-            )
+            described, self.workers = (json.dumps([type(tokenizer).__qualname__, sorted(vocabulary.items())]), 1)
             first = tokenizer.encode("a")[:1]
-            self._encode = partial(
-                tokenizer.encode, add_special_tokens=False, truncation=False, verbose=False
-            )
+            self._encode = partial(tokenizer.encode, add_special_tokens=False, truncation=False, verbose=False)
         self.prefix: list[int] = first if first == [tokenizer.bos_token_id] else []
         self.identity = [hashlib.sha256(described.encode()).hexdigest(), self.prefix]
 
@@ -306,8 +298,5 @@ def _store_entry(entry: Path, built: SequenceSet) -> SequenceSet:
         write_sealed(entry.with_suffix(".npy"), content.getvalue())
         write_sealed(entry.with_suffix(".json"), json.dumps(record).encode())
     except ConsaError as error:
-        warnings.warn(
-            f"tokens are not cached ({error}); set CONSA_CACHE to a folder with room",
-            stacklevel=3,
-        )
+        warnings.warn(f"tokens are not cached ({error}); set CONSA_CACHE to a folder with room", stacklevel=3)
     return _load_entry(entry) or built

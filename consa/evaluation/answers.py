@@ -40,9 +40,7 @@ def tasks_of(config: EvalConfig) -> list[tuple[str, int]]:
 def measures(loaded: LoadedModel, config: EvalConfig) -> Iterator[Measure]:
     """Yield a measure for each retrieval task and length; the examples are made once for all allocations."""
     for task, length in tasks_of(config):
-        examples = questions.examples(
-            task, loaded.tokenizer, length=length, count=config.examples, seed=config.seed
-        )
+        examples = questions.examples(task, loaded.tokenizer, length=length, count=config.examples, seed=config.seed)
         text = json.dumps([[example.prompt, example.answers] for example in examples])
         yield Measure(
             name=f"{task} {length}",
@@ -53,11 +51,7 @@ def measures(loaded: LoadedModel, config: EvalConfig) -> Iterator[Measure]:
 
 
 def _compute(
-    loaded: LoadedModel,
-    examples: Sequence[Example],
-    batch_size: int,
-    allocation: Allocation | None,
-    advance: Advance,
+    loaded: LoadedModel, examples: Sequence[Example], batch_size: int, allocation: Allocation | None, advance: Advance
 ) -> JsonObject:
     return dict(ask(loaded, allocation, examples, batch_size=batch_size, on_example=advance))
 

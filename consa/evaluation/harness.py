@@ -51,12 +51,7 @@ def measure_name(task: str) -> str:
 
 
 def _compute(
-    loaded: LoadedModel,
-    config: EvalConfig,
-    manager: Any,
-    task: str,
-    allocation: Allocation | None,
-    advance: Advance,
+    loaded: LoadedModel, config: EvalConfig, manager: Any, task: str, allocation: Allocation | None, advance: Advance
 ) -> dict[str, float]:
     limits = {"limit": config.limit, "seed": config.seed, "batch_size": config.batch_size}
     metrics = run_task(loaded, allocation, task, manager=manager, **limits)

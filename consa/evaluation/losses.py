@@ -38,9 +38,7 @@ def heldout(loaded: LoadedModel, tokens: np.ndarray, *, start: int, batch_size: 
     return Measure(name=LOSSES, settings=_settings(tokens, start), size=len(tokens), compute=compute)
 
 
-def sampled(
-    loaded: LoadedModel, tokens: np.ndarray, learned: Allocation, *, start: int, batch_size: int
-) -> Measure:
+def sampled(loaded: LoadedModel, tokens: np.ndarray, learned: Allocation, *, start: int, batch_size: int) -> Measure:
     """As `heldout`, with gates drawn from the scores of `learned` instead of its decision."""
 
     def compute(_: Allocation | None, advance: Advance) -> dict[str, list[float]]:
@@ -117,11 +115,7 @@ def sampled_losses(
     z = gates.sample(log_alpha, uniform)
     with attached(model, allocation) as plan:
         return _losses(
-            model,
-            sequences,
-            batch_size,
-            on_batch,
-            lambda start, end: plan.gated(z[:, start:end], model.device),
+            model, sequences, batch_size, on_batch, lambda start, end: plan.gated(z[:, start:end], model.device)
         )
 
 

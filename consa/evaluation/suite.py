@@ -120,9 +120,7 @@ class Suite:
         ]
         others = [(name, allocation) for name, allocation in allocations.items() if name != ALL_SWA]
         return {DENSE: None} | {
-            name
-            if len(limits) == 1
-            else f"{name} {allocation.window}+{allocation.num_sink_tokens}": allocation
+            name if len(limits) == 1 else f"{name} {allocation.window}+{allocation.num_sink_tokens}": allocation
             for name, allocation in (*ends, *others)
             if allocation
         }
@@ -160,8 +158,7 @@ class Suite:
             Cell(
                 allocation=name,
                 measure=measure.name,
-                depends_on=model
-                | {"allocation": allocation and allocation.decision(), "settings": measure.settings},
+                depends_on=model | {"allocation": allocation and allocation.decision(), "settings": measure.settings},
                 size=measure.size,
                 compute=partial(measure.compute, allocation),
             )
@@ -206,8 +203,7 @@ class Suite:
         domains = np.array(self.heldout.domains)
         several = names if len(names := sorted(set(self.heldout.domains))) > 1 else []
         measured = {
-            name: {part: np.array(values) for part, values in results[name, LOSSES].items()}
-            for name in allocations
+            name: {part: np.array(values) for part, values in results[name, LOSSES].items()} for name in allocations
         }
         floors: dict[tuple[int, int], float] = {}  # loss of all-SWA, by window and sinks
         for name, allocation in allocations.items():
@@ -231,18 +227,14 @@ class Suite:
                 name=name,
                 kind=name if name == made else _kind_of(allocation, learned="other" if made else "learned"),
                 sparsity=allocation.sparsity if allocation else 0.0,
-                cache_bytes=(allocation or dense_cache).kv_cache_bytes(
-                    config.cache_tokens, head_dim=layout.head_dim
-                ),
+                cache_bytes=(allocation or dense_cache).kv_cache_bytes(config.cache_tokens, head_dim=layout.head_dim),
                 loss=estimate(own["all"]),
                 difference=estimate(rise["all"]),
                 recovered=recovered(own["all"].mean(), dense=dense["all"].mean(), floor=floor),
                 by_position={int(part): estimate(own[part]) for part in firsts},
                 differences_by_position={int(part): estimate(rise[part]) for part in firsts},
                 by_domain={domain: estimate(own["all"], domains == domain) for domain in several},
-                differences_by_domain={
-                    domain: estimate(rise["all"], domains == domain) for domain in several
-                },
+                differences_by_domain={domain: estimate(rise["all"], domains == domain) for domain in several},
                 retrieval=retrieval,
                 tasks={
                     metric: value
@@ -260,9 +252,7 @@ def _kind_of(allocation: Allocation | None, *, learned: str = "learned") -> str:
     return learned if allocation.provenance.get("method") == "consa" else "other"
 
 
-def _all_limits(
-    allocations: Mapping[str, Allocation | None], config: EvalConfig
-) -> tuple[tuple[int, int], ...]:
+def _all_limits(allocations: Mapping[str, Allocation | None], config: EvalConfig) -> tuple[tuple[int, int], ...]:
     """Every window and number of sinks that occurs; those of the config if there is no allocation."""
     given = dict.fromkeys(_limits(allocation) for allocation in allocations.values() if allocation)
     return tuple(given) or ((config.window, config.num_sink_tokens),)

@@ -153,11 +153,7 @@ class Table:
                 lambda line: [f"{v:.2f}" for lengths in line.retrieval.values() for v in lengths.values()],
             )
         if dense.tasks:
-            yield section(
-                "lm-eval",
-                list(dense.tasks),
-                lambda line: [f"{value:.4f}" for value in line.tasks.values()],
-            )
+            yield section("lm-eval", list(dense.tasks), lambda line: [f"{value:.4f}" for value in line.tasks.values()])
 
     def write(self, folder: Path, name: str = "eval") -> list[Path]:
         """Write `name`.json, .csv and .png into the folder; returns their paths.
@@ -188,9 +184,7 @@ class Table:
         lines = tuple(Line.from_record(line) for line in record["lines"])
         if not lines:
             raise ValueError("the table has no lines")
-        return cls(
-            start=record["start"], cache_tokens=record["cache_tokens"], lines=lines, how=record.get("how", {})
-        )
+        return cls(start=record["start"], cache_tokens=record["cache_tokens"], lines=lines, how=record.get("how", {}))
 
     def to_csv(self) -> str:
         """A row for each allocation; columns are named like "by_position.512.mean"."""
@@ -220,17 +214,10 @@ class Table:
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(list(lengths), [str(length) for length in lengths])
                 axes.set(
-                    title=task,
-                    xlabel="prompt length, tokens",
-                    ylabel="share of answers found",
-                    ylim=(-0.03, 1.03),
+                    title=task, xlabel="prompt length, tokens", ylabel="share of answers found", ylim=(-0.03, 1.03)
                 )
-        by_position.set_xticks(
-            range(len(self.lines[0].by_position)), [str(f) for f in self.lines[0].by_position]
-        )
-        by_position.set(
-            title="by position", xlabel="first position", ylabel="loss above dense, nats (95 % CI)"
-        )
+        by_position.set_xticks(range(len(self.lines[0].by_position)), [str(f) for f in self.lines[0].by_position])
+        by_position.set(title="by position", xlabel="first position", ylabel="loss above dense, nats (95 % CI)")
         by_position.legend(frameon=False, fontsize="small")
         return png(drawing)
 

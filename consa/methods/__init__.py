@@ -100,9 +100,7 @@ class SearchingMethod(Method):
 
     def check(self, layout: AttentionLayout, config: ChoiceConfig) -> None:
         """Raise ConsaError if the budget does not cover the probes."""
-        least = (
-            self.num_probes(layout, config) + 2
-        )  # one before the probes, and one with which the search begins
+        least = self.num_probes(layout, config) + 2  # one before the probes, and one with which the search begins
         if self.evaluations < least:
             raise ConsaError(
                 f"evaluations must be at least {least} for {self.name} on this model, got {self.evaluations}"

@@ -43,9 +43,7 @@ class Bosch(SearchingMethod):
         buckets = buckets_of(rise, units.per_layer, self.num_buckets)
         full = np.zeros(units.count, dtype=bool)
         weights = [float(np.maximum(rise[layer[bucket]], 0).sum()) for bucket in buckets]
-        for bucket, share in zip(
-            buckets, apportion(problem.num_full, weights, list(map(len, buckets))), strict=True
-        ):
+        for bucket, share in zip(buckets, apportion(problem.num_full, weights, list(map(len, buckets))), strict=True):
             full[bucket[:share]] = True
         current, rng = problem.loss(full, texts), np.random.default_rng(problem.config.seed)
         # The last neighbourhood is all units, so that what the probes got wrong can still be put right.

@@ -63,11 +63,7 @@ def _class_of(place: str) -> type[Method]:
 
 
 def choose(
-    method: Method,
-    loaded: LoadedModel,
-    sequences: np.ndarray,
-    config: ChoiceConfig,
-    sparsities: Iterable[float],
+    method: Method, loaded: LoadedModel, sequences: np.ndarray, config: ChoiceConfig, sparsities: Iterable[float]
 ) -> dict[float, Allocation]:
     """The allocations of one method at several sparsities; that of the config does not count.
 
@@ -78,9 +74,7 @@ def choose(
         ConsaError: the method cannot work on this model, or there is no text.
     """
     method.check(loaded.layout, config)
-    problems = {
-        sparsity: Problem(loaded, sequences, replace(config, sparsity=sparsity)) for sparsity in sparsities
-    }
+    problems = {sparsity: Problem(loaded, sequences, replace(config, sparsity=sparsity)) for sparsity in sparsities}
     if not method.ranks:
         return {sparsity: method.choose(problem) for sparsity, problem in problems.items()}
     ranked = method.choose(problems[max(problems)])

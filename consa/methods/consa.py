@@ -28,14 +28,10 @@ class ConSA(TrainingMethod):
         """See `Method.choose`."""
         exchanges: list[Exchange] = []
         learning = self.learning(
-            problem.config,
-            refine_evaluations=self.refine_evaluations,
-            refine_sequences=self.evaluation_sequences,
+            problem.config, refine_evaluations=self.refine_evaluations, refine_sequences=self.evaluation_sequences
         )
         loaded, sequences = problem.loaded, problem.sequences
-        result = learn(
-            loaded.model, sequences, learning, identity=loaded.identity, on_exchange=exchanges.append
-        )
+        result = learn(loaded.model, sequences, learning, identity=loaded.identity, on_exchange=exchanges.append)
         trained = len(result.history) * self.sequences_per_step
         evaluations = exchanges[-1].evaluations if exchanges else 0  # that of the start included
         evaluated = evaluations * self.evaluation_sequences

@@ -42,9 +42,7 @@ class DuoAttention(Method):
     ramp: float = option(
         0.2, "Share of the steps over which the learning rate rises, and over which it falls.", ge=0, le=0.5
     )
-    min_lr_ratio: float = option(
-        0.1, "Lowest learning rate, as a share of the peak learning rate.", ge=0, le=1
-    )
+    min_lr_ratio: float = option(0.1, "Lowest learning rate, as a share of the peak learning rate.", ge=0, le=1)
     shortest: int = option(1000, "Length of the shortest questions, in tokens.", ge=1)
     num_lengths: int = option(8, "Lengths of questions, evenly spaced up to that of the sequences.", ge=1)
     per_length: int = option(4, "Questions of each length.", ge=1)

@@ -95,11 +95,7 @@ class Problem:
         tokenizer: Any = self.loaded.tokenizer
         texts = []
         for example in questions.examples(
-            QUESTIONS,
-            tokenizer,
-            length=length or self.sequences.shape[1],
-            count=number,
-            seed=self.config.seed,
+            QUESTIONS, tokenizer, length=length or self.sequences.shape[1], count=number, seed=self.config.seed
         ):
             prompt = tokenizer(example.prompt)["input_ids"]
             answer = tokenizer(" " + ", ".join(example.answers), add_special_tokens=False)["input_ids"]
@@ -162,9 +158,7 @@ class Problem:
         heads = self.units.num_kv_heads // self.units.per_layer
         return per_head[list(self.units.layers), ::heads].flatten()
 
-    def decide(
-        self, method: Method, scores: np.ndarray, full: np.ndarray | None = None, **settings: Any
-    ) -> Allocation:
+    def decide(self, method: Method, scores: np.ndarray, full: np.ndarray | None = None, **settings: Any) -> Allocation:
         """The allocation that a method ends with; its provenance has the method's settings and cost.
 
         Args:

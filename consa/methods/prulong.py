@@ -40,10 +40,7 @@ class PruLong(TrainingMethod):
         1.0, "Norm to which larger gradients of masks and multipliers together are clipped.", gt=0
     )
     lr_warmup: float = option(
-        0.1,
-        "Share of the steps over which the learning rate rises from 0. It then falls as a cosine.",
-        ge=0,
-        le=1,
+        0.1, "Share of the steps over which the learning rate rises from 0. It then falls as a cosine.", ge=0, le=1
     )
     min_lr_ratio: float = option(
         0.01, "Lowest learning rate after the warm-up, as a share of the peak learning rate.", ge=0, le=1
@@ -68,9 +65,7 @@ class PruLong(TrainingMethod):
         with prepared(model, compile=self.compile), attached(model, problem.dense) as plan:
             model.requires_grad_(False)
             for step in range(self.num_steps):
-                target = problem.target_sparsity * min(
-                    1, step / math.ceil(self.sparsity_warmup * self.num_steps)
-                )
+                target = problem.target_sparsity * min(1, step / math.ceil(self.sparsity_warmup * self.num_steps))
                 for batch in problem.batches(list(islice(text, self.sequences_per_step))):
                     tokens = problem.tensor(*batch)
                     draws = [torch.rand(units.count, generator=generator) for _ in batch]

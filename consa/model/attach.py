@@ -16,9 +16,7 @@ from consa.model.plan import Observer, Plan
 
 
 @contextmanager
-def attached(
-    model: PreTrainedModel, allocation: Allocation, *, observer: Observer | None = None
-) -> Iterator[Plan]:
+def attached(model: PreTrainedModel, allocation: Allocation, *, observer: Observer | None = None) -> Iterator[Plan]:
     """Within the block, `model` computes the exact hybrid attention of `allocation`; on exit it is restored.
 
     Args:
@@ -41,9 +39,7 @@ def attached(
             f"{type(model).__name__} is a converted hybrid with its own allocation; load the original model"
         )
     if any(hasattr(module, "consa_plan") for module in modules):
-        raise ConsaError(
-            f"{type(model).__name__} already has an allocation attached; leave that `with` block first"
-        )
+        raise ConsaError(f"{type(model).__name__} already has an allocation attached; leave that `with` block first")
     before: Any = model.config._attn_implementation
     plan = Plan(allocation, observer)
     try:

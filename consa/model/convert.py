@@ -89,9 +89,7 @@ def convert(
     check_fits(allocation, attention_layout(model), type(model).__name__)
     obstacle = None if kind == "hybrid" else plain_obstacle(model.config, allocation)
     if kind == "plain" and obstacle:
-        raise ConsaError(
-            f"no plain checkpoint is possible: {obstacle}; write a hybrid, which consa.load reads"
-        )
+        raise ConsaError(f"no plain checkpoint is possible: {obstacle}; write a hybrid, which consa.load reads")
     if kind == "hybrid" or obstacle:
         kind, reason = "hybrid", f"needs consa: {obstacle or 'as requested'}"
     else:
@@ -195,9 +193,7 @@ def verify(folder: str | Path) -> tuple[Literal["hybrid", "plain"], Allocation]:
     """
     folder = Path(folder)
     if not os.path.isfile(folder / MANIFEST):  # unlike Path.is_file, accepts names that are too long
-        raise ConsaError(
-            f"{folder} holds no {MANIFEST}, so it is not a converted model; make one with consa convert"
-        )
+        raise ConsaError(f"{folder} holds no {MANIFEST}, so it is not a converted model; make one with consa convert")
     manifest = _read_json(folder / MANIFEST)
     files = manifest.get("files")
     if manifest.get("schema") != SCHEMA or not isinstance(files, dict):
@@ -209,9 +205,7 @@ def verify(folder: str | Path) -> tuple[Literal["hybrid", "plain"], Allocation]:
             raise ConsaError(f"{folder / MANIFEST} lists no {name}; convert the model again")
     for name, digest in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ConsaError(
-                f"{folder / MANIFEST} lists {name!r}, outside its folder; convert the model again"
-            )
+            raise ConsaError(f"{folder / MANIFEST} lists {name!r}, outside its folder; convert the model again")
         if not os.path.isfile(folder / name):
             raise ConsaError(f"{folder / name} is missing; convert the model again")
         if sha256_of(folder / name) != digest:
@@ -294,9 +288,7 @@ def _without_allocation(config: Any) -> Iterator[None]:
 def _check_plain(folder: Path, allocation: Allocation) -> None:
     """Check that this version of transformers reads the config as intended."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    wanted = {
-        layer: allocation.window for layer, full in enumerate(allocation.full_attention[:, 0]) if not full
-    }
+    wanted = {layer: allocation.window for layer, full in enumerate(allocation.full_attention[:, 0]) if not full}
     try:
         model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
         found = inspect_attention(model_class, config).native_windows

@@ -95,9 +95,7 @@ def generate_text(
             )
         )
     streamer = _Pieces(tokenizer, on_text) if on_text else None
-    (text,) = generate_texts(
-        model, tokenizer, [prompt], add_special_tokens=not chat, streamer=streamer, **options
-    )
+    (text,) = generate_texts(model, tokenizer, [prompt], add_special_tokens=not chat, streamer=streamer, **options)
     return text
 
 

@@ -50,9 +50,7 @@ def _attend(
     if "cache" in ignored:
         raise ConsaError("paged caches (generate_batch) are not supported; use generate")
     if dropout:
-        raise ConsaError(
-            f"attention dropout {dropout} is not supported; set the config's attention_dropout to 0"
-        )
+        raise ConsaError(f"attention dropout {dropout} is not supported; set the config's attention_dropout to 0")
     first = None
     if attention_mask is not None:
         if attention_mask.shape != (len(query), 1, 1, 1) or attention_mask.dtype != torch.long:
@@ -131,9 +129,7 @@ def consa_mask(
         return None
     end = attention_mask.shape[-1] if static else kv_offset + kv_length
     if attention_mask.shape[-1] < end:
-        raise ConsaError(
-            f"the attention mask covers {attention_mask.shape[-1]} of {end} keys; it must cover all"
-        )
+        raise ConsaError(f"the attention mask covers {attention_mask.shape[-1]} of {end} keys; it must cover all")
     real = attention_mask[:, kv_offset:end].bool().cpu()  # the mask may extend beyond the keys
     starts = torch.cat([real[:, :1], real[:, 1:] & ~real[:, :-1]], dim=1)
     if int(starts.sum(1).max()) > 1:
@@ -144,12 +140,7 @@ def consa_mask(
 
 
 def record_call(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **keywords: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
 ) -> tuple[Tensor, None]:
     """The attention function of a skeleton: stores its arguments on the module and returns an empty tensor."""
     module.consa_call = (query, key, value, keywords)

@@ -151,9 +151,7 @@ def inspect_attention(model_class: type[PreTrainedModel], config: Any) -> Attent
         raise refuse(f"its layers differ in (q heads, KV heads, head dimensions): {sorted(shapes)}")
     ((q_heads, kv_heads, head_dim, k_dim, v_dim),) = shapes
     if not head_dim == k_dim == v_dim or q_heads % kv_heads:
-        raise refuse(
-            f"its heads do not match: {q_heads} query, {kv_heads} KV, dimensions {head_dim}, {k_dim}, {v_dim}"
-        )
+        raise refuse(f"its heads do not match: {q_heads} query, {kv_heads} KV, dimensions {head_dim}, {k_dim}, {v_dim}")
     sliding = {layer for layer, kind in enumerate(layer_types) if kind == "sliding_attention"}
     if layer_types and sliding != native_windows.keys():
         raise refuse("layer_types in its config and its attention layers disagree about which layers slide")

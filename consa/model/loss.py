@@ -44,9 +44,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 Objective = Callable[[Tensor, Tensor, slice], Tensor]
 
 
-def backward(
-    model: PreTrainedModel, tokens: Tensor, *, scale: float, objective: Objective | None = None
-) -> Tensor:
+def backward(model: PreTrainedModel, tokens: Tensor, *, scale: float, objective: Objective | None = None) -> Tensor:
     """Forward and backward through the model; gradients accumulate as after `loss.backward()`.
 
     Each chunk of positions goes through the output layer and back immediately, which leaves its gradient on the hidden

@@ -58,14 +58,7 @@ class Plan:
             self._gates, self._gated_rows = None, []
 
     def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        first: Tensor | None,
-        scaling: float,
-        softcap: float | None,
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scaling: float, softcap: float | None
     ) -> Tensor:
         """Attention of one layer.
 
@@ -93,25 +86,13 @@ class Plan:
             if skipped >= q.shape[2]:
                 continue
             part = self._attend(
-                layer,
-                sequences,
-                q[there, :, skipped:],
-                k[there, :, start:],
-                v[there, :, start:],
-                scaling,
-                softcap,
+                layer, sequences, q[there, :, skipped:], k[there, :, start:], v[there, :, start:], scaling, softcap
             )
             out = out.index_put((there,), torch.nn.functional.pad(part, (0, 0, skipped, 0)))
         return out
 
     def attend_cached(
-        self,
-        layer: int,
-        q: Tensor,
-        new: NewKeys,
-        first: Tensor | None,
-        scaling: float,
-        softcap: float | None,
+        self, layer: int, q: Tensor, new: NewKeys, first: Tensor | None, scaling: float, softcap: float | None
     ) -> Tensor:
         """Attention of one layer over a cache; arguments and result as in `attend`.
 
@@ -119,14 +100,10 @@ class Plan:
             ConsaError: the cache was made for another allocation, or gates are set.
         """
         if self._gates is not None:
-            raise ConsaError(
-                "gates need every token of every head, which a hybrid's cache drops; pass use_cache=False"
-            )
+            raise ConsaError("gates need every token of every head, which a hybrid's cache drops; pass use_cache=False")
         # torch.compile supports == of dataclasses, but not !=.
         if not new.cache.split == self._splits[layer]:
-            raise ConsaError(
-                "the cache was made for another allocation; make one with the allocation of this model"
-            )
+            raise ConsaError("the cache was made for another allocation; make one with the allocation of this model")
         if new.cache.is_empty:
             out = self.attend(layer, q, new.key, new.value, first, scaling, softcap)
             new.cache.write(new.key, new.value, first)
@@ -145,9 +122,7 @@ class Plan:
     ) -> Tensor:
         native_window = self.allocation.native_windows.get(layer)
         if native_window is not None:
-            return sliding_attention(
-                q, k, v, window=native_window, num_sink_tokens=0, scaling=scaling, softcap=softcap
-            )
+            return sliding_attention(q, k, v, window=native_window, num_sink_tokens=0, scaling=scaling, softcap=softcap)
         return hybrid_attention(
             q,
             k,

@@ -71,9 +71,7 @@ def save_config(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         ConsaError: the config holds an allocation.
     """
     if interface.allocation_of(config) is not None:
-        raise ConsaError(
-            "save_pretrained cannot write a hybrid; use consa.convert(model, allocation, folder)"
-        )
+        raise ConsaError("save_pretrained cannot write a hybrid; use consa.convert(model, allocation, folder)")
     _stock_save(config, *args, **kwargs)
 
 

@@ -90,9 +90,7 @@ def history(records: Sequence[Mapping[str, float]], *, adapted: bool) -> Columns
     parts = np.array_split(np.arange(len(records)), min(len(records), MAX_POINTS))
 
     def column(name: str) -> list[float | None]:
-        found = [
-            [records[i][name] for i in part if name != "heldout_loss" or name in records[i]] for part in parts
-        ]
+        found = [[records[i][name] for i in part if name != "heldout_loss" or name in records[i]] for part in parts]
         return [_rounded(float(np.mean(values))) if values else None for values in found]
 
     return {name: column(name) for name in ("step", *(ADAPTATION if adapted else LEARNING))}
@@ -143,11 +141,7 @@ def curves(name: str, data: str, *, adapted: bool) -> list[Chart]:
 
 def by_position(name: str, data: str, kinds: Collection[str]) -> Chart:
     """Loss above the dense model's, by position; rows hold allocation, kind, from, rise, low and high."""
-    shared = {
-        "x": _places("from", "from position"),
-        "color": _kinds(kinds),
-        "detail": {"field": "allocation"},
-    }
+    shared = {"x": _places("from", "from position"), "color": _kinds(kinds), "detail": {"field": "allocation"}}
     own = {
         "y": _amount("rise", "nats above dense"),
         "opacity": {"condition": {"test": "datum.kind === 'other'", "value": 0.6}, "value": 1},
@@ -288,8 +282,7 @@ def side_by_side(data: str, allocations: Mapping[str, Allocation]) -> Chart:
     encoding = {
         "x": _layers(num_layers),
         "y": _places("run", None, labelLimit=90) | {"scale": {"paddingInner": 0.12}},
-        "fillOpacity": _amount("share", "share")
-        | {"legend": None, "scale": {"domain": [0, 1], "range": [0.02, 1]}},
+        "fillOpacity": _amount("share", "share") | {"legend": None, "scale": {"domain": [0, 1], "range": [0.02, 1]}},
         "tooltip": _tooltip("run", "sparsity", "layer", "share"),
     }
     mark = {"type": "rect", "cornerRadius": 2, "color": FA, "stroke": FA, "strokeOpacity": 0.35}

@@ -18,12 +18,7 @@ from consa.report.sections import Sections
 
 
 def write(
-    paths: Sequence[Path],
-    out: Path,
-    *,
-    command: str,
-    behaviour: Behaviour | None = None,
-    figures: Path | None = None,
+    paths: Sequence[Path], out: Path, *, command: str, behaviour: Behaviour | None = None, figures: Path | None = None
 ) -> list[Path]:
     """Read runs and write the page.
 
@@ -61,10 +56,7 @@ def _html(sections: Sections, command: str) -> str:
     }
     models = dict.fromkeys(filter(None, (run.model for run in sections.runs)))
     environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
+        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
     environment.filters["kind"] = lambda block: type(block).__name__.lower()
     return environment.get_template("page.html").render(

@@ -37,9 +37,7 @@ class Sections:
     def __init__(self, runs: list[Run], behaviour: Behaviour | None) -> None:
         self.runs = runs
         self.names = _distinct([run.name for run in runs])
-        self.files = _distinct(
-            ["".join(c if c.isalnum() or c in "._-" else "-" for c in run.name) for run in runs]
-        )
+        self.files = _distinct(["".join(c if c.isalnum() or c in "._-" else "-" for c in run.name) for run in runs])
         self.given = behaviour
         if behaviour and not any(_fits(behaviour, run) for run in runs):
             shape = " x ".join(map(str, behaviour.by_distance.shape[:2]))
@@ -88,9 +86,7 @@ class Sections:
         cards: list[tuple[str, str]] = []
         if run.allocation is not None:
             allocation, dense = run.allocation, _dense(run.allocation)
-            share = allocation.kv_cache_bytes(CACHE_TOKENS, head_dim=1) / dense.kv_cache_bytes(
-                CACHE_TOKENS, head_dim=1
-            )
+            share = allocation.kv_cache_bytes(CACHE_TOKENS, head_dim=1) / dense.kv_cache_bytes(CACHE_TOKENS, head_dim=1)
             cards.append(("sparsity: share of units on SWA", f"{allocation.sparsity:.1%}"))
             cards.append((f"KV cache as a share of dense, at {CACHE_TOKENS:,} tokens", f"{share:.1%}"))
         if run.measured is not None:
@@ -264,25 +260,18 @@ class Sections:
                 f" {run.summary.get('fractional'):.1%} of the gates were still fractional."
             )
         data = self._add_data(f"history {index}", charts.history(run.history, adapted=run.adapted))
-        yield Grid(
-            [self._figure(chart) for chart in charts.curves(self.files[index], data, adapted=run.adapted)]
-        )
+        yield Grid([self._figure(chart) for chart in charts.curves(self.files[index], data, adapted=run.adapted)])
 
     def _comparison(self) -> Iterator[Section]:
         """Runs of models of one shape side by side, and the correlation by depth across shapes."""
         groups: dict[Any, dict[str, Allocation]] = {}
-        everything = {
-            name: run.allocation for name, run in zip(self.names, self.runs, strict=True) if run.allocation
-        }
+        everything = {name: run.allocation for name, run in zip(self.names, self.runs, strict=True) if run.allocation}
         for name, allocation in everything.items():
             key = (allocation.full_attention.shape, tuple(allocation.layers))
             groups.setdefault(key, {})[name] = allocation
         for number, allocations in enumerate(group for group in groups.values() if len(group) > 1):
             data = self._add_data(f"layers {number}", charts.layer_shares(allocations))
-            found = {
-                pair: agreement(*(allocations[name] for name in pair))
-                for pair in combinations(allocations, 2)
-            }
+            found = {pair: agreement(*(allocations[name] for name in pair)) for pair in combinations(allocations, 2)}
             expected = _range([alike.expected_jaccard for alike in found.values()])
             matrix = _matrix(
                 list(allocations),
@@ -333,9 +322,7 @@ class Sections:
         return Figure(len(self.charts) - 1, chart.title)
 
 
-def _table(
-    lines: tuple[Line, ...], columns: list[str], row: Callable[[Line], list[str]], caption: str
-) -> Table:
+def _table(lines: tuple[Line, ...], columns: list[str], row: Callable[[Line], list[str]], caption: str) -> Table:
     """A table with a row for each allocation."""
     made = frozenset(line.name for line in lines if line.name in (LEARNED, ADAPTED))
     return Table(["allocation", *columns], [[line.name, *row(line)] for line in lines], caption, made)

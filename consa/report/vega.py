@@ -52,10 +52,7 @@ def draw(charts: Sequence[Chart], data: Mapping[str, Columns], folder: Path) -> 
         spec = complete(chart) | {"data": {"values": rows_of(data[chart.data])}, "background": "white"}
         chosen = "".join(f": {param['value'].replace('_', ' ')}" for param in spec.get("params", ()))
         spec |= {"width": 620, "title": {"text": chart.title + chosen, "anchor": "start"}}
-        drawn = {
-            ".svg": renderer.vegalite_to_svg(spec).encode(),
-            ".png": renderer.vegalite_to_png(spec, scale=3),
-        }
+        drawn = {".svg": renderer.vegalite_to_svg(spec).encode(), ".png": renderer.vegalite_to_png(spec, scale=3)}
         for suffix, content in drawn.items():
             path = folder / f"{chart.name}{suffix}"
             write_atomically(path, content)

@@ -35,9 +35,7 @@ def run_behaviour(
     loaded = inputs.load(where)
     heldout = inputs.heldout_text(replace(where, num_heldout=num_sequences), seq_len, loaded)
     if len(heldout.tokens) < num_sequences:
-        note(
-            f"The text has {len(heldout.tokens)} held-out sequences of {seq_len} tokens; all of them are measured"
-        )
+        note(f"The text has {len(heldout.tokens)} held-out sequences of {seq_len} tokens; all of them are measured")
     total = num_passes(loaded.model, len(heldout.tokens), needles=True, causal=causal_sequences > 0)
     with progress("Observing", total) as update:
         behaviour = measure(

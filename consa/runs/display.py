@@ -38,9 +38,7 @@ class Display:
         board: folder for TensorBoard, or None.
     """
 
-    def __init__(
-        self, title: str, num_steps: int, describe: Callable[[Record], str], board: Path | None
-    ) -> None:
+    def __init__(self, title: str, num_steps: int, describe: Callable[[Record], str], board: Path | None) -> None:
         self.title, self.num_steps, self.describe, self.board = title, num_steps, describe, board
         self._shown = ExitStack()
         self._shown_title = ""

@@ -186,11 +186,7 @@ def adaptation_curves(history: list[dict[str, float]], ends: dict[str, float], p
     heldout.legend(frameon=False, fontsize=8)
     rate.plot(steps, [record["learning_rate"] for record in history], color=DARK, lw=1.6)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for axes, title in (
-        (loss, "training loss (nats)"),
-        (heldout, "held-out loss (nats)"),
-        (rate, "learning rate"),
-    ):
+    for axes, title in ((loss, "training loss (nats)"), (heldout, "held-out loss (nats)"), (rate, "learning rate")):
         _style(axes, title)
     _save(figure, path)
 

@@ -26,9 +26,7 @@ Settings = dict[str, JsonObject]
 
 
 @contextmanager
-def opened(
-    where: RunConfig, config: LearnConfig | AdaptConfig, folder: Path, settings: Settings
-) -> Iterator[None]:
+def opened(where: RunConfig, config: LearnConfig | AdaptConfig, folder: Path, settings: Settings) -> Iterator[None]:
     """Join the job's other processes; the main one locks the folder and checks that it is this run's.
 
     Raises:
@@ -42,10 +40,7 @@ def opened(
 
 
 def _without_free(settings: Settings) -> Settings:
-    return {
-        part: {key: value for key, value in values.items() if key not in FREE}
-        for part, values in settings.items()
-    }
+    return {part: {key: value for key, value in values.items() if key not in FREE} for part, values in settings.items()}
 
 
 def record_settings(settings: Settings, command: str, folder: Path) -> JsonObject:
@@ -108,11 +103,7 @@ def _locked(folder: Path) -> FileLock:
 
 
 def check_same(
-    folder: Path,
-    settings: JsonObject,
-    decisive: Callable[[Settings], Settings],
-    *,
-    kind: Literal["run", "sweep"],
+    folder: Path, settings: JsonObject, decisive: Callable[[Settings], Settings], *, kind: Literal["run", "sweep"]
 ) -> None:
     """Refuse a folder that holds the results of another run.
 
@@ -153,6 +144,4 @@ def check_free(folder: Path) -> None:
     """
     for path in sorted(folder.iterdir()) if folder.exists() else ():
         if path.is_file() and not path.name.startswith("."):
-            raise ConsaError(
-                f"{folder} holds files of something else ({path.name}); choose another folder with --out"
-            )
+            raise ConsaError(f"{folder} holds files of something else ({path.name}); choose another folder with --out")

@@ -66,12 +66,7 @@ def _read(where: RunConfig, source: str, split: Split, seq_len: int, loaded: Loa
         note(f"Reading {source}" if split == "all" else f"Reading {source} ({split})")
     with distributed.main_first():
         found = load_sequences(
-            source,
-            loaded.tokenizer,
-            seq_len,
-            split=split,
-            max_tokens=where.max_tokens,
-            text_field=where.text_field,
+            source, loaded.tokenizer, seq_len, split=split, max_tokens=where.max_tokens, text_field=where.text_field
         )
     if distributed.is_main():
         count, documents, unused = len(found.tokens), found.num_documents, found.num_skipped

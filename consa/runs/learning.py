@@ -58,9 +58,7 @@ def run_learning(
     with opened(where, config, folder, settings):
         loaded = inputs.load(where)
         units = units_of(loaded.layout, config.granularity)
-        sparsity = (
-            1 - target_units(loaded.layout, config) / units.count
-        )  # raises for a budget that is too small
+        sparsity = 1 - target_units(loaded.layout, config) / units.count  # raises for a budget that is too small
         train = inputs.training_text(where, config.seq_len, loaded)
         heldout = inputs.heldout_text(where, config.seq_len, loaded)
         inputs.warn_if_repeated(len(train.tokens), config)
@@ -85,9 +83,7 @@ def run_learning(
         table, stochastic = _measure(suite, result, config, sparsity)
         last = result.history[-1] if result.history else {}
         if last.get("fractional", 0) > MAX_FRACTIONAL:
-            note(
-                f"Undecided: {last['fractional']:.0%} of the gates; take more steps, or read the result with care"
-            )
+            note(f"Undecided: {last['fractional']:.0%} of the gates; take more steps, or read the result with care")
         seconds = summary.seconds_since("learning", began, learned)
         whole = summary.summarise(loaded.identity, result.allocation, config, heldout, table, seconds, record)
         whole["losses"] = GateLosses(
@@ -97,9 +93,7 @@ def run_learning(
         whole["fractional"] = last.get("fractional")
         summary.write(whole, summary.of_learning(whole), folder)
         if config.mode == "joint" and not (folder / "model").exists():
-            convert(
-                loaded.model, result.allocation, folder / "model", tokenizer=loaded.tokenizer, kind="hybrid"
-            )
+            convert(loaded.model, result.allocation, folder / "model", tokenizer=loaded.tokenizer, kind="hybrid")
     return whole
 
 
@@ -110,9 +104,7 @@ def _save(result: LearnResult, folder: Path) -> None:
         figures.curves(result.history, folder / "curves.png")
 
 
-def _measure(
-    suite: Suite, result: LearnResult, config: LearnConfig, sparsity: float
-) -> tuple[Table, float | None]:
+def _measure(suite: Suite, result: LearnResult, config: LearnConfig, sparsity: float) -> tuple[Table, float | None]:
     """The table, and the loss of sampled gates if gates were learned."""
     learned, loaded, tokens = result.allocation, suite.loaded, suite.heldout.tokens
     allocations = suite.with_ends(_rules(loaded, config, sparsity) | {LEARNED: learned})

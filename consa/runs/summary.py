@@ -154,9 +154,7 @@ def of_learning(summary: Summary) -> str:
         "stochastic": "stochastic gates, drawn for each sequence from the averaged log_alpha",
         "final": "final allocation",
     }
-    rows = [
-        [text, f"{loss:.4f}"] for key, text in kinds.items() if (loss := summary["losses"][key]) is not None
-    ]
+    rows = [[text, f"{loss:.4f}"] for key, text in kinds.items() if (loss := summary["losses"][key]) is not None]
     fractional = "none learned" if summary["fractional"] is None else f"{summary['fractional']:.1%}"
     joint = summary["learn"]["mode"] == "joint"
     return f"""{_measured(summary, "learned allocation")}

@@ -24,10 +24,7 @@ from consa.runs import evaluation, inputs
 from consa.runs.folder import CONFIG, Settings, check_same, claimed
 
 # Columns of frontier.csv: attributes of a point.
-COLUMNS = (
-    *("method", "granularity", "sparsity", "seeds"),
-    *("cache", "recovered", "spread", "retrieved", "seconds"),
-)
+COLUMNS = (*("method", "granularity", "sparsity", "seeds"), *("cache", "recovered", "spread", "retrieved", "seconds"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +123,7 @@ class Frontier:
             panels.append(("retrieved", "share of hidden answers found"))
         drawing = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
         kinds = dict.fromkeys((point.method, point.granularity) for point in self.points)
-        for axes, (quality, label) in zip(
-            drawing.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-        ):
+        for axes, (quality, label) in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             for method, granularity in kinds:
                 chosen = [p for p in self.points if (p.method, p.granularity) == (method, granularity)]
                 chosen.sort(key=lambda point: point.cache)
@@ -138,9 +133,7 @@ class Frontier:
                     "o-" if method not in rules.RULES else ".:",
                     label=f"{method}, {granularity}",
                 )
-            axes.axhline(
-                1 if quality == "recovered" else self.table.lines[0].retrieved, color="#888888", ls="--"
-            )
+            axes.axhline(1 if quality == "recovered" else self.table.lines[0].retrieved, color="#888888", ls="--")
             axes.set(xlabel=f"KV cache with {self.table.cache_tokens} tokens, share of dense", ylabel=label)
         drawing.axes[0].legend(frameon=False, fontsize="small")
         return png(drawing)
@@ -188,9 +181,7 @@ def _decisive(settings: Settings) -> Settings:
     """The settings that all allocations of a folder have in common."""
     free = {"run": ("num_heldout", "start"), "sweep": ("sparsity", "granularity", "methods", "seeds")}
     fixed = {part: {k: v for k, v in settings[part].items() if k not in left} for part, left in free.items()}
-    return fixed | {
-        "eval": {name: settings["eval"][name] for name in ("seq_len", "window", "num_sink_tokens")}
-    }
+    return fixed | {"eval": {name: settings["eval"][name] for name in ("seq_len", "window", "num_sink_tokens")}}
 
 
 def _choose(

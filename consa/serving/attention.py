@@ -99,9 +99,7 @@ class HybridBuilder(AttentionMetadataBuilder[HybridMetadata]):
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
-    def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
-    ) -> None:
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         compilation = vllm_config.compilation_config
         # A graph holds the memory of all splits, so only batches that a graph may serve have them.
@@ -110,9 +108,7 @@ class HybridBuilder(AttentionMetadataBuilder[HybridMetadata]):
             self.graph_tokens = compilation.max_cudagraph_capture_size or 0
         self.graph_splits = vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
 
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
-    ) -> HybridMetadata:
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> HybridMetadata:
         """See `HybridMetadata`."""
         common = common_attn_metadata
         return HybridMetadata(
@@ -240,13 +236,7 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
         return output
 
     def _by_kernels(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        places: list[Place],
-        batch: HybridMetadata,
-        output: Tensor,
+        self, query: Tensor, key: Tensor, value: Tensor, places: list[Place], batch: HybridMetadata, output: Tensor
     ) -> None:
         from consa.serving import kernels
 
@@ -298,9 +288,7 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
             self._addresses[key] = kernels.address_table(list(self.heads.order), caches, tables, slots)
         return self._addresses[key]
 
-    def _by_flash_attention(
-        self, query: Tensor, places: list[Place], batch: HybridMetadata, output: Tensor
-    ) -> None:
+    def _by_flash_attention(self, query: Tensor, places: list[Place], batch: HybridMetadata, output: Tensor) -> None:
         """The FA heads by one call."""
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
@@ -327,13 +315,7 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
             output[:, self.full_queries] = result
 
     def _by_torch(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        places: list[Place],
-        batch: HybridMetadata,
-        output: Tensor,
+        self, query: Tensor, key: Tensor, value: Tensor, places: list[Place], batch: HybridMetadata, output: Tensor
     ) -> None:
         """The same on any device, in torch, request by request."""
         page = places[0].cache.shape[2]
@@ -376,9 +358,7 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
 def _merged(caches: list[Tensor]) -> Tensor:
     """Adjacent places of one head each as one cache of several heads, `(pages, heads, page tokens, 2 * head_dim)`."""
     steps = {b.data_ptr() - a.data_ptr() for a, b in pairwise(caches)}
-    assert len(steps) < 2, (
-        f"the places of a layer's FA heads are not adjacent: steps of {sorted(steps)} bytes"
-    )
+    assert len(steps) < 2, f"the places of a layer's FA heads are not adjacent: steps of {sorted(steps)} bytes"
     cache = caches[0]
     step = steps.pop() // cache.element_size() if steps else cache.stride(0)
     pages, _, *tokens = cache.shape

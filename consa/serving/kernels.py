@@ -58,11 +58,7 @@ class Blocks(NamedTuple):
 DECODE = Blocks(MIN_ROWS, 64, 4, 2, programs=1024)
 # By padded head_dim, for 16-bit elements. An entry of a page table and the keys that it leads to are loaded one after
 # the other, so five stages load keys and values two blocks ahead, and three one block.
-PREFILL = {
-    64: Blocks(64, 64, 4, 5, registers=168),
-    128: Blocks(64, 32, 4, 5, registers=168),
-    256: Blocks(64, 32, 4, 3),
-}
+PREFILL = {64: Blocks(64, 64, 4, 5, registers=168), 128: Blocks(64, 32, 4, 5, registers=168), 256: Blocks(64, 32, 4, 3)}
 FLOAT32 = Blocks(32, 32, 4, 1, programs=1024)
 
 
@@ -290,9 +286,7 @@ def _prefill(
         tl.store(output + offset[:, None] + d[None, :], result.to(output.dtype.element_ty), mask=mask)
 
 
-def write(
-    key: Tensor, value: Tensor, cache: Tensor, heads: Tensor, slots: Tensor, *, num_tokens: int
-) -> None:
+def write(key: Tensor, value: Tensor, cache: Tensor, heads: Tensor, slots: Tensor, *, num_tokens: int) -> None:
     """Write new tokens into their pages.
 
     Args:
@@ -401,9 +395,7 @@ def blocks_for(query: Tensor, group: int, decoding: bool) -> Blocks:
     return blocks._replace(rows=needed if decoding else max(needed, blocks.rows))
 
 
-def address_table(
-    heads: list[int], caches: list[Tensor], tables: list[Tensor], slots: list[Tensor]
-) -> Tensor:
+def address_table(heads: list[int], caches: list[Tensor], tables: list[Tensor], slots: list[Tensor]) -> Tensor:
     """Where KV heads lie, on their device, counted from the first of each list; see `HEAD_COLUMNS`.
 
     Args:

@@ -60,6 +60,4 @@ def make_hybrid(model: nn.Module, vllm_config: Any) -> None:
             if layer == len(rows) - 1:
                 for unused in range(unused_places(int(rows.sum()), int((~rows).sum()))):
                     place = f"{stock.layer_name}.unused_{unused}"
-                    attention.places.append(
-                        HeadPlace(attention, place, sliding=True, vllm_config=vllm_config)
-                    )
+                    attention.places.append(HeadPlace(attention, place, sliding=True, vllm_config=vllm_config))

@@ -140,9 +140,7 @@ class SinkManager(SlidingWindowManager):
         **kwargs: Any,
     ) -> list[bool] | None:
         """vLLM's choice of pages that a later request may take over, and the sinks'."""
-        mask = super().reachable_block_mask(
-            start_block, end_block, alignment_tokens, kv_cache_spec, *args, **kwargs
-        )
+        mask = super().reachable_block_mask(start_block, end_block, alignment_tokens, kv_cache_spec, *args, **kwargs)
         if mask is not None:
             for page in range(start_block, min(end_block, kv_cache_spec.sink_pages)):
                 mask[page - start_block] = True

@@ -62,17 +62,13 @@ def plan(
         if value < 1:
             raise ConsaError(f"{name} must be an integer >= 1, got {value!r}")
     split = Constraint(tensor_parallel=tensor_parallel)
-    split.step(
-        allocation.num_layers, allocation.num_kv_heads
-    )  # raises where ranks do not divide the KV heads
+    split.step(allocation.num_layers, allocation.num_kv_heads)  # raises where ranks do not divide the KV heads
     if lacking := violation(allocation, split):
         raise ConsaError(f"{lacking}; learn with tensor_parallel={tensor_parallel}, or serve on fewer ranks")
     num_full = int(allocation.full_attention.sum()) // tensor_parallel
     num_sliding = allocation.full_attention.size // tensor_parallel - num_full
     unused = unused_places(num_full, num_sliding)
-    held = window_pages(
-        allocation.window, allocation.num_sink_tokens, num_tokens=context, block_size=block_size
-    )
+    held = window_pages(allocation.window, allocation.num_sink_tokens, num_tokens=context, block_size=block_size)
     all_pages = -(-context // block_size)
     if num_full:
         size, groups = num_full, 1 + (num_sliding + unused) // num_full

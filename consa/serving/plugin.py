@@ -18,9 +18,7 @@ from consa.model import interface
 from consa.model.register import ARCHITECTURE_PREFIX, HybridConfig
 from consa.serving.limits import SERVED, engine_obstacle, hybrid_obstacle
 
-WATERMARK = (
-    0.02  # share of the pool's pages kept free when requests are admitted, unless the user gave a number
-)
+WATERMARK = 0.02  # share of the pool's pages kept free when requests are admitted, unless the user gave a number
 ARCHITECTURES = {ARCHITECTURE_PREFIX + name: name for name in SERVED}  # as `consa convert` names them
 
 

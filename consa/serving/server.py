@@ -48,15 +48,7 @@ def command(folder: Path, options: list[str]) -> list[str]:
                 f" leave {IMPLEMENTATION} {given} out"
             )
         chosen += [IMPLEMENTATION, "transformers"] if given is None else []
-    return [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        str(folder),
-        *chosen,
-        *options,
-    ]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *chosen, *options]
 
 
 def _value(options: list[str], *names: str) -> str | None:

@@ -69,9 +69,7 @@ def adapt(
         trained = stack.enter_context(distributed.sharded(model)) if config.parallel == "fsdp" else model
         copied = copy.deepcopy(model) if objective.needs_dense and full and trained is model else model
         stack.enter_context(
-            loop.prepared(
-                trained, gradient_checkpointing=config.gradient_checkpointing, compile=config.compile
-            )
+            loop.prepared(trained, gradient_checkpointing=config.gradient_checkpointing, compile=config.compile)
         )
         if full:
             trained.requires_grad_(True)
@@ -82,9 +80,7 @@ def adapt(
         plan = stack.enter_context(attached(trained, allocation))
         dense = (Dense(copied) if full else Dense(trained, plan)) if objective.needs_dense else None
         adaptation = _Adaptation(trained, sequences, config, weights, objective, dense, evaluate)
-        return loop.train(
-            adaptation, config, seq_len=sequences.shape[1], checkpoint=checkpoint, on_step=on_step
-        )
+        return loop.train(adaptation, config, seq_len=sequences.shape[1], checkpoint=checkpoint, on_step=on_step)
 
 
 @dataclass

@@ -44,9 +44,7 @@ def group(device: str | None = None) -> Iterator[None]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if kind.index is not None:
-        raise ConsaError(
-            f"device must not name a single GPU for {num_processes} processes, got {device!r}; use 'cuda'"
-        )
+        raise ConsaError(f"device must not name a single GPU for {num_processes} processes, got {device!r}; use 'cuda'")
     if kind.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ConsaError(

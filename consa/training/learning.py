@@ -105,9 +105,7 @@ def learn(
         if num_full in (0, units.count):  # nothing to choose
             return LearnResult(learning.decide(num_full, layout, provenance), [])
         with learning.attached(model, _dense_start(layout, config)):
-            history = loop.train(
-                learning, config, seq_len=sequences.shape[1], checkpoint=checkpoint, on_step=on_step
-            )
+            history = loop.train(learning, config, seq_len=sequences.shape[1], checkpoint=checkpoint, on_step=on_step)
     allocation = learning.decide(num_full, layout, provenance)
     if config.refine_evaluations and learning.refined is None:
         first = config.num_steps * config.sequences_per_step  # the sequences that would have come next
@@ -133,9 +131,7 @@ def learn(
 def units_of(layout: AttentionLayout, granularity: Granularity) -> Units:
     """The units of a model with this layout."""
     layers = tuple(layer for layer in range(layout.num_layers) if layer not in layout.native_windows)
-    return Units(
-        layout.num_layers, layout.num_kv_heads, layers, layout.num_kv_heads if granularity == "kv_head" else 1
-    )
+    return Units(layout.num_layers, layout.num_kv_heads, layers, layout.num_kv_heads if granularity == "kv_head" else 1)
 
 
 def target_units(layout: AttentionLayout, config: LearnConfig) -> int:
@@ -195,9 +191,7 @@ class _Learning(loop.Training):
         copied = copy.deepcopy(model) if needs_dense and joint and self.model is model else model
         with (
             loss.evaluating(copied),
-            loop.prepared(
-                self.model, gradient_checkpointing=config.gradient_checkpointing, compile=config.compile
-            ),
+            loop.prepared(self.model, gradient_checkpointing=config.gradient_checkpointing, compile=config.compile),
             attached(self.model, start) as self.plan,
             self.weights or nullcontext(),
         ):

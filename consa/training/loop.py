@@ -108,9 +108,7 @@ def save(checkpoint: Checkpoint, training: Training, history: list[Record]) -> N
 
 
 @contextmanager
-def prepared(
-    model: PreTrainedModel, *, gradient_checkpointing: bool = False, compile: bool = False
-) -> Iterator[None]:
+def prepared(model: PreTrainedModel, *, gradient_checkpointing: bool = False, compile: bool = False) -> Iterator[None]:
     """Choose deterministic kernels, recompute layers in the backward pass, compile layers.
 
     On exit all of that is undone, and changes of requires_grad.
@@ -186,9 +184,7 @@ def generator(seed: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int(digest) % 2**63)
 
 
-def check(
-    config: LearnConfig | AdaptConfig, sequences: np.ndarray, *, window: int, num_sink_tokens: int
-) -> None:
+def check(config: LearnConfig | AdaptConfig, sequences: np.ndarray, *, window: int, num_sink_tokens: int) -> None:
     """Check the text before training.
 
     Raises:
@@ -201,9 +197,7 @@ def check(
             f" {type(sequences).__name__} of shape {tuple(getattr(sequences, 'shape', ()))}"
         )
     if len(sequences) == 0 or sequences.shape[1] < 2:
-        raise ConsaError(
-            f"no training text: got sequences of shape {sequences.shape}; give longer or more documents"
-        )
+        raise ConsaError(f"no training text: got sequences of shape {sequences.shape}; give longer or more documents")
     check_window(window, num_sink_tokens, sequences.shape[1])
     distributed.check_divides(config.sequences_per_step, config.micro_batch)
 

@@ -97,6 +97,4 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
             for path in Path(temporary).iterdir():
                 write_atomically(folder / path.name, path.read_bytes())
     except (OSError, SafetensorError) as error:  # the latter is what a full disk raises
-        raise ConsaError(
-            f"cannot write {folder}: {error}; make room there and in {tempfile.gettempdir()}"
-        ) from error
+        raise ConsaError(f"cannot write {folder}: {error}; make room there and in {tempfile.gettempdir()}") from error

@@ -118,9 +118,7 @@ class Mixture(Objective):
         hidden_loss: factor on the squared distance of the last hidden states, relative to the dense model's norm.
     """
 
-    def __init__(
-        self, *, cross_entropy: float = 1.0, distillation: float = 0.0, hidden_loss: float = 0.0
-    ) -> None:
+    def __init__(self, *, cross_entropy: float = 1.0, distillation: float = 0.0, hidden_loss: float = 0.0) -> None:
         factors = {"cross_entropy": cross_entropy, "distillation": distillation, "hidden_loss": hidden_loss}
         self.factors = {name: factor for name, factor in factors.items() if factor}
         self.needs_dense = bool(distillation or hidden_loss)
@@ -171,8 +169,7 @@ def order(sequences: np.ndarray, seed: int, places: range) -> list[int]:
     """Indices of the sequences at some places of a run's stream: each once per epoch, every epoch in its own order."""
     count = len(sequences)
     epochs = {
-        epoch: np.random.default_rng([seed, epoch]).permutation(count)
-        for epoch in {place // count for place in places}
+        epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in {place // count for place in places}
     }
     return [int(epochs[place // count][place % count]) for place in places]
 

@@ -126,9 +126,7 @@ def refine(
     return _with_units(allocation, full, heads)
 
 
-def _candidates(
-    order: list[int], full: np.ndarray, scores: np.ndarray, group: int
-) -> tuple[list[int], list[int]]:
+def _candidates(order: list[int], full: np.ndarray, scores: np.ndarray, group: int) -> tuple[list[int], list[int]]:
     """FA units to close and SWA units to open, the most promising first; `order` has all units by falling score."""
     closing = [unit for unit in reversed(order) if full[unit]]
     opening = [unit for unit in order if not full[unit]]
@@ -146,15 +144,10 @@ def _with_units(allocation: Allocation, full: np.ndarray, heads: int) -> Allocat
     return replace(allocation, full_attention=mask)
 
 
-def _mean_loss(
-    model: PreTrainedModel, allocation: Allocation, sequences: np.ndarray, batch_size: int
-) -> float:
+def _mean_loss(model: PreTrainedModel, allocation: Allocation, sequences: np.ndarray, batch_size: int) -> float:
     with attached(model, allocation):
         sums = [
-            loss.token_losses(model, torch.from_numpy(batch.astype(np.int64)).to(model.device))
-            .double()
-            .sum()
-            .item()
+            loss.token_losses(model, torch.from_numpy(batch.astype(np.int64)).to(model.device)).double().sum().item()
             for batch in np.array_split(sequences, -(-len(sequences) // batch_size))
         ]
     return sum(sums) / (len(sequences) * (sequences.shape[1] - 1))

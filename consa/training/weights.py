@@ -26,15 +26,11 @@ class Weights:
     def __init__(self, parameters: dict[str, torch.nn.Parameter], *, learning_rate: float) -> None:
         self.parameters = parameters
         self.masters: dict[str, Tensor] = {
-            name: parameter
-            if parameter.dtype == torch.float32
-            else parameter.detach().float().requires_grad_()
+            name: parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_()
             for name, parameter in parameters.items()
         }
         self._hooks: list[Any] = []
-        kinds = [
-            [m for m in self.masters.values() if isinstance(m, DTensor) == kind] for kind in (False, True)
-        ]
+        kinds = [[m for m in self.masters.values() if isinstance(m, DTensor) == kind] for kind in (False, True)]
         groups = [{"params": kind} for kind in kinds if kind]  # one call cannot update both kinds
         # Fused: otherwise an update holds several copies of the weights.
         self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0, fused=True)
@@ -79,9 +75,7 @@ class Weights:
         """Masters and the optimizer's state by name, whole; every process must call it, the main one gets them."""
         state: dict[str, Tensor] = {}
         for name, master in self.masters.items():
-            slots = {
-                f"weight_optimizer.{slot}": value for slot, value in self.optimizer.state[master].items()
-            }
+            slots = {f"weight_optimizer.{slot}": value for slot, value in self.optimizer.state[master].items()}
             for part, value in ({"weights": master} | slots).items():
                 whole = distributed.gathered(value)
                 if distributed.is_main():

@@ -87,11 +87,7 @@ def run(case: Case, device: torch.device, dtype: torch.dtype, one_pass: bool) ->
     z = torch.tensor(case.z).reshape(case.batch, -1)
     gates = z.to(device).requires_grad_()
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    options = {
-        "window": case.window,
-        "num_sink_tokens": case.num_sink_tokens,
-        "scaling": 0.7 * case.head_dim**-0.5,
-    }
+    options = {"window": case.window, "num_sink_tokens": case.num_sink_tokens, "scaling": 0.7 * case.head_dim**-0.5}
     with (
         mock.patch.object(autograd, "ONE_PASS_KEYS", 10**6 if one_pass else 0),
         mock.patch("torch.empty_like", poisoned(torch.empty_like)),
@@ -110,10 +106,7 @@ def check(case: Case, device: torch.device, dtype: torch.dtype, one_pass: bool, 
     z = torch.tensor(case.z, device=device).reshape(case.batch, -1)
     leaves = [x.detach().requires_grad_() for x in (*inputs, z.double())]
     wanted = reference_attention(
-        *leaves,
-        window=case.window,
-        num_sink_tokens=case.num_sink_tokens,
-        scaling=0.7 * case.head_dim**-0.5,
+        *leaves, window=case.window, num_sink_tokens=case.num_sink_tokens, scaling=0.7 * case.head_dim**-0.5
     )
     wanted.backward(upstream)
     assert_close(out, wanted, tolerance, "output")
@@ -145,9 +138,7 @@ def check_full(case: Case, device: torch.device, dtype: torch.dtype, tolerance: 
     wanted = reference_attention(*leaves, z, window=1, num_sink_tokens=0, scaling=0.7 * case.head_dim**-0.5)
     wanted.backward(upstream)
     truth = [wanted, *(x.grad for x in leaves)]
-    for name, mine, right in zip(
-        ("out", "dq", "dk", "dv"), run_full(case, device, dtype), truth, strict=True
-    ):
+    for name, mine, right in zip(("out", "dq", "dk", "dv"), run_full(case, device, dtype), truth, strict=True):
         assert_close(mine, right, 2 * tolerance, f"full attention's {name}", floor=0.1)
 
 
@@ -228,9 +219,7 @@ def decoded(
 def check_decoding(case: Decoding, device: torch.device, dtype: torch.dtype, tolerance: float) -> None:
     """Compare the decoding kernels with the portable path in float64."""
     mine = decoded(case, device, dtype, kernels=True)
-    for place, (x, wanted) in enumerate(
-        zip(mine, decoded(case, device, torch.float64, kernels=False), strict=True)
-    ):
+    for place, (x, wanted) in enumerate(zip(mine, decoded(case, device, torch.float64, kernels=False), strict=True)):
         assert_close(x, wanted, tolerance, f"result {place} of {case}", floor=0.1)
 
 

@@ -137,10 +137,7 @@ def cases(draw: Any) -> Case:
     reach = st.one_of(st.integers(0, 12), st.integers(0, keys + 3))
     gate = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0.05, 0.95))
     z = torch.tensor([[draw(gate) for _ in range(heads)] for _ in range(batch)])
-    sizes = {
-        "QUERY_BLOCK": draw(st.sampled_from([5, 16, 512])),
-        "MIN_SLIDING_BLOCK": draw(st.integers(1, 64)),
-    }
+    sizes = {"QUERY_BLOCK": draw(st.sampled_from([5, 16, 512])), "MIN_SLIDING_BLOCK": draw(st.integers(1, 64))}
     return Case(
         batch=batch,
         heads=heads,

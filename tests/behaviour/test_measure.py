@@ -34,9 +34,7 @@ def captured(model: PreTrainedModel, native: dict[int, int]) -> Iterator[dict[in
     """Every layer's whole attention, (q_heads, S, S) in float64, as it is computed."""
     found: dict[int, torch.Tensor] = {}
 
-    def attend(
-        module: Any, q: Any, k: Any, v: Any, attention_mask: Any, *, scaling: float, softcap=None, **_: Any
-    ):
+    def attend(module: Any, q: Any, k: Any, v: Any, attention_mask: Any, *, scaling: float, softcap=None, **_: Any):
         scores = q[0].double() @ k[0].double().repeat_interleave(q.shape[1] // k.shape[1], 0).mT * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -173,9 +171,7 @@ def test_the_needle_is_where_the_answer_was_said(tiny_model_folder: Path, monkey
         values = [whole[layer][:, queries][:, :, keys].sum(-1).reshape(HEADS, -1).mean(-1) for layer in whole]
         wanted.append(torch.stack(values).numpy())
     counts = [len(queries) for _, queries, _ in needles]
-    np.testing.assert_allclose(
-        found.measures["needle"], np.average(wanted, axis=0, weights=counts), rtol=1e-4
-    )
+    np.testing.assert_allclose(found.measures["needle"], np.average(wanted, axis=0, weights=counts), rtol=1e-4)
     assert passes == [*range(1, measure.num_passes(model, 1, needles=True, causal=False) + 1)]
 
 
@@ -197,10 +193,7 @@ def test_no_matrix_of_queries_by_keys_and_no_trace(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"window": 4, "text": tokens(1, 5000)},
-            "seq_len must be at most the 4096 positions of the model, got 5000",
-        ),
+        ({"window": 4, "text": tokens(1, 5000)}, "seq_len must be at most the 4096 positions of the model, got 5000"),
         ({"window": 50}, r"window must lie between 1 and the sequence length \(50\) - 1, got 50"),
         ({"window": 0}, "got 0"),
         ({"window": 4, "num_sink_tokens": -1}, "num_sink_tokens must be an integer >= 0, got -1"),
@@ -221,20 +214,9 @@ def test_the_command_measures_beside_a_run(
 ):
     monkeypatch.setattr(measure, "NEEDLE_TOKENS", 500)
     monkeypatch.setenv("CONSA_CACHE", str(tmp_path / "cache"))
-    made_for = rules.top(
-        LAYERS, HEADS, sparsity=0.5, granularity="kv_head", window=WINDOW, num_sink_tokens=SINKS
-    )
+    made_for = rules.top(LAYERS, HEADS, sparsity=0.5, granularity="kv_head", window=WINDOW, num_sink_tokens=SINKS)
     made_for.save(tmp_path / "run" / "allocation.json")
-    command = [
-        "behaviour",
-        tiny_model_folder,
-        "--data",
-        text_folder,
-        "--device",
-        "cpu",
-        "--run",
-        tmp_path / "run",
-    ]
+    command = ["behaviour", tiny_model_folder, "--data", text_folder, "--device", "cpu", "--run", tmp_path / "run"]
     command += ["--seq-len", "96", "--sequences", "2", "--causal-sequences", "1"]
     done = CliRunner().invoke(cli.app, [str(word) for word in command])
     assert done.exit_code == 0, done.output

@@ -12,14 +12,7 @@ import safetensors.numpy
 
 from consa import Allocation, ConsaError
 from consa.behaviour.record import MEASURES, OPTIONAL, Behaviour
-from consa.behaviour.relate import (
-    agreement,
-    auc,
-    depth,
-    depth_correlation,
-    rank_correlation,
-    relate,
-)
+from consa.behaviour.relate import agreement, auc, depth, depth_correlation, rank_correlation, relate
 
 
 def allocation(full: Any, **options: Any) -> Allocation:
@@ -139,8 +132,7 @@ def test_thirds_and_agreement():
 def test_agreement_is_over_decided_layers():
     full, scores = [[1, 0], [0, 0], [1, 1]], np.array([[3.0, 1.0], [0.0, 0.0], [4.0, 2.0]])
     first, second = (
-        allocation(full, scores=scores + np.array([[0], [native], [0]]), native_windows={1: 4})
-        for native in (9, -9)
+        allocation(full, scores=scores + np.array([[0], [native], [0]]), native_windows={1: 4}) for native in (9, -9)
     )
     found = agreement(first, second)
     assert (found.jaccard, found.rank_correlation) == (1, 1)
@@ -174,22 +166,13 @@ def bad(name: str, values: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            bad("copy", np.zeros((3, 4), np.float32)),
-            r"copy must be finite float32 \(4, 3\), got float32 \(3, 4\)",
-        ),
+        (bad("copy", np.zeros((3, 4), np.float32)), r"copy must be finite float32 \(4, 3\), got float32 \(3, 4\)"),
         (bad("copy", np.zeros((4, 3))), "copy must be finite float32"),
         (bad("entropy", np.full((4, 3), np.nan, np.float32)), "entropy holds numbers that are not finite"),
-        (
-            bad("needle", np.full((4, 3), 1.5, np.float32)),
-            r"needle must hold shares in \[0, 1\], got 1.5 to 1.5",
-        ),
+        (bad("needle", np.full((4, 3), 1.5, np.float32)), r"needle must hold shares in \[0, 1\], got 1.5 to 1.5"),
         (bad("nedle", np.zeros((4, 3), np.float32)), "measures missing: none; unknown: nedle"),
         ({"measures": {}}, "measures missing: beyond_window_share, copy, "),
-        (
-            {"by_distance": np.zeros((4, 3, 5), np.float32)},
-            "by_distance must add up to 1 per head, got 0 to 0",
-        ),
+        ({"by_distance": np.zeros((4, 3, 5), np.float32)}, "by_distance must add up to 1 per head, got 0 to 0"),
         ({"by_distance": np.zeros((4, 3), np.float32)}, r"by_distance must be \(num_layers"),
         ({"window": 0}, "window must be an integer >= 1"),
         ({"num_sink_tokens": "4"}, "num_sink_tokens must be an integer >= 0"),

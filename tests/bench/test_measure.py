@@ -72,10 +72,7 @@ def test_measurements_come_in_pairs(result, runs):
         assert 0 < m.prefill_seconds < 60 and m.decode_tokens_per_second > 0 and m.peak_bytes > weights
     # Dense and hybrid in turn, so that both meet the same machine.
     assert [done for done, _ in runs] == list(range(1, 17))
-    assert [name for _, name in runs[:4]] == [
-        "dense, 60 tokens, batch 1",
-        "hybrid, 60 tokens, batch 1",
-    ] * 2
+    assert [name for _, name in runs[:4]] == ["dense, 60 tokens, batch 1", "hybrid, 60 tokens, batch 1"] * 2
 
 
 def test_the_table_and_the_files_say_the_same(result, tmp_path):
@@ -123,11 +120,7 @@ def test_the_dense_twin_is_the_original_in_the_same_memory(dense, hybrid):
 )
 def test_bad_settings_are_refused_before_any_run(hybrid, changes, message):
     with pytest.raises(ConsaError, match=message):
-        benchmark(
-            hybrid,
-            **{"contexts": [10], "batch_sizes": [1]} | changes,
-            on_run=lambda *_: pytest.fail("measured"),
-        )
+        benchmark(hybrid, **{"contexts": [10], "batch_sizes": [1]} | changes, on_run=lambda *_: pytest.fail("measured"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the mark cannot be reset")

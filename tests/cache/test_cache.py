@@ -50,10 +50,7 @@ def sequences(draw):
     chunks = draw(st.lists(st.one_of(st.just(1), st.integers(1, 25)), min_size=1, max_size=12))
     batch = draw(st.integers(1, 3))
     starts = draw(
-        st.one_of(
-            st.just([0] * batch),
-            st.lists(st.integers(0, sum(chunks) - 1), min_size=batch, max_size=batch),
-        )
+        st.one_of(st.just([0] * batch), st.lists(st.integers(0, sum(chunks) - 1), min_size=batch, max_size=batch))
     )
     return heads, window, sinks, chunks, starts, draw(st.integers(1, 3)), draw(st.integers(0, 2**31))
 
@@ -83,15 +80,7 @@ def test_any_chunks_of_any_sequences_give_the_exact_hybrid(sequences, softcap, k
         part = slice(done, done + chunk)
         done += chunk
         out.append(
-            attend(
-                Plan(allocation),
-                cache,
-                q[:, :, part],
-                k[:, :, part],
-                v[:, :, part],
-                mask_of(starts, done),
-                softcap,
-            )
+            attend(Plan(allocation), cache, q[:, :, part], k[:, :, part], v[:, :, part], mask_of(starts, done), softcap)
         )
     wanted = reference_attention(
         q,
@@ -163,12 +152,7 @@ def in_chunks(model, cache, ids, mask, positions, chunks):
         part = slice(done, done + chunk)
         done += chunk
         out.append(
-            model(
-                ids[:, part],
-                attention_mask=mask[:, :done],
-                position_ids=positions[:, part],
-                **{CACHE: cache},
-            ).logits
+            model(ids[:, part], attention_mask=mask[:, :done], position_ids=positions[:, part], **{CACHE: cache}).logits
         )
     return torch.cat(out, 1)
 
@@ -196,8 +180,7 @@ def test_every_family_decodes_the_exact_hybrid(family, padded):
 
 
 @pytest.mark.parametrize(
-    "family",
-    [family if family == "llama" else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES],
+    "family", [family if family == "llama" else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
 )
 def test_thousands_of_tokens_past_the_window(family):
     """Chunks of every size up to 60, and single tokens; one of the two sequences is padded."""
@@ -226,11 +209,7 @@ def model():
     return tiny()
 
 
-@given(
-    st.lists(st.integers(1, 12), min_size=1, max_size=5),
-    st.integers(1, 40),
-    st.data(),
-)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(1, 40), st.data())
 @settings(max_examples=40)
 def test_crop_takes_back_what_was_recorded(model, chunks, before, data):
     allocation = allocate(model)
@@ -258,10 +237,7 @@ def test_crop_of_left_padded_sequences(model):
 
     def forward(part, cache):
         return model(
-            ids[:, part],
-            attention_mask=mask[:, : part.stop],
-            position_ids=positions[:, part],
-            **{CACHE: cache},
+            ids[:, part], attention_mask=mask[:, : part.stop], position_ids=positions[:, part], **{CACHE: cache}
         ).logits
 
     with torch.no_grad(), attached(model, allocation):
@@ -394,9 +370,7 @@ def test_layers_that_the_model_slides_keep_their_window_and_no_more(family):
     with torch.no_grad(), attached(model, allocation):
         for chunk in (2 * GROWTH - 1, 1):  # after a long prefill as after decoding
             decode(model, cache, ids, [chunk])
-            capacity = allocation.kv_cache_bytes(
-                2 * GROWTH, head_dim=HEAD_DIM, bytes_per_element=4, batch_size=2
-            )
+            capacity = allocation.kv_cache_bytes(2 * GROWTH, head_dim=HEAD_DIM, bytes_per_element=4, batch_size=2)
             assert allocated_bytes(cache) == capacity
 
 
@@ -432,10 +406,7 @@ def test_what_would_not_be_exact_is_refused(model):
         with pytest.raises(ConsaError, match="pass use_cache=False"), plan.gated(z, ids.device):
             model(ids, **{CACHE: HybridCache(allocation)})
         with pytest.raises(ConsaError, match="for 2 KV heads per layer, the model has 3"):
-            model(
-                ids,
-                **{CACHE: HybridCache(Allocation(full_attention=np.ones((4, 2), bool), window=7))},
-            )
+            model(ids, **{CACHE: HybridCache(Allocation(full_attention=np.ones((4, 2), bool), window=7))})
         with pytest.raises(ConsaError, match="room for 15 tokens, but 20 are needed"):
             model(ids, **{CACHE: HybridCache(allocation, max_length=15)})
         with pytest.raises(ConsaError, match="room for 20 tokens, but 21 are needed"):

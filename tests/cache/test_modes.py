@@ -27,9 +27,7 @@ def test_decoding_compiles_to_one_graph():
         with torch._dynamo.config.patch(error_on_recompile=True):
             for column in range(20, 40):
                 position = torch.full((2, 1), column)
-                out.append(
-                    compiled(ids[:, column : column + 1], position_ids=position, **{CACHE: cache}).logits
-                )
+                out.append(compiled(ids[:, column : column + 1], position_ids=position, **{CACHE: cache}).logits)
     torch.testing.assert_close(torch.cat(out, 1), wanted, atol=1e-4, rtol=0)
 
 
@@ -107,11 +105,7 @@ def test_autocast_computes_as_without_a_cache_and_as_the_dense_model(padded: boo
             torch.testing.assert_close(model(ids, **inputs).logits[real], dense[real], atol=0.15, rtol=0)
         allocation = allocate(model)
         with attached(model, allocation):
-            wanted, cache, out = (
-                model(ids, **inputs).logits,
-                HybridCache(allocation, max_length=max_length),
-                [],
-            )
+            wanted, cache, out = (model(ids, **inputs).logits, HybridCache(allocation, max_length=max_length), [])
             for here in (slice(0, 20), slice(20, 21), slice(21, 22)):
                 part = {"attention_mask": mask[:, : here.stop], "position_ids": position[:, here]}
                 out.append(model(ids[:, here], **part, **{CACHE: cache}).logits)
@@ -139,9 +133,5 @@ def test_a_compiled_prefill_into_a_cache_that_was_reset_is_exact():
 
 def test_autocast_leaves_float64_as_it_is():
     with torch.autocast("cpu", torch.bfloat16):
-        actual = [
-            x.dtype
-            for kind in (torch.float64, torch.float32)
-            for x in as_computed(torch.zeros(1, dtype=kind))
-        ]
+        actual = [x.dtype for kind in (torch.float64, torch.float32) for x in as_computed(torch.zeros(1, dtype=kind))]
     assert actual == [torch.float64, torch.bfloat16]

@@ -25,11 +25,7 @@ def results(folder: Path) -> dict[str, bytes]:
         if path.is_dir() or any(part.startswith(".") for part in name.parts):
             continue
         content = path.read_bytes()
-        if (
-            path.suffix == ".json"
-            and path.parent.name not in ("cells", "model")
-            and name.name != "consa.json"
-        ):
+        if path.suffix == ".json" and path.parent.name not in ("cells", "model") and name.name != "consa.json":
             content = json.dumps(_timeless(json.loads(content))).encode()
         elif path.name == "checkpoint.sealed":  # in any order, as Rust writes maps
             saved = safetensors.numpy.load(read_sealed(path) or b"")

@@ -58,16 +58,7 @@ LOADED = (rich.live, rich.progress, rich.table, transformers.models.llama.modeli
 LIMIT = 120  # seconds for one command: a standstill
 COMMON = ["--seq-len", "96", "--num-heldout", "2", "--device", "cpu"]
 STEPS = ["--num-steps", "4", "--sequences-per-step", "1", "--checkpoint-every", "1"]
-SWEEP = [
-    "--methods",
-    "consa,middle",
-    "--sparsity",
-    "0.5,0.75",
-    "--num-steps",
-    "2",
-    "--sequences-per-step",
-    "1",
-]
+SWEEP = ["--methods", "consa,middle", "--sparsity", "0.5,0.75", "--num-steps", "2", "--sequences-per-step", "1"]
 SWEEP += ["--evaluations", "2", "--evaluation-sequences", "1", "--cache-tokens", "1000", "--window", "8"]
 
 
@@ -93,9 +84,7 @@ class World:
         text.mkdir()
         write_texts(text)
         chosen = folder / "allocation.json"
-        rules.random_units(4, 3, sparsity=0.5, granularity="kv_head", window=8, num_sink_tokens=2).save(
-            chosen
-        )
+        rules.random_units(4, 3, sparsity=0.5, granularity="kv_head", window=8, num_sink_tokens=2).save(chosen)
         told = [str(model), *COMMON, "--data", str(text)]
         learn = ["--window", "8", "--refine-evaluations", "8", "--refine-sequences", "1"]
         commands = {
@@ -189,9 +178,7 @@ class Trial:
     def differs(self, world: World, verb: str) -> str:
         """The first difference from an undisturbed run, or ""."""
         found, wanted = results(self.out), world.wanted[verb]
-        differing = [
-            name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)
-        ]
+        differing = [name for name in sorted(found.keys() | wanted.keys()) if found.get(name) != wanted.get(name)]
         hidden = [path.name for path in self.out.rglob(".*") if path.name != ".lock"]
         if hidden and verb in ("learn", "adapt"):  # whose lock tells them that nobody else is writing
             return f"left behind: {hidden[0]}"
@@ -252,11 +239,7 @@ def interrupts(world: World, verb: str, random: Random, count: int) -> Iterator[
             if status == 0:
                 continue  # it was done before
             count -= 1
-            yield (
-                trial.refused(status, 130, "interrupted")
-                or broken(trial.folder)
-                or trial.ends_well(world, verb)
-            )
+            yield (trial.refused(status, 130, "interrupted") or broken(trial.folder) or trial.ends_well(world, verb))
 
 
 def full_disks(world: World, verb: str, random: Random, count: int) -> Iterator[str]:
@@ -434,10 +417,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Inject all faults, and print a table and every kind of problem."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--kills",
-        type=int,
-        default=50,
-        help="kills per command; the numbers of the other faults are shares of it",
+        "--kills", type=int, default=50, help="kills per command; the numbers of the other faults are shares of it"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fault", default="", help="part of a fault's name")
@@ -449,10 +429,7 @@ def main(arguments: list[str] | None = None) -> int:
         world = World.make(Path(folder))
         print(f"{datetime.date.today()}, {hardware()}, {versions()}")
         print(f"seconds undisturbed: { {verb: round(s, 2) for verb, s in world.seconds.items()} }")
-        print(
-            "| fault | command | trials | as it should be | s |\n| --- | --- | ---: | ---: | ---: |",
-            flush=True,
-        )
+        print("| fault | command | trials | as it should be | s |\n| --- | --- | ---: | ---: | ---: |", flush=True)
         for name, (fault, share, verbs) in FAULTS.items():
             if options.fault not in name:
                 continue

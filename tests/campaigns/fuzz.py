@@ -52,9 +52,7 @@ def judge(attempt: Attempt, random: Random) -> str:
         message = str(error)
         if len(message) < LINE and len(message.splitlines()) == 1:
             return "refused"
-        return (
-            f"a refusal of {len(message)} characters in {len(message.splitlines())} lines: {message[:150]!r}"
-        )
+        return f"a refusal of {len(message)} characters in {len(message.splitlines())} lines: {message[:150]!r}"
     except BaseException as error:
         where = [f for f in traceback.extract_tb(error.__traceback__) if "/consa/" in f.filename]
         last = f"{Path(where[-1].filename).name}:{where[-1].lineno}" if where else "tests"

@@ -165,9 +165,7 @@ def text(folder: Path) -> Attempt:
             path.write_bytes(damaged_bytes(random, valid[name]))
         split = random.choice(["all", "all", "train"])
         try:
-            found = load_sequences(
-                str(path), tokenizer, 16, split=split, cache_dir=folder / "cache", workers=1
-            )
+            found = load_sequences(str(path), tokenizer, 16, split=split, cache_dir=folder / "cache", workers=1)
             assert found.tokens.shape == (len(found.domains), 16)
         finally:
             shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -225,18 +223,14 @@ def cells(folder: Path) -> Attempt:
     from consa.evaluation.cells import Cell, run_cells
 
     result = {"all": [1.5, 2.25], "0": [1.0, 3.0]}
-    cell = Cell(
-        allocation="a", measure="losses", depends_on={"seed": 1}, size=1, compute=lambda advance: dict(result)
-    )
+    cell = Cell(allocation="a", measure="losses", depends_on={"seed": 1}, size=1, compute=lambda advance: dict(result))
     wanted = run_cells([cell], folder)
     path = cell.path(folder)
     kept = path.read_bytes()
 
     def attempt(random: Random) -> None:
         damaged = (
-            damaged_bytes(random, kept)
-            if random.randrange(2)
-            else damaged_json(random, json.loads(kept[:-SEAL_BYTES]))
+            damaged_bytes(random, kept) if random.randrange(2) else damaged_json(random, json.loads(kept[:-SEAL_BYTES]))
         )
         path.write_bytes(damaged)
         assert run_cells([cell], folder) == wanted
@@ -299,11 +293,7 @@ def report(folder: Path) -> Attempt:
     run.mkdir()
     dense, floor, learned = (
         make_line(name, kind, rise)
-        for name, kind, rise in (
-            ("dense", "dense", 0),
-            ("all_swa", "all-SWA", 1),
-            ("learned", "learned", 0.2),
-        )
+        for name, kind, rise in (("dense", "dense", 0), ("all_swa", "all-SWA", 1), ("learned", "learned", 0.2))
     )
     summary = {
         "model": {"model": "m", "revision": "r"},

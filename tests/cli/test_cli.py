@@ -143,14 +143,7 @@ def caught(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     loss = Estimate(1.5, 1.4, 1.6)
     line = Line(
-        **{
-            "name": "dense",
-            "kind": "dense",
-            "sparsity": 0.0,
-            "cache_bytes": 1,
-            "loss": loss,
-            "difference": loss,
-        },
+        **{"name": "dense", "kind": "dense", "sparsity": 0.0, "cache_bytes": 1, "loss": loss, "difference": loss},
         **{"recovered": 1.0, "by_position": {}, "differences_by_position": {}},
         **{"by_domain": {}, "differences_by_domain": {}},
     )
@@ -186,9 +179,7 @@ def test_the_recorded_command_gives_the_same_run(given: list[str], caught: list[
 
 
 def test_options_arrive(caught: list[tuple[Any, ...]], tmp_path: Path):
-    result = consa_cli(
-        "learn", "m", "--kv-budget", "2GiB", "--context", 131072, "--out", tmp_path, "--num-heldout", 3
-    )
+    result = consa_cli("learn", "m", "--kv-budget", "2GiB", "--context", 131072, "--out", tmp_path, "--num-heldout", 3)
     (where, config, folder, options) = caught[0]
     assert (config.kv_budget, config.context, where.num_heldout, folder) == (2 * 2**30, 131072, 3, tmp_path)
     assert options["tensorboard"] is False
@@ -205,15 +196,7 @@ def test_the_demo_is_a_fixed_run(caught: list[tuple[Any, ...]]):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [
-        ("2GiB", 2**31),
-        ("1.5 KiB", 1536),
-        ("512MB", 512_000_000),
-        ("7", 7),
-        ("7B", 7),
-        ("3k", 3000),
-        ("1TiB", 2**40),
-    ],
+    [("2GiB", 2**31), ("1.5 KiB", 1536), ("512MB", 512_000_000), ("7", 7), ("7B", 7), ("3k", 3000), ("1TiB", 2**40)],
 )
 def test_sizes(text: str, expected: int):
     assert options.num_bytes(text) == expected
@@ -241,10 +224,7 @@ def test_sizes(text: str, expected: int):
         (["--device", "gpu7"], ["device", "'gpu7'", "cuda:1"]),
         (["--kv-budget", "2GiB"], ["kv_budget", "context", "together"]),
         (["--kv-budget", "lots", "--context", "9"], ["2GiB", "'lots'"]),
-        (
-            ["--kv-budget", "2GiB", "--context", "9", "--sparsity", "0.5"],
-            ["sparsity", "kv_budget", "one of them"],
-        ),
+        (["--kv-budget", "2GiB", "--context", "9", "--sparsity", "0.5"], ["sparsity", "kv_budget", "one of them"]),
         (["--data", "./nowhere"], ["./nowhere", "names no file"]),
         (["--heldout-data", "./nowhere"], ["./nowhere", "names no file"]),
         (["--colour", "red"], ["--colour"]),
@@ -345,9 +325,7 @@ def test_interrupted_and_out_of_memory(monkeypatch: pytest.MonkeyPatch):
     assert refused(*words, status=130) == "error: interrupted"
     for error in (
         torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
-        RuntimeError(
-            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
-        ),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         RuntimeError("CUDA error: out of memory"),
         MemoryError(),
     ):
@@ -397,9 +375,7 @@ def test_joint_learning_names_the_model_it_made(tmp_path: Path, tiny_model_folde
 
 
 def test_rules_of_a_shape(tmp_path: Path):
-    result = consa_cli(
-        "rules", "--layers", 8, "--kv-heads", 2, "--sparsity", 0.5, "--out", tmp_path, "--tokens", 1000
-    )
+    result = consa_cli("rules", "--layers", 8, "--kv-heads", 2, "--sparsity", 0.5, "--out", tmp_path, "--tokens", 1000)
     assert result.exit_code == 0, result.output
     assert {path.stem for path in tmp_path.iterdir()} == set(RULES)
     for name in RULES:

@@ -55,9 +55,7 @@ def test_an_allocation_with_weights_of_its_own_is_said(tiny_model_folder: Path, 
     for mode in ("frozen", "joint"):
         replace(HEADS, provenance={"config": {"mode": mode}}).save(tmp_path / f"{mode}.json")
         out = tmp_path / mode
-        result = consa_cli(
-            "convert", tiny_model_folder, "--allocation", tmp_path / f"{mode}.json", "--out", out
-        )
+        result = consa_cli("convert", tiny_model_folder, "--allocation", tmp_path / f"{mode}.json", "--out", out)
         assert result.exit_code == 0, result.output
         said = "weights along with this allocation; they are in the folder `model`" in result.output
         assert said == (mode == "joint")
@@ -83,17 +81,10 @@ def test_weights_are_not_read_for_an_allocation_of_another_model(
     ],
 )
 def test_convert(
-    allocation: str,
-    options: list[str],
-    kind: str,
-    allocations: Path,
-    tiny_model_folder: Path,
-    tmp_path: Path,
+    allocation: str, options: list[str], kind: str, allocations: Path, tiny_model_folder: Path, tmp_path: Path
 ):
     file = allocations / f"{allocation}.json"
-    result = consa_cli(
-        "convert", tiny_model_folder, "--allocation", file, "--out", tmp_path / "out", *options
-    )
+    result = consa_cli("convert", tiny_model_folder, "--allocation", file, "--out", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"{tmp_path / 'out'}: {kind} checkpoint (")
     assert verify(tmp_path / "out") == (kind, Allocation.load(file))
@@ -150,9 +141,7 @@ def test_convert_reads_no_model_in_vain(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_checkpoint_keeps_its_dtype(
-    dtype: torch.dtype, allocations: Path, tiny_model_folder: Path, tmp_path: Path
-):
+def test_a_checkpoint_keeps_its_dtype(dtype: torch.dtype, allocations: Path, tiny_model_folder: Path, tmp_path: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=dtype)
     model.save_pretrained(tmp_path / "half")
     AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(tmp_path / "half")
@@ -176,14 +165,9 @@ def test_a_converted_model_is_not_converted_again(allocations: Path, converted: 
 @pytest.mark.parametrize("kind", ["hybrid", "plain"])
 def test_generate(kind: str, converted: Path, tmp_path: Path):
     (tmp_path / "prompt.txt").write_text("the quick fox")
-    result = consa_cli(
-        "generate", converted / kind, "--file", tmp_path / "prompt.txt", "--max-new-tokens", 40
-    )
+    result = consa_cli("generate", converted / kind, "--file", tmp_path / "prompt.txt", "--max-new-tokens", 40)
     assert result.exit_code == 0, result.output
-    model, tokenizer = (
-        load(converted / kind, device="cpu"),
-        AutoTokenizer.from_pretrained(converted / kind),
-    )
+    model, tokenizer = (load(converted / kind, device="cpu"), AutoTokenizer.from_pretrained(converted / kind))
     inputs = tokenizer("the quick fox", return_tensors="pt")
     new = model.generate(inputs.input_ids, max_new_tokens=40, do_sample=False, use_cache=False)
     new = new[0, inputs.input_ids.shape[1] :]
@@ -216,9 +200,7 @@ def test_generate(kind: str, converted: Path, tmp_path: Path):
         ("nowhere", ["--prompt", "a"], ["nowhere", "consa.json", "consa convert"]),
     ],
 )
-def test_what_cannot_be_generated_is_refused(
-    folder: str, arguments: list[str], named: list[str], converted: Path
-):
+def test_what_cannot_be_generated_is_refused(folder: str, arguments: list[str], named: list[str], converted: Path):
     line = refused("generate", converted / folder, *arguments)
     assert all(part in line for part in named), line
 
@@ -273,16 +255,10 @@ def test_what_cannot_be_measured_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("command", "options", "advice"),
-    [("bench", [], "--contexts"), ("generate", ["--prompt", "a"], "the prompt")],
+    ("command", "options", "advice"), [("bench", [], "--contexts"), ("generate", ["--prompt", "a"], "the prompt")]
 )
 def test_too_little_memory_is_said(
-    command: str,
-    options: list[str],
-    advice: str,
-    converted: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    command: str, options: list[str], advice: str, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def fail(*_: object, **__: object) -> None:
         raise MemoryError

@@ -80,9 +80,7 @@ def test_depths_spread_over_the_text(tokenizer):
     ]
     assert depths == sorted(depths) and depths[0] < 0.15 and depths[-1] > 0.85
     assert max(b - a for a, b in pairwise(depths)) < 0.2
-    asked = [
-        e.prompt.index(f"is {e.answers[0]}") for e in examples("multi_key", tokenizer, length=2000, count=20)
-    ]
+    asked = [e.prompt.index(f"is {e.answers[0]}") for e in examples("multi_key", tokenizer, length=2000, count=20)]
     assert min(asked) < 500 and max(asked) > 1200
 
 

@@ -21,9 +21,9 @@ from consa.errors import ConsaError
 from tests.text import TEXT, encode, fail, jsonl, numbered
 
 # Whole words and pieces of them, with line breaks, indents and characters of several bytes.
-TEXTS = st.lists(
-    st.sampled_from([*TEXT.split(" "), "\n", "\n\n", "   ", "é", "樹", "🌳", "x"]), max_size=60
-).map(" ".join)
+TEXTS = st.lists(st.sampled_from([*TEXT.split(" "), "\n", "\n\n", "   ", "é", "樹", "🌳", "x"]), max_size=60).map(
+    " ".join
+)
 
 
 # What comes out.
@@ -72,13 +72,7 @@ def test_split_is_a_partition_by_document_whatever_the_order(tokenizer, texts, f
         for split in ("all", "train", "heldout"):
             try:
                 result = load_sequences(
-                    source,
-                    tokenizer,
-                    4,
-                    split=split,
-                    heldout_fraction=fraction,
-                    cache_dir=Path(folder),
-                    progress=False,
+                    source, tokenizer, 4, split=split, heldout_fraction=fraction, cache_dir=Path(folder), progress=False
                 )
             except ConsaError:
                 found[split] = set()
@@ -247,11 +241,7 @@ def test_globs_and_lists_and_compression_name_the_same_text(load, tmp_path):
     with_comma = tmp_path / "a,b.jsonl"
     assert load(jsonl(with_comma, texts)).tokens.tolist() == expected
     plain = with_comma.read_bytes()
-    frames = [
-        zstandard.compress(plain[:1000]),
-        b"\x50\x2a\x4d\x18\x04\0\0\0skip",
-        zstandard.compress(plain[1000:]),
-    ]
+    frames = [zstandard.compress(plain[:1000]), b"\x50\x2a\x4d\x18\x04\0\0\0skip", zstandard.compress(plain[1000:])]
     (tmp_path / "f.jsonl.zst").write_bytes(b"".join(frames))
     assert load(tmp_path / "f.jsonl.zst").tokens.tolist() == expected
     (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(texts[0].encode("utf-8-sig")))
@@ -276,9 +266,7 @@ def test_jsonl_fields_blank_lines_and_byte_order_mark(load, tokenizer, tmp_path)
 
 def test_stdlib_is_there_and_leaves_out_installed_packages(load):
     files = [
-        file
-        for file in documents._walk(Path(json.__file__).parent.parent, ("site-packages",))
-        if file.suffix == ".py"
+        file for file in documents._walk(Path(json.__file__).parent.parent, ("site-packages",)) if file.suffix == ".py"
     ]
     assert Path(json.__file__) in files
     assert not any("site-packages" in file.parts for file in files)
@@ -326,19 +314,13 @@ def test_hugging_face_dataset(load, tmp_path, monkeypatch):
 def test_import_is_cheap():
     heavy = {"torch", "transformers", "tokenizers", "rich", "zstandard"}
     code = f"import sys, consa.data.sequences; print({heavy} & set(sys.modules))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
 def test_sequences_spread_over_documents():
     documents = np.array([0, 0, 0, 4, 5, 5, 9])
     found = SequenceSet(
-        tokens=np.arange(7)[:, None],
-        domains=tuple("aaabccd"),
-        documents=documents,
-        num_documents=9,
-        num_skipped=5,
+        tokens=np.arange(7)[:, None], domains=tuple("aaabccd"), documents=documents, num_documents=9, num_skipped=5
     )
     whole = found.spread(99)
     assert whole.documents.tolist() == [0, 4, 5, 9, 0, 5, 0]

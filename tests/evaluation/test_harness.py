@@ -103,27 +103,19 @@ def test_a_hybrid_without_swa_scores_as_the_dense_model_and_one_with_it_does_not
 
 def test_the_limit_is_passed_on(loaded, manager):
     scores = [
-        run_task(loaded, None, "tiny_continue", manager=manager, limit=n)["tiny_continue exact_match"]
-        for n in (1, 2)
+        run_task(loaded, None, "tiny_continue", manager=manager, limit=n)["tiny_continue exact_match"] for n in (1, 2)
     ]
     assert scores == [0.0, 0.5]
 
 
 def test_padding_changes_nothing(loaded, manager):
     hybrid = rules.middle(4, 3, sparsity=0.5, granularity="kv_head", window=8, num_sink_tokens=2)
-    alone, together = (
-        run_task(loaded, hybrid, "tiny_continue", manager=manager, batch_size=size) for size in (1, 3)
-    )
+    alone, together = (run_task(loaded, hybrid, "tiny_continue", manager=manager, batch_size=size) for size in (1, 3))
     assert alone == together
 
 
 def test_the_suite_runs_tasks_once(
-    loaded,
-    manager,
-    tiny_model_folder: Path,
-    text_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    loaded, manager, tiny_model_folder: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     asked = []
 

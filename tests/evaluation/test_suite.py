@@ -54,9 +54,7 @@ def where(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         for n in range(30)
     ]
     path.write_text("\n".join(map(json.dumps, documents)))
-    return RunConfig(
-        model=str(tiny_model_folder), data="./absent", heldout_data=str(path), num_heldout=6, device="cpu"
-    )
+    return RunConfig(model=str(tiny_model_folder), data="./absent", heldout_data=str(path), num_heldout=6, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +71,7 @@ def test_intervals_cover_the_mean_about_as_often_as_they_say():
     rng = np.random.default_rng(0)
     hits = 0
     for draw in range(200):
-        shared = rng.normal(
-            size=30
-        )  # sequences of a document are alike: as independent they would look certain
+        shared = rng.normal(size=30)  # sequences of a document are alike: as independent they would look certain
         values = np.repeat(shared, 4) + 0.1 * rng.normal(size=120)
         estimate = bootstrap(values, np.repeat(np.arange(30), 4), seed=draw)
         assert estimate.mean == pytest.approx(values.mean())
@@ -247,18 +243,14 @@ def test_of_a_converted_hybrid_the_dense_model_is_measured(family: str, where: R
     losses = []
     for name in ("dense", "hybrid"):
         of = replace(where, model=str(tmp_path / name))
-        table, _ = run_evaluation(
-            of, config, [str(tmp_path / "kept.json")], tmp_path / f"of {name}", command="c"
-        )
+        table, _ = run_evaluation(of, config, [str(tmp_path / "kept.json")], tmp_path / f"of {name}", command="c")
         losses.append([line.loss.mean for line in table.lines])
         assert [line.kind for line in table.lines] == ["dense", "all-SWA", "other"]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
     assert len(set(losses[0])) == 3
 
 
-def test_questions_are_made_once_for_all_allocations(
-    where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_questions_are_made_once_for_all_allocations(where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made: list[int] = []
     examples_of = questions.examples
 
@@ -334,10 +326,7 @@ def test_what_does_not_fit_is_refused_before_the_text_is_read(
         (replace(CONFIG, lengths="600,5000"), "lengths must be at most the 4096 positions of .* got 5000"),
         (replace(CONFIG, seq_len=4097), "seq_len must be at most the 4096 positions of .* got 4097"),
         (replace(CONFIG, window=94), "window . num_sink_tokens .* seq_len .96., got 94 . 2"),
-        (
-            replace(CONFIG, window=96),
-            "window . num_sink_tokens must be smaller than seq_len .96., got 96 . 2",
-        ),
+        (replace(CONFIG, window=96), "window . num_sink_tokens must be smaller than seq_len .96., got 96 . 2"),
         (replace(where, device="gpu7"), "device must be .* 'gpu7'"),
         (replace(where, heldout_data="./nowhere"), "./nowhere"),
     ):
@@ -364,9 +353,7 @@ def test_the_real_model_finds_what_is_hidden_and_a_window_alone_does_not(length:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"dtype": "bfloat16"}, {"start": 60}, {"num_heldout": 5}],
-    ids=lambda change: next(iter(change)),
+    "change", [{"dtype": "bfloat16"}, {"start": 60}, {"num_heldout": 5}], ids=lambda change: next(iter(change))
 )
 def test_what_changes_a_loss_has_it_measured_again(
     change: dict[str, Any], finished: Any, where: RunConfig, tmp_path: Path
@@ -375,8 +362,7 @@ def test_what_changes_a_loss_has_it_measured_again(
     shutil.copytree(folder / "cells", tmp_path / "kept" / "cells")
     config, asked = replace(CONFIG, retrieval=None), replace(where, **change)
     kept, fresh = (
-        run_evaluation(asked, config, ["middle"], tmp_path / name, command="c")[0]
-        for name in ("kept", "fresh")
+        run_evaluation(asked, config, ["middle"], tmp_path / name, command="c")[0] for name in ("kept", "fresh")
     )
     assert [line.loss for line in kept.lines] == [line.loss for line in fresh.lines]
 
@@ -442,8 +428,7 @@ def test_intervals_are_over_documents_of_several_sequences(where: RunConfig, tmp
 def test_what_is_asked_is_part_of_what_an_answer_depends_on(where: RunConfig):
     loaded = load_model(where.model, device="cpu")
     first, again, other = (
-        {one.name: one.settings for one in asking.measures(loaded, replace(CONFIG, seed=seed))}
-        for seed in (0, 0, 1)
+        {one.name: one.settings for one in asking.measures(loaded, replace(CONFIG, seed=seed))} for seed in (0, 0, 1)
     )
     assert first == again
     assert all(first[name] != other[name] for name in first) and len(first) == 4
@@ -455,9 +440,7 @@ def test_every_document_is_as_likely_to_be_drawn():
     assert (estimate.mean, estimate.low, estimate.high) == (0.99, 0, 1)
 
 
-def test_the_longest_answer_says_how_many_tokens_all_may_take(
-    tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_longest_answer_says_how_many_tokens_all_may_take(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch):
     given: list[int] = []
     silent = lambda *a, max_new_tokens, **_: given.append(max_new_tokens) or [""] * len(a[2])  # noqa: E731
     monkeypatch.setattr(asking, "generate_texts", silent)

@@ -13,20 +13,12 @@ from consa.config import AdaptConfig
 from consa.training.adaptation import adapt
 from tests.models import tiny, tokens
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TEXT = tokens(8, 192).numpy()
 KEPT = rules.interleaved(4, 3, sparsity=0.5, window=32, num_sink_tokens=0)
 SHAPE: dict[str, Any] = {"head_dim": 32, "hidden_size": 192}
 SETTINGS: dict[str, Any] = {"seq_len": 192, "num_steps": 6, "sequences_per_step": 2, "micro_batch": 2}
-SETTINGS |= {
-    "learning_rate": 1e-3,
-    "distillation": 1.0,
-    "gradient_checkpointing": True,
-    "checkpoint_every": 2,
-}
+SETTINGS |= {"learning_rate": 1e-3, "distillation": 1.0, "gradient_checkpointing": True, "checkpoint_every": 2}
 
 
 class Interrupted(Exception):
@@ -46,9 +38,7 @@ def trained(
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"method": "full"}, {"method": "lora"}, {"compile": True, "gradient_checkpointing": False}],
-    ids=str,
+    "change", [{"method": "full"}, {"method": "lora"}, {"compile": True, "gradient_checkpointing": False}], ids=str
 )
 def test_repeatable_resumable_and_near_float32(change: dict[str, Any], tmp_path: Path):
     config = AdaptConfig(**SETTINGS | change)

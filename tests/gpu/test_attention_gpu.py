@@ -17,10 +17,7 @@ from consa.training.learning import learn
 from tests.compare import assert_close
 from tests.models import tiny, tokens
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda")
 
 
@@ -56,9 +53,7 @@ def test_hybrid_equals_the_reference(
 
     q, upstream = draw(heads * group, queries), draw(heads * group, queries)
     k, v = draw(heads, keys), draw(heads, keys)
-    z = (
-        torch.linspace(-0.3, 1.3, batch * heads).clamp(0, 1).reshape(batch, heads)
-    )  # some 0, some 1, some mixed
+    z = torch.linspace(-0.3, 1.3, batch * heads).clamp(0, 1).reshape(batch, heads)  # some 0, some 1, some mixed
     options: dict[str, Any] = {
         "window": window,
         "num_sink_tokens": num_sink_tokens,

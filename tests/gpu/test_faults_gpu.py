@@ -11,10 +11,7 @@ import torch
 
 from consa import rules
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 ROOT = Path(__file__).parent.parent.parent
 LIMITED = """
 import sys, torch
@@ -34,11 +31,7 @@ def test_spent_memory_is_one_line_that_names_options(command: str, tiny_model_fo
         rules.interleaved(4, 3, sparsity=0.5, window=16).save(tmp_path / "allocation.json")
         given += ["--allocation", str(tmp_path / "allocation.json")]
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, command, *given],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
+        [sys.executable, "-c", LIMITED, command, *given], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]

@@ -17,10 +17,7 @@ from consa.data.questions import examples
 from consa.model.load import load_model
 from tests.models import CACHE, allocate, left_padding, tiny, tokens
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 GREEDY = {"max_new_tokens": 45, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [0]}
 CACHES = [
     {},
@@ -67,9 +64,7 @@ def batch(padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
 def test_tokens_are_those_of_the_cpu(on_cpu, on_gpu, options, padded):
     ids, mask = batch(padded)
     wanted = on_cpu.generate(ids, attention_mask=mask, **GREEDY)
-    got = on_gpu.generate(
-        ids.cuda(), attention_mask=mask.cuda(), return_dict_in_generate=True, **GREEDY | options
-    )
+    got = on_gpu.generate(ids.cuda(), attention_mask=mask.cuda(), return_dict_in_generate=True, **GREEDY | options)
     assert {type(layer) for layer in getattr(got, CACHE).layers} == {HybridLayer}
     assert torch.equal(got.sequences.cpu(), wanted)
 

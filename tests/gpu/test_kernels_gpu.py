@@ -35,9 +35,7 @@ DEVICE = torch.device("cuda")
 @pytest.mark.parametrize("one_pass", [True, False], ids=["one_pass", "full_given"])
 @pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-4)],
-    ids=str,
+    ("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-4)], ids=str
 )
 def test_kernels_equal_the_reference(case: Case, dtype: torch.dtype, tolerance: float, one_pass: bool):
     if kernels_for(*draw(case, DEVICE, dtype)[:3], None) is None:

@@ -37,11 +37,7 @@ LENGTHS = (3, 15, 16, 17, 39, 40, 41, 256, 257, 700)  # around page, window and 
 PROMPTS = [tokens(1, length, seed=length, vocab_size=VOCABULARY)[0].tolist() for length in LENGTHS]
 HEADS = np.array([[1, 0, 0], [0, 0, 0], [0, 1, 1], [1, 1, 1]], dtype=bool)
 LAYERS = np.array([[1], [0], [0], [1]], dtype=bool).repeat(3, axis=1)
-GRAPHS: dict[str, Any] = {
-    "mode": 0,
-    "cudagraph_mode": "FULL_DECODE_ONLY",
-    "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
-}
+GRAPHS: dict[str, Any] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16]}
 OPTIONS: dict[str, Any] = {
     "dtype": "bfloat16",
     "enforce_eager": False,
@@ -72,9 +68,7 @@ def ties(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> int 
     """Tokens that differ from the reference's by a tie; None if a difference is none or there are too many."""
     count, worst = 0, 0.0
     for prompt, answer in zip(prompts, answers, strict=True):
-        logits = (
-            model(torch.tensor([prompt + answer[:-1]], device=DEVICE)).logits[0, len(prompt) - 1 :].float()
-        )
+        logits = model(torch.tensor([prompt + answer[:-1]], device=DEVICE)).logits[0, len(prompt) - 1 :].float()
         chosen = torch.tensor(answer, device=DEVICE)[:, None]
         short = (logits.amax(-1) - logits.gather(1, chosen)[:, 0]) / logits.abs().amax(-1)
         count, worst = count + int((short > 0).sum()), max(worst, float(short.max()))
@@ -94,9 +88,7 @@ def test_kernels(batch: str, sinks: int):
 
 
 @pytest.mark.parametrize(
-    ("full", "sinks"),
-    [(HEADS, 4), (HEADS, 0), (LAYERS, 4)],
-    ids=["heads, 4 sinks", "heads", "layers, 4 sinks"],
+    ("full", "sinks"), [(HEADS, 4), (HEADS, 0), (LAYERS, 4)], ids=["heads, 4 sinks", "heads", "layers, 4 sinks"]
 )
 def test_tokens_in_cuda_graphs(full: np.ndarray, sinks: int, tmp_path: Path):
     """All prompts at once, again with the prefix cache, and one after the other."""
@@ -117,9 +109,7 @@ def test_tokens_in_cuda_graphs(full: np.ndarray, sinks: int, tmp_path: Path):
         assert ties(other, prompts, answers) is None, f"{wrong} would pass"
 
 
-@pytest.mark.parametrize(
-    "options", [{"enforce_eager": True}, {"compilation_config": {}}], ids=["eager", "compiled"]
-)
+@pytest.mark.parametrize("options", [{"enforce_eager": True}, {"compilation_config": {}}], ids=["eager", "compiled"])
 def test_tokens_without_graphs_and_in_vllm_s_default_mode(options: dict[str, Any], tmp_path: Path):
     folder = hybrid(tmp_path / "hybrid", allocation())
     with engine(folder, **OPTIONS | options) as llm:

@@ -32,18 +32,7 @@ class LeaveOneOut(Method):
         return problem.decide(self, np.array([problem.loss(rest, texts) for rest in closed]))
 '''
 assert len(OWN.strip().splitlines()) <= 20
-SMALL = [
-    "--seq-len",
-    "96",
-    "--window",
-    "8",
-    "--num-heldout",
-    "3",
-    "--device",
-    "cpu",
-    "--granularity",
-    "layer",
-]
+SMALL = ["--seq-len", "96", "--window", "8", "--num-heldout", "3", "--device", "cpu", "--granularity", "layer"]
 
 
 @pytest.fixture

@@ -30,16 +30,8 @@ from tests.models import allocate, exact, tiny
 
 LENGTH = 600  # tokens; a question with a byte for a token does not fit into fewer
 ASKED: dict[str, Any] = {"window": 6, "num_sink_tokens": 1}
-SMALL: dict[str, Any] = {
-    "num_steps": 3,
-    "sequences_per_step": 2,
-    "evaluations": 18,
-    "evaluation_sequences": 2,
-}
-SMALL |= {
-    "num_lengths": 1,
-    "per_length": 2,
-}  # making questions takes most of the time, and all lengths are the same
+SMALL: dict[str, Any] = {"num_steps": 3, "sequences_per_step": 2, "evaluations": 18, "evaluation_sequences": 2}
+SMALL |= {"num_lengths": 1, "per_length": 2}  # making questions takes most of the time, and all lengths are the same
 ASKING = ("duo_attention", "nll_guided", "retrieval_score")
 
 
@@ -136,9 +128,7 @@ PLANTED = {  # KV heads whose output reaches the residual stream
 
 
 @pytest.mark.parametrize("granularity", PLANTED)
-@pytest.mark.parametrize(
-    "name", ["consa", "nested", "prulong", "duo_attention", "bosch", "greedy", "nll_guided"]
-)
+@pytest.mark.parametrize("name", ["consa", "nested", "prulong", "duo_attention", "bosch", "greedy", "nll_guided"])
 def test_methods_that_measure_effects_find_the_units_that_have_any(
     name: str, granularity: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -245,10 +235,7 @@ def test_nested_allocations_are_nested_and_exact_after_one_run(granularity: Any,
         assert allocation.granularity == granularity
         assert (allocation.full_attention <= last).all()
         last = allocation.full_attention
-        assert allocation.provenance["cost"] == {
-            "forward_tokens": 12 * 2 * 40,
-            "backward_tokens": 12 * 2 * 40,
-        }
+        assert allocation.provenance["cost"] == {"forward_tokens": 12 * 2 * 40, "backward_tokens": 12 * 2 * 40}
     assert len({str(allocation.scores) for allocation in found.values()}) == 1
 
 
@@ -257,8 +244,7 @@ def test_sequences_computed_at_once_change_nothing_but_rounding(name: str, token
     loaded = loaded_from(tiny(), tokenizer)
     sequences = np.random.default_rng(0).integers(2, 61, (5, 50)).astype(np.uint16)
     alone, together = (
-        small(name).choose(Problem(loaded, sequences, ChoiceConfig(micro_batch=size, **ASKED)))
-        for size in (1, 2)
+        small(name).choose(Problem(loaded, sequences, ChoiceConfig(micro_batch=size, **ASKED))) for size in (1, 2)
     )
     assert alone.scores is not None and together.scores is not None
     np.testing.assert_allclose(together.scores, alone.scores, atol=1e-3)
@@ -408,9 +394,7 @@ def test_every_seed_has_an_order_of_its_own(tokenizer: Any):
     samples = [
         [
             int(text.tokens[0])
-            for text in Problem(
-                loaded_from(tiny(), tokenizer), sequences, ChoiceConfig(seed=seed, **ASKED)
-            ).sample(2)
+            for text in Problem(loaded_from(tiny(), tokenizer), sequences, ChoiceConfig(seed=seed, **ASKED)).sample(2)
         ]
         for seed in range(3)
     ]
@@ -454,9 +438,7 @@ def test_duo_attention_looks_at_answers_alone(tokenizer: Any, monkeypatch: pytes
     assert not np.allclose(found[0], found[1], atol=1e-4) and not np.allclose(found[1], found[2], atol=1e-4)
 
 
-def test_greedy_ranks_open_and_closed_units_by_what_they_are_worth(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-):
+def test_greedy_ranks_open_and_closed_units_by_what_they_are_worth(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
     costs = np.random.default_rng(0).random(12)
     monkeypatch.setattr(Problem, "loss", lambda problem, full, texts: float(costs[~full].sum()))
     loaded = loaded_from(tiny(), tokenizer)
@@ -477,7 +459,6 @@ def test_consa_refines_on_as_many_sequences_as_it_is_told(tokenizer: Any):
 def test_every_seed_asks_questions_of_its_own(tokenizer: Any):
     loaded = loaded_from(tiny(), tokenizer)
     asked = [
-        Problem(loaded, np.zeros((1, LENGTH), int), ChoiceConfig(seed=seed, **ASKED)).questions(1)[0]
-        for seed in (0, 1)
+        Problem(loaded, np.zeros((1, LENGTH), int), ChoiceConfig(seed=seed, **ASKED)).questions(1)[0] for seed in (0, 1)
     ]
     assert asked[0].tokens.tolist() != asked[1].tokens.tolist()

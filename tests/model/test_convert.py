@@ -142,10 +142,7 @@ def test_another_attention_than_the_hybrid_is_refused(folder):
 @pytest.mark.parametrize("load", [load, AutoModelForCausalLM.from_pretrained])
 def test_a_loaded_hybrid_neither_attaches_nor_saves_itself(model, folder, tmp_path, load):
     hybrid = load(folder)
-    with (
-        pytest.raises(ConsaError, match="converted hybrid with its own allocation"),
-        attached(hybrid, allocate(model)),
-    ):
+    with pytest.raises(ConsaError, match="converted hybrid with its own allocation"), attached(hybrid, allocate(model)):
         pass
     with pytest.raises(ConsaError, match=r"use consa\.convert"):
         hybrid.save_pretrained(tmp_path / "refused")
@@ -333,9 +330,7 @@ def test_a_plain_llama_is_written_as_what_has_layer_types(model, tmp_path):
         ("gemma2", {}, None, "heads of one layer differ"),
     ],
 )
-def test_where_no_plain_checkpoint_is_possible_a_hybrid_is_written(
-    family, changes, allocation, reason, tmp_path
-):
+def test_where_no_plain_checkpoint_is_possible_a_hybrid_is_written(family, changes, allocation, reason, tmp_path):
     model = tiny(family, **changes)
     allocation = allocation or allocate(model)
     with pytest.raises(ConsaError, match=reason):
@@ -370,9 +365,7 @@ def test_a_plain_llama_keeps_heads_of_a_size_of_their_own(tmp_path):
     convert(model, layerwise(), tmp_path / "out", kind="plain")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with attached(model, layerwise()):
-        torch.testing.assert_close(
-            logits(stock, tokens(1, 40)), logits(model, tokens(1, 40)), atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(logits(stock, tokens(1, 40)), logits(model, tokens(1, 40)), atol=1e-4, rtol=0)
 
 
 def test_an_allocation_of_another_shape_in_a_config_is_refused():
@@ -385,8 +378,6 @@ def test_an_allocation_of_another_shape_in_a_config_is_refused():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(("device", "message"), [("cuda", "torch sees no GPU"), ("gpu", "got 'gpu'")])
-def test_a_device_that_is_not_there_is_said_before_anything_is_read(
-    device: str, message: str, tmp_path: Path
-):
+def test_a_device_that_is_not_there_is_said_before_anything_is_read(device: str, message: str, tmp_path: Path):
     with pytest.raises(ConsaError, match=message):
         load(tmp_path / "nothing", device=device)

@@ -74,9 +74,7 @@ def test_a_batch_with_left_padding(hybrid, dense, allocation, options):
     static = "cache_implementation" in options
     kinds = {type(layer) for layer in getattr(got, CACHE).layers}
     assert kinds == {StaticHybridLayer if static else HybridLayer}
-    reference = {
-        key: options[key] for key in options if key not in ("prefill_chunk_size", "cache_implementation")
-    }
+    reference = {key: options[key] for key in options if key not in ("prefill_chunk_size", "cache_implementation")}
     torch.manual_seed(0)
     assert torch.equal(got.sequences, wanted(dense, allocation, ids, mask, **reference))
 
@@ -102,9 +100,9 @@ def test_every_family_generates_thousands_of_tokens(family):
     mask = torch.cat([mask, torch.ones(2, 1999, dtype=torch.long)], 1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad(), exact(model, allocation):
-        logits = model(
-            out.sequences[:, :-1], attention_mask=mask, position_ids=positions, use_cache=False
-        ).logits[:, 49:]
+        logits = model(out.sequences[:, :-1], attention_mask=mask, position_ids=positions, use_cache=False).logits[
+            :, 49:
+        ]
     logits = logits.float()  # as `generate` chooses by them; norms are float32 in every family
     torch.testing.assert_close(torch.stack(out.logits, 1), logits, atol=1e-5, rtol=0)
     assert torch.equal(out.sequences[:, 50:], logits[:, :, 1:].argmax(-1) + 1)
@@ -164,9 +162,7 @@ def test_a_model_under_attached_takes_the_cache_too(dense, allocation):
 
 def test_what_cannot_be_exact_is_refused(hybrid):
     with pytest.raises(ValueError, match=r"QuantizedCache|quantization backend"):
-        hybrid.generate(
-            tokens(1, 5), cache_implementation="quantized", cache_config={"backend": "fp8"}, **GREEDY
-        )
+        hybrid.generate(tokens(1, 5), cache_implementation="quantized", cache_config={"backend": "fp8"}, **GREEDY)
     holes = torch.ones(1, 9, dtype=torch.long)
     holes[0, 4] = 0
     with pytest.raises(ConsaError, match="has holes"):
@@ -189,9 +185,7 @@ def text_model(tiny_model_folder, tmp_path_factory):
 def test_text_streams(text_model, sampling):
     model, tokenizer = text_model
     pieces: list[str] = []
-    text = generate_text(
-        model, tokenizer, "the quick fox", max_new_tokens=40, sampling=sampling, on_text=pieces.append
-    )
+    text = generate_text(model, tokenizer, "the quick fox", max_new_tokens=40, sampling=sampling, on_text=pieces.append)
     assert len(pieces) > 1
     assert "".join(pieces) == text
     again = generate_text(model, tokenizer, "the quick fox", max_new_tokens=40, sampling=sampling)
@@ -206,10 +200,7 @@ def test_what_cannot_be_generated_is_said(text_model):
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": "x", "chat": True}, "no chat template"),
         ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        (
-            {"prompt": "x", "max_new_tokens": 5000},
-            "1 tokens and 5000 new tokens exceed the 4096 positions",
-        ),
+        ({"prompt": "x", "max_new_tokens": 5000}, "1 tokens and 5000 new tokens exceed the 4096 positions"),
     ):
         with pytest.raises(ConsaError, match=message):
             generate_text(model, tokenizer, **arguments)

@@ -61,20 +61,7 @@ def cut(keep: int | float) -> Any:
         lambda path: gguf_file(path, tensors=0),
         gguf_file,  # whole, but no model
     ],
-    ids=[
-        "empty",
-        "magic",
-        "text",
-        "zeros",
-        "absurd",
-        "cut3",
-        "cut20",
-        "cut60",
-        "half",
-        "-1",
-        "bare",
-        "no-model",
-    ],
+    ids=["empty", "magic", "text", "zeros", "absurd", "cut3", "cut20", "cut60", "half", "-1", "bare", "no-model"],
 )
 def test_a_damaged_gguf_is_refused_and_nothing_is_left(make: Any, tmp_path: Path):
     path = tmp_path / "model.gguf"
@@ -93,18 +80,14 @@ def test_a_gguf_that_cannot_be_read_is_refused(name: str, tmp_path: Path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "source", ["./nowhere/to/be/found", "no such name", "nobody/nothing", "", "a/b/c", "/"]
-)
+@pytest.mark.parametrize("source", ["./nowhere/to/be/found", "no such name", "nobody/nothing", "", "a/b/c", "/"])
 def test_a_model_that_is_not_there_is_refused_by_name(source: str):
     with pytest.raises(ConsaError) as caught:
         load_model(source)
     assert repr(source) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"model_type": "no_such_type"}', '{"model_type": 5}']
-)
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model_type": "no_such_type"}', '{"model_type": 5}'])
 def test_a_config_that_is_none_is_refused(content: str, tmp_path: Path):
     with pytest.raises(ConsaError, match=r"the folder holds no config\.json"):
         load_model(str(tmp_path))
@@ -139,9 +122,7 @@ def test_damaged_files_are_refused(harm: Any, tiny_model_folder: Path, tmp_path:
     folder = tmp_path / "copy"
     folder.mkdir()
     for path in tiny_model_folder.iterdir():
-        os.link(path, folder / path.name) if path.is_dir() else (folder / path.name).write_bytes(
-            path.read_bytes()
-        )
+        os.link(path, folder / path.name) if path.is_dir() else (folder / path.name).write_bytes(path.read_bytes())
     assert load_model(str(folder)).layout.num_layers == 4
     harm(folder)
     with pytest.raises(ConsaError, match=str(folder)) as caught:

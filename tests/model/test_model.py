@@ -15,11 +15,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from consa import Allocation, HybridCache, rules
 from consa.attention.reference import reference_attention
@@ -139,17 +135,7 @@ def test_random_heads_equal_dense_masks_logits_and_gradients(family: str, paddin
 
 @pytest.mark.parametrize(
     ("window", "num_sink_tokens", "length"),
-    [
-        (1, 0, 17),
-        (1, 3, 17),
-        (16, 0, 17),
-        (17, 0, 17),
-        (40, 4, 17),
-        (2, 17, 17),
-        (2, 30, 17),
-        (5, 12, 17),
-        (3, 1, 1),
-    ],
+    [(1, 0, 17), (1, 3, 17), (16, 0, 17), (17, 0, 17), (40, 4, 17), (2, 17, 17), (2, 30, 17), (5, 12, 17), (3, 1, 1)],
 )
 def test_edges_of_window_and_sinks(window: int, num_sink_tokens: int, length: int):
     model = tiny()
@@ -191,11 +177,7 @@ def test_all_sliding_is_transformers_own_sliding_window(family: str, window: int
     plain = tiny(family)
     options: dict[str, Any] = {"sliding_window": window}
     if family != "mistral":
-        options |= {
-            "use_sliding_window": True,
-            "max_window_layers": 0,
-            "layer_types": ["sliding_attention"] * 4,
-        }
+        options |= {"use_sliding_window": True, "max_window_layers": 0, "layer_types": ["sliding_attention"] * 4}
     own = tiny(family, **options)
     own.load_state_dict(plain.state_dict())
     ids = tokens(2, 23)
@@ -240,10 +222,7 @@ def test_leaves_no_trace(family: str, implementation: str):
         with pytest.raises(KeyError, match="inside"), attached(model, allocate(model)):
             raise KeyError("inside")
         assert everything(model) == before
-        with (
-            pytest.raises(RuntimeError),
-            attached(model, allocate(model)),
-        ):
+        with pytest.raises(RuntimeError), attached(model, allocate(model)):
             model(inputs_embeds=torch.zeros(1, 2, 3))  # fails within the model
         assert everything(model) == before
         assert torch.equal(logits(model, ids), wanted)
@@ -304,9 +283,9 @@ def test_plain_generation_follows_the_exact_masks(family: str, batch: int):
         mask = torch.cat([mask, torch.ones(batch, 9, dtype=torch.long)], dim=1)
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)
         with truth(model, allocation, mask):
-            wanted = model(
-                out.sequences, attention_mask=mask, position_ids=position_ids, use_cache=False
-            ).logits[:, 6:-1]
+            wanted = model(out.sequences, attention_mask=mask, position_ids=position_ids, use_cache=False).logits[
+                :, 6:-1
+            ]
     assert_close(torch.stack(out.logits, 1), wanted, 5e-5)
     assert torch.equal(out.sequences[:, 7:], wanted.argmax(-1))
 
@@ -337,14 +316,8 @@ def unsupported() -> dict[str, tuple[Any, str]]:
     sliding = ["sliding_attention"] * 2
     return {
         "gpt_oss": (t.GptOssConfig(**SMALL, num_local_experts=2), "GptOss"),
-        "mamba": (
-            t.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=61, state_size=4),
-            "linear_attention",
-        ),
-        "llama4_text": (
-            t.Llama4TextConfig(**SMALL, num_local_experts=2, attention_chunk_size=4),
-            "chunked_attention",
-        ),
+        "mamba": (t.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=61, state_size=4), "linear_attention"),
+        "llama4_text": (t.Llama4TextConfig(**SMALL, num_local_experts=2, attention_chunk_size=4), "chunked_attention"),
         "bloom": (t.BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=61), "attention"),
         "mistral": (t.MistralConfig(**SMALL, sliding_window=4), "every layer already uses a sliding window"),
         "qwen3": (
@@ -374,9 +347,7 @@ def unsupported() -> dict[str, tuple[Any, str]]:
 
 
 @pytest.mark.parametrize("name", unsupported())
-def test_a_model_that_cannot_be_taken_over_is_refused_by_name_before_its_weights_are_read(
-    name: str, tmp_path: Path
-):
+def test_a_model_that_cannot_be_taken_over_is_refused_by_name_before_its_weights_are_read(name: str, tmp_path: Path):
     config, reason = unsupported()[name]
     config.save_pretrained(tmp_path)  # and nothing else: were weights asked for, the message would say so
     for look in (load_model, read_layout):
@@ -399,8 +370,7 @@ def test_allocation_of_another_shape_is_refused():
         allocation = rules.interleaved(layers, heads, sparsity=0.5)
         with (
             pytest.raises(
-                InvalidAllocationError,
-                match=rf"for {layers} layers x {heads} KV heads, but LlamaForCausalLM has 4 x 3",
+                InvalidAllocationError, match=rf"for {layers} layers x {heads} KV heads, but LlamaForCausalLM has 4 x 3"
             ),
             attached(model, allocation),
         ):
@@ -411,13 +381,7 @@ def test_allocation_of_another_shape_is_refused():
 def test_wrong_native_windows_are_refused():
     plain, gemma = tiny(), tiny("gemma3_text")
     full = np.zeros((4, 3), dtype=bool)
-    for model, windows in (
-        (plain, {0: 5}),
-        (gemma, {}),
-        (gemma, {0: 5}),
-        (gemma, {0: 5, 2: 6}),
-        (gemma, {0: 5, 1: 5}),
-    ):
+    for model, windows in ((plain, {0: 5}), (gemma, {}), (gemma, {0: 5}), (gemma, {0: 5, 2: 6}), (gemma, {0: 5, 1: 5})):
         allocation = Allocation(full_attention=full, window=4, native_windows=windows)
         with pytest.raises(InvalidAllocationError, match="native_windows"), attached(model, allocation):
             raise AssertionError
@@ -444,10 +408,7 @@ def test_masks_that_would_not_be_exact_are_refused(family: str, arguments: dict[
 
 def test_a_static_cache_is_refused():
     model = tiny()
-    with (
-        attached(model, allocate(model)),
-        pytest.raises(ConsaError, match=r"StaticCache of .* is not supported"),
-    ):
+    with attached(model, allocate(model)), pytest.raises(ConsaError, match=r"StaticCache of .* is not supported"):
         model.generate(tokens(1, 6), max_new_tokens=3, do_sample=False, cache_implementation="static")
 
 
@@ -478,11 +439,7 @@ def test_what_is_around_a_model_is_refused_by_name():
 def test_a_mask_that_leaves_out_keys_is_refused():
     model = tiny()
     message = "the attention mask covers 10 of 20 keys; it must cover all"
-    with (
-        torch.no_grad(),
-        attached(model, allocation := allocate(model)),
-        pytest.raises(ConsaError, match=message),
-    ):
+    with torch.no_grad(), attached(model, allocation := allocate(model)), pytest.raises(ConsaError, match=message):
         model(tokens(2, 20), attention_mask=torch.ones(2, 10).long(), **{CACHE: HybridCache(allocation)})
 
 

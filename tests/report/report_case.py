@@ -18,14 +18,7 @@ from consa.evaluation.table import Line, Table
 from consa.report import page
 
 HOSTILE = "<script>alert('é\N{WAVE DASH}\"')<img src=x onerror=alert(1)>&amp;{{datum.x}}"
-PIECES = (
-    "allocation.json",
-    "summary.json",
-    "metrics.jsonl",
-    "eval.json",
-    "bench.json",
-    "behaviour.safetensors",
-)
+PIECES = ("allocation.json", "summary.json", "metrics.jsonl", "eval.json", "bench.json", "behaviour.safetensors")
 
 
 def estimate(mean: float) -> Estimate:
@@ -40,12 +33,7 @@ def make_line(name: str, kind: str, rise: float, *, sparsity: float = 0.5, **cha
         **{"by_domain": {}, "differences_by_domain": {}, "recovered": 1 - rise, "cache_bytes": 1000},
     }
     return Line(
-        name=name,
-        kind=kind,
-        sparsity=sparsity,
-        loss=estimate(2 + rise),
-        difference=estimate(rise),
-        **fields | changes,
+        name=name, kind=kind, sparsity=sparsity, loss=estimate(2 + rise), difference=estimate(rise), **fields | changes
     )
 
 
@@ -54,13 +42,7 @@ def make_table(*lines: Line, **how: Any) -> Table:
 
 
 def make_run(
-    folder: Path,
-    *,
-    name: str = "model",
-    sparsity: float = 0.5,
-    layers: int = 6,
-    heads: int = 2,
-    steps: int = 5,
+    folder: Path, *, name: str = "model", sparsity: float = 0.5, layers: int = 6, heads: int = 2, steps: int = 5
 ) -> Path:
     """A folder that holds every piece; whatever is text in it is `name`."""
     folder.mkdir()
@@ -91,9 +73,7 @@ def make_run(
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     step = {"loss": 2.0, "expected_sparsity": 0.4, "target": 0.5, "multiplier": -1.0, "fractional": 0.9}
-    (folder / "metrics.jsonl").write_text(
-        "".join(json.dumps({"step": n + 1, **step}) + "\n" for n in range(steps))
-    )
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": n + 1, **step}) + "\n" for n in range(steps)))
     asked = {"retrieval": {"single": {512: 0.0, 1024: 0.0}}, "tasks": {f"{name} acc": 0.5}}
     evaluation = make_table(
         make_line("dense", "dense", 0.0, sparsity=sparsity, **asked),
@@ -104,13 +84,7 @@ def make_run(
     )
     (folder / "eval.json").write_text(json.dumps(evaluation.to_record()))
     benchmarked = [
-        {
-            "model": model,
-            "context": context,
-            "batch_size": 1,
-            "prefill_seconds": 1.0,
-            "decode_tokens_per_second": speed,
-        }
+        {"model": model, "context": context, "batch_size": 1, "prefill_seconds": 1.0, "decode_tokens_per_second": speed}
         | {"cache_bytes": 10**6 * context, "peak_bytes": 10**9}
         for context in (512, 1024)
         for model, speed in (("dense", 10.0), ("hybrid", 15.0))

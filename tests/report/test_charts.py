@@ -22,9 +22,7 @@ def test_attention_by_distance_is_that_of_decided_units():
 
 def test_steps_of_a_long_run_are_means():
     names = ("step", "loss", "expected_sparsity", "target", "multiplier", "fractional")
-    found = charts.history(
-        [dict.fromkeys(names, float(n)) for n in range(2 * charts.MAX_POINTS)], adapted=False
-    )
+    found = charts.history([dict.fromkeys(names, float(n)) for n in range(2 * charts.MAX_POINTS)], adapted=False)
     assert all(list(found[name][:3]) == [0.5, 2.5, 4.5] and len(found[name]) == 400 for name in names)
 
 

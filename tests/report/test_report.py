@@ -46,10 +46,7 @@ def test_a_page_shows_every_piece(tmp_path: Path):
 
 def test_texts_of_a_run_are_shown_and_never_executed(tmp_path: Path):
     hostile = HOSTILE.replace("/", "")
-    folders = [
-        make_run(tmp_path / hostile, name=HOSTILE),
-        make_run(tmp_path / "run", name=HOSTILE, sparsity=0.75),
-    ]
+    folders = [make_run(tmp_path / hostile, name=HOSTILE), make_run(tmp_path / "run", name=HOSTILE, sparsity=0.75)]
     html, seen = make_page(folders, tmp_path / "report.html")
     assert [tag for tag, _ in seen.tags].count("script") == 3  # data, library, page
     assert not {"img", "iframe", "link", "object"} & {tag for tag, _ in seen.tags}
@@ -129,10 +126,7 @@ def test_an_adaptation_shows_what_it_gained_and_its_own_curves(tmp_path: Path):
     summary = json.loads((folder / "summary.json").read_text()) | {"allocation": {"full_attention": ["01"]}}
     del summary["losses"], summary["fractional"]
     _, _, other, made = summary["table"]["lines"]
-    summary["table"]["lines"][2:] = [
-        other | {"name": "hybrid"},
-        made | {"name": "adapted", "kind": "adapted"},
-    ]
+    summary["table"]["lines"][2:] = [other | {"name": "hybrid"}, made | {"name": "adapted", "kind": "adapted"}]
     (folder / "summary.json").write_text(json.dumps(summary))
     steps = [{"step": n, "loss": 3 - n, "learning_rate": 1e-5 / n} for n in (1, 2, 3)]
     steps[1]["heldout_loss"] = 2.25
@@ -204,16 +198,8 @@ def test_the_same_runs_give_the_same_page(tmp_path: Path):
         ("eval.json", "[]", r"eval\.json is damaged: it should hold an object, not list"),
         ("bench.json", "{}", r"run 'run' are not as consa writes them \(KeyError: 'measurements'\)"),
         ("summary.json", '{"table": 3}', "run 'run' are not as consa writes them"),
-        (
-            "summary.json",
-            '{"rows": []}',
-            r"summary\.json was written by an older version of consa; make the run again",
-        ),
-        (
-            "eval.json",
-            '{"lines": [], "start": 1, "cache_tokens": 1}',
-            "run 'run' are not as consa writes them",
-        ),
+        ("summary.json", '{"rows": []}', r"summary\.json was written by an older version of consa; make the run again"),
+        ("eval.json", '{"lines": [], "start": 1, "cache_tokens": 1}', "run 'run' are not as consa writes them"),
         ("metrics.jsonl", "{}\n", "run 'run' are not as consa writes them"),
         ("allocation.json", "{}", r"allocation\.json: schema"),
     ],
@@ -235,9 +221,7 @@ def test_figures_are_written_as_svg_and_png(tmp_path: Path):
     folder = make_run(tmp_path / "a run: é")
     written = page.write([folder], tmp_path / "r.html", command="", figures=tmp_path / "figures")[1:]
     assert {path.suffix for path in written} == {".svg", ".png"} and len(written) == 28
-    assert len({path.name for path in written}) == 28 and all(
-        path.parent.name == "figures" for path in written
-    )
+    assert len({path.name for path in written}) == 28 and all(path.parent.name == "figures" for path in written)
     heatmap = (tmp_path / "figures" / "a-run--é-allocation.svg").read_text(encoding="utf-8")
     assert heatmap.count(f'fill="{charts.FA}"') >= 6 and "Which units keep full attention" in heatmap
     assert (tmp_path / "figures" / "a-run--é-spectrum.png").read_bytes().startswith(b"\x89PNG")
@@ -245,14 +229,7 @@ def test_figures_are_written_as_svg_and_png(tmp_path: Path):
 
 def test_the_command_says_what_it_wrote(tmp_path: Path):
     folder = make_run(tmp_path / "a run")
-    command = [
-        "report",
-        folder,
-        "--out",
-        tmp_path / "r.html",
-        "--behaviour",
-        folder / "behaviour.safetensors",
-    ]
+    command = ["report", folder, "--out", tmp_path / "r.html", "--behaviour", folder / "behaviour.safetensors"]
     done = CliRunner().invoke(cli.app, [str(word) for word in command])
     assert done.exit_code == 0, done.output
     assert done.stdout.split("\n")[0] == str(tmp_path / "r.html")
@@ -296,10 +273,7 @@ def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str, width: int):
     from axe_playwright_python.sync_playwright import Axe
 
     hostile = HOSTILE.replace("/", "")
-    folders = [
-        make_run(tmp_path / hostile, name=HOSTILE),
-        make_run(tmp_path / "run", layers=30, sparsity=0.75),
-    ]
+    folders = [make_run(tmp_path / hostile, name=HOSTILE), make_run(tmp_path / "run", layers=30, sparsity=0.75)]
     html = tmp_path / "report.html"
     make_page(folders, html)
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
@@ -376,11 +350,9 @@ def test_tables_and_charts_say_what_the_files_say(tmp_path: Path):
     assert data["benchmark 0"]["cache_mb"] == [512, 512, 1024, 1024]
     evaluation = html.partition("<h2>Evaluation</h2>")[2]
     assert cells(evaluation, RECOVERED)[-6:] == [
-        *("model/allocation.json", "0.5000", "2.2000", "+0.2000", "+0.1800 to +0.2200", "0.800"),
+        *("model/allocation.json", "0.5000", "2.2000", "+0.2000", "+0.1800 to +0.2200", "0.800")
     ]
-    measured = re.findall(
-        r"<t[hd](?: [^>]*)?>([^<]*)<", html.partition(">peak MB</th>")[2].partition("</table>")[0]
-    )
+    measured = re.findall(r"<t[hd](?: [^>]*)?>([^<]*)<", html.partition(">peak MB</th>")[2].partition("</table>")[0])
     assert measured[7:14] == ["hybrid", "512", "1", "1.000", "15.0", "512.00", "1000"]
     told = cells(html, "with the decision and with the score.")
     behaviour = Behaviour.load(folder / "behaviour.safetensors")

@@ -29,10 +29,7 @@ def call(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     learned = LearnConfig(sparsity=0.5, window=6, seq_len=LENGTH, num_steps=2, refine_evaluations=1)
     for granularity, heads in (("kv_head", ["100", "011", "010", "110"]), ("layer", ["111", "000"] * 2)):
-        record = {
-            "settings": asdict(learned),
-            "rows": [{"name": f"consa/{granularity}/seed0", "allocation": heads}],
-        }
+        record = {"settings": asdict(learned), "rows": [{"name": f"consa/{granularity}/seed0", "allocation": heads}]}
         (tmp_path / f"allocations-{granularity}.json").write_text(json.dumps(record))
     rng = np.random.default_rng(0)
     for name, count in (("train", 10), ("heldout", 2)):
@@ -99,9 +96,7 @@ def test_answers_agree_with_generation(call: Any, tiny_model_folder: Path):
         said = ask(loaded, None, examples("single", loaded.tokenizer, length=LENGTH, count=2, seed=1))
         assert asked.answered(loaded.model) == np.mean(said["scores"]) == 0
         for tokens, count in zip(asked.tokens, asked.num_answer, strict=True):
-            out = loaded.model.generate(
-                tokens[None, :-count], max_new_tokens=count, do_sample=False, eos_token_id=None
-            )
+            out = loaded.model.generate(tokens[None, :-count], max_new_tokens=count, do_sample=False, eos_token_id=None)
             tokens[-count:] = out[0, -count:]
         assert asked.answered(loaded.model, batch=1) == asked.answered(loaded.model) == 1
         asked.tokens[0][-1] += 1

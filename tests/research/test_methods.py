@@ -39,11 +39,7 @@ def call(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def rows_of(path: Path) -> dict[str, Any]:
-    return {
-        name: row
-        for name, row in json.loads(path.read_text())["rows"].items()
-        if name not in ("dense", "all_swa")
-    }
+    return {name: row for name, row in json.loads(path.read_text())["rows"].items() if name not in ("dense", "all_swa")}
 
 
 def test_the_plan_holds_every_method_and_every_rule_and_later_seeds_of_what_draws(
@@ -91,10 +87,7 @@ def test_shares_make_one_table_that_costs_what_was_foretold(
             spent = tuple(row["cost"][f"{direction}_tokens"] for direction in ("forward", "backward"))
             if choice.method.name == "consa":  # its refinement may end early
                 assert spent[0] <= foretold[0] and spent[1] == foretold[1]
-            elif choice.method.name in (
-                "duo_attention",
-                "nll_guided",
-            ):  # a question is shorter by up to a sentence
+            elif choice.method.name in ("duo_attention", "nll_guided"):  # a question is shorter by up to a sentence
                 assert all(0.75 * most <= took <= most for took, most in zip(spent, foretold, strict=True))
             else:
                 assert spent == foretold

@@ -40,9 +40,7 @@ def test_the_pages_say_what_the_records_say(path: Path):
 
 
 def test_every_table_is_shown():
-    shown = [
-        match[2] for path in page.PAGES for match in page.MARKED.finditer(path.read_text(encoding="utf-8"))
-    ]
+    shown = [match[2] for path in page.PAGES for match in page.MARKED.finditer(path.read_text(encoding="utf-8"))]
     assert sorted(shown) == sorted(page.TABLES)
 
 
@@ -110,11 +108,7 @@ def test_differences_need_no_losses_of_sequences():
 def test_recovered_is_relative_to_a_cells_own_window_and_sinks():
     cell = {"losses": [1.5, 1.5], "allocation": {"window": 8, "num_sink_tokens": 1}}
     record = {
-        "rows": {
-            "dense": {"losses": [1, 1]},
-            "all_swa/8/1": {"losses": [3, 3]},
-            "all_swa/8/4": {"losses": [9, 9]},
-        }
+        "rows": {"dense": {"losses": [1, 1]}, "all_swa/8/1": {"losses": [3, 3]}, "all_swa/8/4": {"losses": [9, 9]}}
     }
     assert analysis.recovered(record, cell) == 0.75
 

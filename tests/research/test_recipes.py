@@ -114,6 +114,4 @@ def test_adapting_before_learning_is_one_line(
     with pytest.raises(SystemExit) as caught:
         run.main()
     assert caught.value.code == 2
-    assert (
-        "qwen3_0_6b-learn holds no allocation; run the recipe's learn phase first" in capsys.readouterr().err
-    )
+    assert "qwen3_0_6b-learn holds no allocation; run the recipe's learn phase first" in capsys.readouterr().err

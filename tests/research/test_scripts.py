@@ -72,7 +72,5 @@ def test_candidates_by_all_steps_are_those_whose_gates_stayed_open(monkeypatch: 
     recording = variants.Recording(LearnConfig(sparsity=0.5))
     for step in range(3):
         recording.update(torch.tensor([3.0, -7.0, 2.0 - step, -7.0]), 0.5)
-    recording.refine(
-        None, Allocation(full_attention=np.eye(2, dtype=bool), window=4, scores=np.zeros((2, 2)))
-    )
+    recording.refine(None, Allocation(full_attention=np.eye(2, dtype=bool), window=4, scores=np.zeros((2, 2))))
     np.testing.assert_allclose(ordered[0], [[3, -7], [1, -7]])

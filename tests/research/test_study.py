@@ -30,11 +30,7 @@ def study(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     short = {"seq_len": 128, "sequences_per_step": 2, "refine_evaluations": 2, "refine_sequences": 1}
     cells = [
         study_module.Cell(
-            cell.group,
-            cell.name,
-            short | {"window": 8} | cell.config | {"seq_len": 128},
-            cell.domain,
-            cell.variant,
+            cell.group, cell.name, short | {"window": 8} | cell.config | {"seq_len": 128}, cell.domain, cell.variant
         )
         for cell in study_module.cells()
         if cell.name in ("100", "kv_head-0.5", "64", "1", "code", "1 draw a step/0")

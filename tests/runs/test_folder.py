@@ -11,9 +11,7 @@ from consa import ConsaError
 from consa.runs import folder
 
 
-def test_a_lock_that_its_last_holder_has_just_removed_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_lock_that_its_last_holder_has_just_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     fcntl = pytest.importorskip("fcntl", reason="an open file cannot be removed on Windows")
     lock, flock = tmp_path / ".lock", fcntl.flock
 

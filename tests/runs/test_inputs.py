@@ -23,9 +23,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def where(tiny_model_folder: Path, text_folder: Path) -> RunConfig:
-    return RunConfig(
-        model=str(tiny_model_folder), data=str(text_folder), num_heldout=4, device="cpu", dtype="float32"
-    )
+    return RunConfig(model=str(tiny_model_folder), data=str(text_folder), num_heldout=4, device="cpu", dtype="float32")
 
 
 def test_all_of_the_text_is_learned_on_only_if_other_text_is_measured_on(where: RunConfig):

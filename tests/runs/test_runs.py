@@ -55,9 +55,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def where(tiny_model_folder: Path, text_folder: Path) -> RunConfig:
-    return RunConfig(
-        model=str(tiny_model_folder), data=str(text_folder), num_heldout=4, device="cpu", dtype="float32"
-    )
+    return RunConfig(model=str(tiny_model_folder), data=str(text_folder), num_heldout=4, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +167,7 @@ def test_another_run_does_not_touch_the_folder(
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_folder_of_another_command_is_not_called_damaged(
-    finished: tuple[Path, dict[str, Any]], where: RunConfig
-):
+def test_a_folder_of_another_command_is_not_called_damaged(finished: tuple[Path, dict[str, Any]], where: RunConfig):
     folder, _ = finished
     allocation = Allocation.load(folder / "allocation.json")
     with pytest.raises(ConsaError, match=r"a different run \(of another command\); choose another folder"):
@@ -242,16 +238,7 @@ def test_killed_twice_it_ends_the_same(
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     for moment in ("learning", "measuring"):
         done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                KILLED,
-                where.model,
-                where.data,
-                str(tmp_path),
-                moment,
-                json.dumps(SETTINGS),
-            ],
+            [sys.executable, "-c", KILLED, where.model, where.data, str(tmp_path), moment, json.dumps(SETTINGS)],
             cwd=ROOT,
             capture_output=True,
             env=os.environ | threads,
@@ -261,9 +248,7 @@ def test_killed_twice_it_ends_the_same(
         assert (tmp_path / "allocation.json").exists() == (moment == "measuring")
     measured = []
     monkeypatch.setattr(
-        losses,
-        "heldout_losses",
-        lambda *args, **options: measured.append(1) or heldout_losses(*args, **options),
+        losses, "heldout_losses", lambda *args, **options: measured.append(1) or heldout_losses(*args, **options)
     )
     again = run_learning(where, CONFIG, tmp_path, command="consa learn it")
     assert len(measured) == len(RULES) + 3 - 3  # dense, all-SWA, learned; three were there
@@ -287,16 +272,10 @@ def test_what_killed_writers_left_goes_but_nothing_of_another_run(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / ".lock").touch()
     gone = [tmp_path / left, tmp_path / "cells" / left, tmp_path / f".model.{left[-16:]}" / left]
-    kept = [
-        tmp_path / "other" / left,
-        tmp_path / ".hidden",
-        tmp_path / "cells" / "0123456789abcdef.json",
-    ]
+    kept = [tmp_path / "other" / left, tmp_path / ".hidden", tmp_path / "cells" / "0123456789abcdef.json"]
     for path in (*gone, *kept):
         path.touch()
-    monkeypatch.setattr(
-        run_folder, "check_same", lambda *_, **__: (_ for _ in ()).throw(ConsaError("enough"))
-    )
+    monkeypatch.setattr(run_folder, "check_same", lambda *_, **__: (_ for _ in ()).throw(ConsaError("enough")))
     with pytest.raises(ConsaError, match="enough"):
         run_learning(where, CONFIG, tmp_path, command="c")
     assert all(path.exists() for path in kept) and not any(path.exists() for path in gone)
@@ -353,9 +332,7 @@ def test_other_settings_go_all_the_way(
     assert "nan" not in (tmp_path / "summary.md").read_text().lower()
 
 
-def test_a_budget_is_checked_before_text_is_read(
-    where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_budget_is_checked_before_text_is_read(where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(inputs, "load_sequences", None)
     with pytest.raises(ConsaError, match="KV budget of 1 bytes is too small for 100 tokens"):
         run_learning(where, replace(CONFIG, kv_budget=1, context=100), tmp_path, command="c")
@@ -397,9 +374,7 @@ def test_where_counting_starts(window: int, seq_len: int, given: int | None, exp
     assert RunConfig(model="m", start=given).start_for(config) == expected
 
 
-def test_tensorboard_writes_what_it_is_told(
-    where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_tensorboard_writes_what_it_is_told(where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import types
 
     written: list[tuple[str, float, int]] = []
@@ -444,9 +419,7 @@ def test_losses_are_kept_for_nothing_but_what_they_are_of(
         (text, drawn, {"seed": 1}, both),
     ):
         done.clear()
-        heldout = SequenceSet(
-            tokens=tokens, domains=("",) * 2, documents=np.arange(2), num_documents=2, num_skipped=0
-        )
+        heldout = SequenceSet(tokens=tokens, domains=("",) * 2, documents=np.arange(2), num_documents=2, num_skipped=0)
         suite = Suite(loaded=loaded, heldout=heldout, config=config, folder=tmp_path, start=8)
         gates = losses.sampled(loaded, tokens, learned, start=8, batch_size=1)
         suite.measure({"learned": learned}, also={"learned": gates}, trained=weights)
@@ -464,9 +437,7 @@ def test_losses_that_are_not_finite_are_refused_and_not_kept(
     assert not list(tmp_path.glob("cells/*")) and not (tmp_path / "summary.json").exists()
 
 
-def test_stochastic_gates_are_measured_on_the_same_positions(
-    finished: tuple[Path, dict[str, Any]], where: RunConfig
-):
+def test_stochastic_gates_are_measured_on_the_same_positions(finished: tuple[Path, dict[str, Any]], where: RunConfig):
     folder, summary = finished
     loaded = load_model(where.model, device="cpu")
     heldout = load_sequences(where.data, loaded.tokenizer, 96, split="heldout").spread(4)
@@ -522,8 +493,6 @@ def test_what_text_there_is_is_said(where: RunConfig, tmp_path: Path, capsys: py
     loaded = load_model(where.model, device="cpu")
     inputs.training_text(replace(where, data=str(texts), heldout_data=where.data), 96, loaded)
     said = capsys.readouterr().err
-    assert re.search(
-        r"Found \d+ sequences of 96 tokens in 3 documents, 2 of them too short or not text", said
-    ), said
+    assert re.search(r"Found \d+ sequences of 96 tokens in 3 documents, 2 of them too short or not text", said), said
     inputs.warn_if_repeated(3, replace(CONFIG, num_steps=5, sequences_per_step=3))
     assert "Little text: each training sequence is used 5.0 times" in capsys.readouterr().err

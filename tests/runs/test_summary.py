@@ -13,11 +13,7 @@ from consa.runs import summary as summaries
 
 def test_documents_are_counted_once():
     heldout = SequenceSet(
-        tokens=np.zeros((3, 96), int),
-        domains=("",) * 3,
-        documents=np.array([4, 4, 7]),
-        num_documents=9,
-        num_skipped=7,
+        tokens=np.zeros((3, 96), int), domains=("",) * 3, documents=np.array([4, 4, 7]), num_documents=9, num_skipped=7
     )
     allocation = rules.top(4, 3, sparsity=0.5)
     table = Table(start=32, cache_tokens=1, lines=(), how={})

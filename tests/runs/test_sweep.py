@@ -25,11 +25,7 @@ from consa.runs import sweep as sweeping
 from consa.runs.sweep import sweep
 
 CONFIG = SweepConfig(
-    sparsity="0.5,0.75",
-    granularity="layer,kv_head",
-    methods="by_loss,middle,random_units",
-    seeds=2,
-    evaluations=3,
+    sparsity="0.5,0.75", granularity="layer,kv_head", methods="by_loss,middle,random_units", seeds=2, evaluations=3
 )
 MEASURED = EvalConfig(window=8, num_sink_tokens=2, seq_len=96, cache_tokens=1000, seed=5)
 NAMES = [
@@ -107,22 +103,14 @@ def test_a_sweep_chooses_measures_and_goes_on_where_it_was(
     assert {"model", "method", "seconds", "hardware"} <= provenance.keys()
 
     assert len(frontier.points) == 2 * 2 * 3
-    point = next(
-        p for p in frontier.points if (p.method, p.granularity, p.sparsity) == ("by_loss", "kv_head", 0.5)
-    )
+    point = next(p for p in frontier.points if (p.method, p.granularity, p.sparsity) == ("by_loss", "kv_head", 0.5))
     lines = [frontier.table.line(f"by_loss-kv_head-0.5-seed{seed}") for seed in (0, 1)]
     recovered = [line.recovered or 0 for line in lines]
     assert point.lines == tuple(lines)
     assert point.recovered == pytest.approx(np.mean(recovered))
     assert point.spread == pytest.approx(abs(recovered[0] - recovered[1]))
     assert point.cache == pytest.approx((6 * 1000 + 6 * 10) / (12 * 1000))
-    assert {path.name for path in paths} == {
-        "frontier.csv",
-        "frontier.png",
-        "eval.json",
-        "eval.csv",
-        "eval.png",
-    }
+    assert {path.name for path in paths} == {"frontier.csv", "frontier.png", "eval.json", "eval.csv", "eval.png"}
     rows = list(csv.DictReader((tmp_path / "frontier.csv").read_text().splitlines()))
     assert len(rows) == 12 and rows[0]["retrieved"] == "nan" and rows[0]["seeds"] == "2"
 
@@ -186,13 +174,8 @@ def test_all_rules_by_one_word_each_once():
     config = SweepConfig(sparsity="0.5", granularity="layer,kv_head", methods="rules,middle", seeds=3)
     wanted = list(choices(config, MEASURED))
     assert len({choice.name for choice in wanted}) == len(wanted)
-    by_granularity = [
-        [c.method.name for c in wanted if c.config.granularity == g] for g in ("layer", "kv_head")
-    ]
-    assert [set(found) for found in by_granularity] == [
-        set(rules.RULES) - {"uniform_heads"},
-        set(rules.RULES),
-    ]
+    by_granularity = [[c.method.name for c in wanted if c.config.granularity == g] for g in ("layer", "kv_head")]
+    assert [set(found) for found in by_granularity] == [set(rules.RULES) - {"uniform_heads"}, set(rules.RULES)]
     assert all(found.count(m) == (3 if m == "random_units" else 1) for found in by_granularity for m in found)
 
 

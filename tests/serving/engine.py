@@ -33,12 +33,7 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    defaults = {
-        "enforce_eager": True,
-        "dtype": "float32",
-        "max_model_len": 2048,
-        "max_num_batched_tokens": 256,
-    }
+    defaults = {"enforce_eager": True, "dtype": "float32", "max_model_len": 2048, "max_num_batched_tokens": 256}
     llm: Any = LLM(str(folder), skip_tokenizer_init=True, **defaults | options)
     try:
         yield llm
@@ -83,11 +78,7 @@ def same_tokens(folder: Path | PreTrainedModel, prompts: list[list[int]], found:
 def _same(model: PreTrainedModel, prompt: list[int], found: list[int]) -> bool:
     generating: Any = model
     wanted = generating.generate(
-        torch.tensor([prompt]),
-        max_new_tokens=len(found),
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
+        torch.tensor([prompt]), max_new_tokens=len(found), do_sample=False, eos_token_id=None, pad_token_id=0
     )
     if wanted[0, len(prompt) :].tolist() == found:
         return True
@@ -100,10 +91,6 @@ def groups(llm: Any) -> list[tuple[int, int, int | None]]:
     """Of the engine's KV cache groups: modules, KV heads of each, window."""
     cache = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
     return [
-        (
-            len(group.layer_names),
-            group.kv_cache_spec.num_kv_heads,
-            getattr(group.kv_cache_spec, "sliding_window", None),
-        )
+        (len(group.layer_names), group.kv_cache_spec.num_kv_heads, getattr(group.kv_cache_spec, "sliding_window", None))
         for group in cache.kv_cache_groups
     ]

@@ -60,14 +60,10 @@ class Problem:
         num_groups = max(shape.groups) + 1
         most = max(-(-length // page) for length in lengths) + 1
         num_pages = 2 + num_groups * len(lengths) * most
-        order = (torch.randperm(num_pages - 2, generator=generator) + 1).reshape(
-            num_groups, len(lengths), most
-        )
+        order = (torch.randperm(num_pages - 2, generator=generator) + 1).reshape(num_groups, len(lengths), most)
         self.tables = [table.to(device, torch.int32) for table in order]
         places = max(shape.groups.count(kind) for kind in set(shape.groups))
-        self.buffer = torch.full(
-            (places, num_pages, page, 2 * head_dim), float("nan"), device=device, dtype=dtype
-        )
+        self.buffer = torch.full((places, num_pages, page, 2 * head_dim), float("nan"), device=device, dtype=dtype)
         seen: dict[int, int] = {}
         self.caches = []  # of each head, as an engine gives them
         for kind in shape.groups:
@@ -149,9 +145,7 @@ class Problem:
         for query, k, v in zip(rows, self.keys, self.values, strict=True):
             if len(query):
                 options: Any = {"window": self.window, "num_sink_tokens": self.num_sink_tokens}
-                out = reference_attention(
-                    query.transpose(0, 1)[None], k[None], v[None], full, scaling=0.25, **options
-                )
+                out = reference_attention(query.transpose(0, 1)[None], k[None], v[None], full, scaling=0.25, **options)
                 outputs.append(out[0].transpose(0, 1))
         return torch.cat(outputs)
 
@@ -223,11 +217,7 @@ def interpret() -> None:
     spread, two, whole = (kernels.Blocks(16, 16, 4, 1, programs) for programs in (1000, 50, 0))
     every = list(product((1, 15, 16, 17, 64), (0, 1, 4, 16, 20)))
     sliding = Shape(groups=(2, 1))
-    for blocks, shape, cases in (
-        (spread, sliding, every),
-        (two, Shape(), every[::4]),
-        (whole, Shape(), every[1::4]),
-    ):
+    for blocks, shape, cases in ((spread, sliding, every), (two, Shape(), every[::4]), (whole, Shape(), every[1::4])):
         kernels.FLOAT32 = blocks
         for window, sinks in cases:
             check(BATCHES["decoding"], shape, window, sinks)

@@ -127,9 +127,7 @@ def test_a_real_model(num_sink_tokens: int, tmp_path: Path):
 
 
 @pytest.mark.parametrize("reach", ["ours", "of the window"])
-def test_sinks_survive_where_page_tables_are_cleared(
-    reach: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_sinks_survive_where_page_tables_are_cleared(reach: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Page tables as vLLM 0.33 clears them on a GPU, by what the cache says must stay."""
     build = HybridBuilder.build
 
@@ -224,9 +222,7 @@ def test_memory(tmp_path: Path):
         assert capacity.bytes_in_use(manager) == 0
         engine_ = llm.llm_engine
         prompt = tokens(1, 3 * page, seed=0, vocab_size=257)[0].tolist()
-        engine_.add_request(
-            "one", {"prompt_token_ids": prompt}, SamplingParams(max_tokens=4, detokenize=False)
-        )
+        engine_.add_request("one", {"prompt_token_ids": prompt}, SamplingParams(max_tokens=4, detokenize=False))
         engine_.step()
         engine_.step()
         assert capacity.bytes_in_use(manager) == capacity.bytes_of_request(cache, len(prompt) + 1)
@@ -340,9 +336,6 @@ def test_another_version_of_vllm_refuses_hybrids_and_says_why(hybrid: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(limits, "VERSIONS", ("0.1",))
         plugin.register()
-        with (
-            pytest.raises(ValueError, match=r"serves with vLLM 0\.1, and 0\.32\.0 is installed"),
-            engine(hybrid),
-        ):
+        with pytest.raises(ValueError, match=r"serves with vLLM 0\.1, and 0\.32\.0 is installed"), engine(hybrid):
             pass
     AutoConfig.register("consa", HybridConfig, exist_ok=True)  # as it was, for the tests to come

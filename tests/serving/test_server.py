@@ -29,9 +29,7 @@ PROMPTS = ["The capital of France is", "def quicksort(items):\n" * 40]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded = load_model("smollm2-135m")
     shape = loaded.layout.num_layers, loaded.layout.num_kv_heads
-    allocation = rules.uniform_heads(
-        *shape, sparsity=0.67, granularity="kv_head", window=64, num_sink_tokens=4
-    )
+    allocation = rules.uniform_heads(*shape, sparsity=0.67, granularity="kv_head", window=64, num_sink_tokens=4)
     folder = tmp_path_factory.mktemp("server") / "hybrid"
     convert(loaded.model, allocation, folder, tokenizer=loaded.tokenizer)
     return folder
@@ -46,17 +44,7 @@ def address(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     options = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     log = tmp_path_factory.mktemp("log") / "server.log"
     with log.open("w") as output:
-        command = [
-            sys.executable,
-            "-m",
-            "consa",
-            "serve",
-            str(folder),
-            "--",
-            *options,
-            "--max-model-len",
-            "2048",
-        ]
+        command = [sys.executable, "-m", "consa", "serve", str(folder), "--", *options, "--max-model-len", "2048"]
         server = subprocess.Popen(command, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
         try:
             for _ in range(600):
@@ -86,14 +74,10 @@ def test_an_openai_client_gets_the_tokens_of_generate(address: str, folder: Path
         assert answer.choices[0].text == tokenizer.decode(wanted, skip_special_tokens=True)
     message = {"role": "user", "content": "What is 2 + 2?"}
     chat = client.chat.completions.create(model=str(folder), messages=[message], max_tokens=20, temperature=0)
-    ids = tokenizer.apply_chat_template(
-        [message], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    ids = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_tensors="pt", return_dict=True)
     wanted = model.generate(**ids, max_new_tokens=20, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert chat.choices[0].message.content == tokenizer.decode(wanted, skip_special_tokens=True)
-    stream = client.completions.create(
-        model=str(folder), prompt=PROMPTS[0], max_tokens=20, temperature=0, stream=True
-    )
+    stream = client.completions.create(model=str(folder), prompt=PROMPTS[0], max_tokens=20, temperature=0, stream=True)
     assert "".join(part.choices[0].text for part in stream)
 
 
@@ -119,8 +103,6 @@ def test_bench(folder: Path, tmp_path: Path):
         assert row["cache_bytes"] == 2 * pages * page * layers * heads * head_dim * 2 * 4  # float32
     for name, generations in record["where"]["workloads"].items():
         assert [row["running_max"] for row in generations] == [2, 2]
-        assert {row["plugin"] for row in generations} == {
-            name == "hybrid"
-        }  # the dense model is in stock vLLM
+        assert {row["plugin"] for row in generations} == {name == "hybrid"}  # the dense model is in stock vLLM
     assert record["where"]["dtype"] == "float32" and record["where"]["engine"].startswith("vLLM 0.32")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")

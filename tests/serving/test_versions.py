@@ -17,12 +17,7 @@ from vllm.config import AttentionConfig, CompilationConfig, SchedulerConfig, Vll
 from vllm.forward_context import ForwardContext
 from vllm.model_executor.layers.attention import Attention, attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionImpl,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-)
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
@@ -50,10 +45,7 @@ SIGNATURES = [
         " per_layer_sliding_window prefix attn_type kv_sharing_target_layer_name mm_prefix_clamp_sliding_window"
         " attn_backend head_size_v extra_impl_args",
     ),
-    (
-        AttentionImpl.forward,
-        "layer query key value kv_cache attn_metadata output output_scale output_block_scale",
-    ),
+    (AttentionImpl.forward, "layer query key value kv_cache attn_metadata output output_scale output_block_scale"),
     (AttentionMetadataBuilder.__init__, "kv_cache_spec layer_names vllm_config device"),
     (AttentionMetadataBuilder.build, "common_prefix_len common_attn_metadata fast_build"),
     (AttentionBackend.get_supported_kernel_block_sizes, "kv_cache_spec"),
@@ -63,10 +55,7 @@ SIGNATURES = [
     (SlidingWindowSpec.max_memory_usage_bytes, "vllm_config"),
     (SlidingWindowSpec.is_uniform_with_collection, "kv_cache_specs"),
     (SlidingWindowManager.get_num_skipped_tokens, "num_computed_tokens"),
-    (
-        SlidingWindowManager.remove_skipped_blocks,
-        "request_id processed_computed_tokens num_prompt_tokens",
-    ),
+    (SlidingWindowManager.remove_skipped_blocks, "request_id processed_computed_tokens num_prompt_tokens"),
     (SlidingWindowManager._remove_blocks_in_range, "request_id first_block last_block"),
     (SlidingWindowManager._get_num_evictable_blocks, "blocks"),
     (
@@ -146,15 +135,10 @@ def test_our_classes_take_what_vllm_s_take():
         (HybridBackend.get_supported_kernel_block_sizes, AttentionBackend.get_supported_kernel_block_sizes),
         (SinkManager.remove_skipped_blocks, SlidingWindowManager.remove_skipped_blocks),
         (SinkManager.add_local_computed_blocks, SlidingWindowManager.add_local_computed_blocks),
-        (
-            SinkSpec.max_admission_blocks_per_request,
-            SlidingWindowSpec.max_admission_blocks_per_request,
-        ),
+        (SinkSpec.max_admission_blocks_per_request, SlidingWindowSpec.max_admission_blocks_per_request),
     ):
         assert arguments(ours) == arguments(theirs)
-    positional = (
-        "num_heads head_size scale num_kv_heads alibi_slopes sliding_window kv_cache_dtype logits_soft_cap"
-    )
+    positional = "num_heads head_size scale num_kv_heads alibi_slopes sliding_window kv_cache_dtype logits_soft_cap"
     assert arguments(HybridImpl.__init__).startswith(positional)
     source = inspect.getsource(attention)
     assert "if (\n                not self.attn_backend.forward_includes_kv_cache_update" in source
@@ -165,9 +149,7 @@ def test_flash_attention_takes_what_it_is_given():
     path = Path(vllm.__file__).parent / "vllm_flash_attn/flash_attn_interface.py"
     tree = ast.parse(path.read_text(encoding="utf-8"))
     (function,) = (
-        node
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef) and node.name == "flash_attn_varlen_func"
+        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "flash_attn_varlen_func"
     )
     names = {argument.arg for argument in function.args.args}
     given = "q k v out cu_seqlens_q max_seqlen_q seqused_k max_seqlen_k softmax_scale causal block_table num_splits"

@@ -63,9 +63,7 @@ def job(
         found = {"allocation": result.allocation.full_attention.tolist(), "history": result.history}
     else:
         kept = allocate(model, window=3)
-        found = {
-            "history": adapt(model, text, kept, AdaptConfig(**settings), run_dir=folder, on_step=on_step)
-        }
+        found = {"history": adapt(model, text, kept, AdaptConfig(**settings), run_dir=folder, on_step=on_step)}
     if distributed.is_main():
         torch.save(model.state_dict(), f"{out}.pt")
         Path(out).write_text(json.dumps(found))

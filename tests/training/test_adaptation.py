@@ -125,10 +125,7 @@ def test_learning_rate_rises_and_falls():
     rates = [config.learning_rate_at(step) for step in range(20)]
     assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0]) and rates[5] == 2.0
     assert all(a > b > 0 for a, b in pairwise(rates[5:]))
-    assert [changed(method=m, learning_rate=None, warmup=0.0).learning_rate_at(0) for m in METHODS] == [
-        1e-5,
-        2e-4,
-    ]
+    assert [changed(method=m, learning_rate=None, warmup=0.0).learning_rate_at(0) for m in METHODS] == [1e-5, 2e-4]
 
 
 # What comes of it.
@@ -199,9 +196,7 @@ def test_it_converts(method: Any, layer_wise: bool, tmp_path: Path):
     ids = tokens(2, 20)
     with exact(model, kept):
         wanted = model(ids, use_cache=False).logits
-    loaded = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "model") if layer_wise else load(tmp_path / "model")
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model") if layer_wise else load(tmp_path / "model")
     assert_close(loaded(ids).logits, wanted, 1e-4)
 
 
@@ -274,9 +269,7 @@ def test_goes_on_after_sigkill(tmp_path: Path):
         (QUICK, allocation(window=4), "allocation.window was 3, now 4"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(
-    config: AdaptConfig, kept: Allocation, difference: str, tmp_path: Path
-):
+def test_a_checkpoint_of_another_run_is_refused(config: AdaptConfig, kept: Allocation, difference: str, tmp_path: Path):
     end(tmp_path, changed(checkpoint_every=1))
     with pytest.raises(ConsaError, match=difference):
         adapt(tiny(), text(), kept, config, run_dir=tmp_path)
@@ -286,9 +279,7 @@ def test_a_checkpoint_of_another_run_is_refused(
 
 
 @pytest.fixture(scope="module")
-def where(
-    tiny_model_folder: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunConfig]:
+def where(tiny_model_folder: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONSA_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield RunConfig(model=str(tiny_model_folder), data=str(text_folder), num_heldout=3, device="cpu")
@@ -318,9 +309,7 @@ def test_the_run_folder(method: Any, where: RunConfig, tmp_path: Path, monkeypat
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["heldout_loss"] == pytest.approx(rows["adapted"]["loss"], rel=1e-5)
     assert last["recovered"] == pytest.approx(rows["adapted"]["recovered"], rel=1e-4)
-    heldout = load_sequences(
-        where.data, AutoTokenizer.from_pretrained(where.model), 96, split="heldout"
-    ).spread(3)
+    heldout = load_sequences(where.data, AutoTokenizer.from_pretrained(where.model), 96, split="heldout").spread(3)
     losses = loss.token_losses(load(folder / "model"), torch.from_numpy(heldout.tokens.astype(np.int64)))
     assert rows["adapted"]["loss"] == pytest.approx(float(losses[:, summary["start"] :].mean()), rel=1e-4)
     for said in ("consa adapt it", f"{rows['adapted']['loss']:.4f}", f"method {method}"):

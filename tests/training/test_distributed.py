@@ -82,9 +82,7 @@ def test_sharded_bfloat16_trains_float32_masters(two: Path, tmp_path: Path):
     """Both compute in bfloat16, and round in other places."""
     job(**BFLOAT16, out=str(tmp_path / "one"))
     (one, weights), (found, others) = results(tmp_path / "one"), results(two / "bfloat16")
-    losses, wanted = (
-        [record["loss"] for record in history] for history in (found["history"], one["history"])
-    )
+    losses, wanted = ([record["loss"] for record in history] for history in (found["history"], one["history"]))
     assert losses == pytest.approx(wanted, rel=5e-3)
     for name, value in others.items():
         assert value.dtype == torch.bfloat16

@@ -41,9 +41,7 @@ def test_probability_is_the_formula_of_the_paper():
 def test_a_draw_is_the_formula_of_the_paper(log_alpha: float, uniform: float):
     u = min(max(uniform, 1e-6), 1 - 1e-6)
     s = 1 / (1 + math.exp(-(math.log(u) - math.log(1 - u) + log_alpha) / (2 / 3)))
-    z = float(
-        gates.sample(torch.tensor(log_alpha, dtype=torch.float64), torch.tensor(uniform, dtype=torch.float64))
-    )
+    z = float(gates.sample(torch.tensor(log_alpha, dtype=torch.float64), torch.tensor(uniform, dtype=torch.float64)))
     assert z == pytest.approx(min(1, max(0, 1.2 * s - 0.1)), abs=1e-6)
     assert 0 <= z <= 1
 
@@ -86,9 +84,7 @@ def test_each_stratum_is_drawn_once_for_each_unit(num_draws: int, num_units: int
     u = gates.stratified_uniform(num_draws, num_units, torch.Generator().manual_seed(seed))
     assert u.shape == (num_draws, num_units)
     assert ((u >= 0) & (u <= 1)).all()
-    strata = (
-        (u.double() * num_draws).floor().clamp(max=num_draws - 1).long()
-    )  # rounding may reach the next one
+    strata = (u.double() * num_draws).floor().clamp(max=num_draws - 1).long()  # rounding may reach the next one
     assert ((strata.sort(0).values - torch.arange(num_draws)[:, None]).abs() <= 1).all()
     inner = u.double() * num_draws - (u.double() * num_draws).round()
     if (inner.abs() > 1e-5).all():
@@ -97,9 +93,7 @@ def test_each_stratum_is_drawn_once_for_each_unit(num_draws: int, num_units: int
 
 def test_draws_are_uniform_each_and_independent_between_units():
     generator = torch.Generator().manual_seed(0)
-    many = torch.stack(
-        [gates.stratified_uniform(4, 6, generator) for _ in range(4000)]
-    )  # (runs, draws, units)
+    many = torch.stack([gates.stratified_uniform(4, 6, generator) for _ in range(4000)])  # (runs, draws, units)
     for draw in range(4):
         counts = torch.histc(many[:, draw, 0], bins=20, min=0, max=1)
         chi2 = float(((counts - 200) ** 2 / 200).sum())

@@ -71,9 +71,7 @@ def control(num_units: int, target: float, cost: float, seed: int) -> tuple[floa
     generator = torch.Generator().manual_seed(seed)
     costs = torch.randn(num_units, generator=generator).exp()
     costs *= cost / costs.sum()
-    log_alpha = torch.nn.Parameter(
-        config.initial_log_alpha + 0.01 * torch.randn(num_units, generator=generator)
-    )
+    log_alpha = torch.nn.Parameter(config.initial_log_alpha + 0.01 * torch.randn(num_units, generator=generator))
     optimizer = torch.optim.Adam([log_alpha], lr=min(1.0, 60 / config.num_steps), betas=(0.9, 0.95))
     constraint = AugmentedLagrangian(config.penalty, config.multiplier_step)
     expected = 0.0

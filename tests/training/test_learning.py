@@ -60,11 +60,7 @@ def reference_gradient(model: PreTrainedModel, z: Tensor, ids: Tensor, config: L
     """The model's own loss with every layer computed by the reference and mixed by `z`, differentiable in z."""
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, _: Any, **asked: Any) -> tuple[Tensor, None]:
-        options = {
-            "window": config.window,
-            "num_sink_tokens": config.num_sink_tokens,
-            "scaling": asked["scaling"],
-        }
+        options = {"window": config.window, "num_sink_tokens": config.num_sink_tokens, "scaling": asked["scaling"]}
         return reference_attention(q, k, v, z[module.layer_idx], **options).transpose(1, 2), None
 
     AttentionInterface.register("consa_test_gated", attend)
@@ -162,9 +158,7 @@ def test_layers_that_do_not_compile_are_one_line(monkeypatch: pytest.MonkeyPatch
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    with pytest.raises(
-        ConsaError, match=r"^layers cannot be compiled: no compiler; leave compile out"
-    ) as caught:
+    with pytest.raises(ConsaError, match=r"^layers cannot be compiled: no compiler; leave compile out") as caught:
         learn(tiny(), text(), changed(compile=True))
     assert "\n" not in str(caught.value)
 
@@ -288,13 +282,7 @@ def test_a_budget_buys_the_most_units_it_can(family: str, granularity: Any):
         for layer in range(4):
             for head in range(3):
                 native = layout.native_windows.get(layer)
-                held += (
-                    min(context, native)
-                    if native
-                    else context
-                    if (layer, head) in full
-                    else min(context, 3 + 1)
-                )
+                held += min(context, native) if native else context if (layer, head) in full else min(context, 3 + 1)
         return held * 8 * 2 * 2
 
     costs = [cost(n) for n in range(len(places) // per_unit + 1)]
@@ -413,18 +401,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(value: float, 
     with torch.no_grad():
         weight.copy_(good)
     steps: list[float] = []
-    result = learn(
-        model, text(), QUICK, run_dir=tmp_path, on_step=lambda record: steps.append(record["step"])
-    )
+    result = learn(model, text(), QUICK, run_dir=tmp_path, on_step=lambda record: steps.append(record["step"]))
     assert steps == [4, 5, 6]
     assert result.history == learn(tiny(), text(), QUICK).history
 
 
 @pytest.mark.parametrize("mode", ["frozen", "joint"])
 @pytest.mark.parametrize("setting", ["open", "closed", "either"])
-def test_a_step_with_every_gate_saturated_does_not_crash(
-    setting: str, mode: Any, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_step_with_every_gate_saturated_does_not_crash(setting: str, mode: Any, monkeypatch: pytest.MonkeyPatch):
     sample = gates.sample
 
     def saturated(log_alpha: Tensor, uniform: Tensor) -> Tensor:
@@ -434,9 +418,7 @@ def test_a_step_with_every_gate_saturated_does_not_crash(
 
     monkeypatch.setattr(gates, "sample", saturated)
     result = learn(tiny(), text(), changed(mode=mode, num_steps=20, gate_lr=None))
-    assert result.history[-1]["expected_sparsity"] == pytest.approx(0.5, abs=0.1), (
-        "the constraint still pulls"
-    )
+    assert result.history[-1]["expected_sparsity"] == pytest.approx(0.5, abs=0.1), "the constraint still pulls"
     assert result.allocation.sparsity == 0.5
 
 

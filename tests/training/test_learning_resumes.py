@@ -69,9 +69,7 @@ def test_goes_on_however_often_it_is_interrupted(tmp_path: Path):
     assert_same(end(tmp_path / "again"), end(tmp_path / "undisturbed"))
 
 
-def test_goes_on_after_being_killed_while_writing_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_goes_on_after_being_killed_while_writing_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     wanted = end(tmp_path / "undisturbed")
     replace_file, calls = os.replace, 0
     for last in range(1, 7):
@@ -167,9 +165,7 @@ def test_damaged_metrics_are_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("failing", [1, 2, 5, 6])
-def test_a_full_disk_keeps_the_previous_checkpoint(
-    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_full_disk_keeps_the_previous_checkpoint(failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     wanted, calls = end(tmp_path / "undisturbed"), 0
 
     def full(descriptor: int) -> None:
@@ -183,9 +179,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(
         with pytest.raises(ConsaError, match=r"cannot write .*: No space left on device; .*") as caught:
             end(tmp_path / "full")
     assert "\n" not in str(caught.value)
-    assert {path.name for path in (tmp_path / "full").iterdir()} <= {CHECKPOINT, METRICS}, (
-        "half a file is left"
-    )
+    assert {path.name for path in (tmp_path / "full").iterdir()} <= {CHECKPOINT, METRICS}, "half a file is left"
     steps: list[float] = []
     assert_same(end(tmp_path / "full", on_step=lambda record: steps.append(record["step"])), wanted)
     assert steps[0] == (failing - 1) // 2 + 1

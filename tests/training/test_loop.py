@@ -68,20 +68,14 @@ def test_updates_are_adamws_without_decay_on_gradients_clipped_where_they_are_lo
 
 @pytest.mark.parametrize("shape", [(0, 16), (3, 1), (0, 0)])
 def test_no_text_is_refused(shape: tuple[int, int]):
-    with pytest.raises(
-        ConsaError, match=rf"no training text: got sequences of shape \({shape[0]}, {shape[1]}\)"
-    ):
+    with pytest.raises(ConsaError, match=rf"no training text: got sequences of shape \({shape[0]}, {shape[1]}\)"):
         learn(tiny(), np.zeros(shape, dtype=np.uint16), QUICK)
 
 
 @pytest.mark.parametrize(
     ("changes", "sequences", "said"),
     [
-        (
-            {"window": 15},
-            text(),
-            r"window \+ num_sink_tokens must be smaller than seq_len \(16\), got 15 \+ 1",
-        ),
+        ({"window": 15}, text(), r"window \+ num_sink_tokens must be smaller than seq_len \(16\), got 15 \+ 1"),
         ({}, torch.zeros(4, 16), r"a numpy array of tokens .*, got Tensor of shape \(4, 16\)"),
         ({}, text()[0], r"got ndarray of shape \(16,\)"),
     ],

@@ -77,9 +77,7 @@ def test_lora_on_named_layers_only():
     model = tiny()
     adapt(model, text(), allocation(), changed(method="lora", lora_targets="q_proj, v_proj"))
     before = tiny().state_dict()
-    moved = {
-        name.split(".")[-2] for name, p in model.state_dict().items() if not torch.equal(p, before[name])
-    }
+    moved = {name.split(".")[-2] for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
     assert moved == {"q_proj", "v_proj"}
 
 

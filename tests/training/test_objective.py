@@ -183,14 +183,7 @@ def test_another_constraint_holds_the_sparsity_and_resumes(tmp_path: Path):
         np.cumsum([record["target"] - record["expected_sparsity"] for record in wanted.history])
     )
     with pytest.raises(Interrupted):
-        learn(
-            tiny(),
-            text(),
-            config,
-            constraint=TwoMultipliers(),
-            run_dir=tmp_path,
-            on_step=at_step(9, interrupt),
-        )
+        learn(tiny(), text(), config, constraint=TwoMultipliers(), run_dir=tmp_path, on_step=at_step(9, interrupt))
     got = learn(tiny(), text(), config, constraint=TwoMultipliers(), run_dir=tmp_path)
     assert got.history == wanted.history
 

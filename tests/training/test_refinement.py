@@ -158,9 +158,7 @@ def test_on_a_model_it_trades_a_head_without_effect_for_one_with():
         prompt = torch.full((6, 1), 1)
         torch.manual_seed(0)
         sequences = model.generate(prompt, do_sample=True, max_new_tokens=40, top_k=0).numpy()
-    full = np.array(
-        [[True, False, True], [True, True, True]]
-    )  # the head without effect is open, the next is not
+    full = np.array([[True, False, True], [True, True, True]])  # the head without effect is open, the next is not
     scores = np.array([[0.5, 0.4, 3.0], [3.0, 3.0, 3.0]])
     flags = [p.requires_grad for p in model.parameters()]
     out = refine(model, scored(full, scores), sequences, max_evaluations=12, num_candidates=1)

@@ -23,9 +23,7 @@ __all__ = ["decode", "hybrid_attention", "sliding_attention"]
 ONE_PASS_KEYS = 8192
 
 
-def sliding_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int, num_sink_tokens: int, scaling: float
-) -> Tensor:
+def sliding_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, num_sink_tokens: int, scaling: float) -> Tensor:
     """As `portable.sliding_attention`."""
     order = torch.arange(k.shape[0] * k.shape[1], device=q.device)
     problem = _problem(q, k, window, num_sink_tokens, scaling)
@@ -53,9 +51,7 @@ def hybrid_attention(
 
 def _problem(q: Tensor, k: Tensor, window: int, num_sink_tokens: int, scaling: float) -> Problem:
     sinks = min(num_sink_tokens, k.shape[2])
-    return Problem(
-        k.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], q.shape[3], window, sinks, scaling
-    )
+    return Problem(k.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], q.shape[3], window, sinks, scaling)
 
 
 class _Hybrid(torch.autograd.Function):
@@ -83,9 +79,7 @@ class _Hybrid(torch.autograd.Function):
         out = torch.empty_like(q)
         if given is not None and num_full:
             _Places.of(order[:num_full], problem.kv_heads).put(out, given[:num_full])
-        ctx.mode = (
-            kernels.SLIDING if gates is None else kernels.ONE_PASS if given is None else kernels.GIVEN_FULL
-        )
+        ctx.mode = kernels.SLIDING if gates is None else kernels.ONE_PASS if given is None else kernels.GIVEN_FULL
         mixed = None if given is None else given[num_full:]
         state = launch.forward(
             q, k, v, out, order[num_full:], num_open - num_full, gates, mixed, problem, ctx.mode.value,

@@ -180,9 +180,7 @@ def forward(
             else:
                 full += (place // full_heads).to(tl.int64) * full_strides[0]
                 full_head = place % full_heads * GROUP + member
-                full_tile = _gather(
-                    full, token, full_head, d, full_strides[2], full_strides[1], valid, HEAD_DIM
-                )
+                full_tile = _gather(full, token, full_head, d, full_strides[2], full_strides[1], valid, HEAD_DIM)
             change = full_tile.to(tl.float32) - near.to(tl.float32)
             result = near.to(tl.float32) + z * change
             if TRAINING:

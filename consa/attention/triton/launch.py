@@ -164,10 +164,7 @@ def backward(
     )  # fmt: skip
     sink_sums = sink_parts.sum(0) if p.num_sink_tokens else sink_parts
     blocks = blocks_for("backward_kv", q)
-    (q_blocks, dout_blocks), (k_blocks, v_blocks) = (
-        _blocks(blocks.queries, q, dout),
-        _blocks(blocks.keys, k, v),
-    )
+    (q_blocks, dout_blocks), (k_blocks, v_blocks) = (_blocks(blocks.queries, q, dout), _blocks(blocks.keys, k, v))
     kernels.backward_kv[cdiv(p.keys, blocks.keys), rows](
         q_blocks, k_blocks, v_blocks, dout_blocks, dk, dv, terms, sink_sums, order, gates, *map(_strides, (dk, dv)),
         p.kv_heads, p.queries, p.keys, p.window, p.num_sink_tokens, p.scaling, scale, **p.settings(q, blocks, mode),
@@ -178,8 +175,7 @@ def backward(
 def _blocks(tokens: int, *tensors: Tensor) -> list[TensorDescriptor]:
     """TMA descriptors of tensors `(batch, heads, tokens, head_dim)`, with blocks of `tokens` tokens of one head."""
     return [
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tokens, padded_dim(x.shape[3])])
-        for x in tensors
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tokens, padded_dim(x.shape[3])]) for x in tensors
     ]
 
 
