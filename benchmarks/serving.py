@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -27,7 +29,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ COMPILING = {"kv_cache_memory_bytes": 2**31, "gpu_memory_utilization": 0.3}  # s
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends what it started, too
     options = _options()
     workloads = _workloads(options)
     engine = {"max_num_batched_tokens": bench.CHUNK, "dtype": "bfloat16"} | options.engine
@@ -261,7 +264,8 @@ def serve(
     with tempfile.TemporaryDirectory() as temporary:
         log = Path(temporary, "log")
         with log.open("w") as output:
-            server = subprocess.Popen(program, env=bench.environment(stock), stdout=output, stderr=subprocess.STDOUT)
+            options: dict[str, Any] = {"env": bench.environment(stock), "stdout": output, "stderr": subprocess.STDOUT}
+            server = subprocess.Popen(program, start_new_session=True, **options)
         try:
             while not _answers(address):
                 if server.poll() is not None:
@@ -274,8 +278,16 @@ def serve(
                 _send(address, str(folder), lengths.tolist(), output_tokens)
             )
         finally:
-            server.terminate()
-            server.wait(60)
+            _end(server)
+
+
+def _end(server: subprocess.Popen[Any]) -> None:
+    """End a server and its engine, which has a process of its own."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, sign)
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(3)
 
 
 def _answers(address: str) -> bool:

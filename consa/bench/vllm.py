@@ -8,8 +8,8 @@ stock vLLM, without consa's plugin. Run as a module, this is that process: `pyth
 JOB is JSON, and RESULT gets a line of JSON for each workload.
 """
 
-# pyright: reportMissingImports=false
-# vLLM has an environment of its own.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# vLLM has an environment of its own, and pyright takes this file for it.
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ class Generation:
         self.running, self.waiting, self.finished = [], [], []
         self.kv_bytes = 0
         self._preempted: dict[str, int] = {}
-        for row, prompt in enumerate(prompts):
+        for row, prompt in enumerate(prompts or []):
             name = f"{time.monotonic_ns()}-{row}"
             self.tokens[name] = []
             self.engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
