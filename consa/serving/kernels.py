@@ -55,10 +55,14 @@ class Blocks(NamedTuple):
 
 
 # Two stages load a block's keys and values while nothing else is done; other programs fill the time.
-DECODE = Blocks(MIN_ROWS, 64, 4, 2, programs=1024)
+DECODE = Blocks(MIN_ROWS, 64, 4, 3, programs=400)
 # By padded head_dim, for 16-bit elements. An entry of a page table and the keys that it leads to are loaded one after
 # the other, so five stages load keys and values two blocks ahead, and three one block.
-PREFILL = {64: Blocks(64, 64, 4, 5, registers=168), 128: Blocks(64, 32, 4, 5, registers=168), 256: Blocks(64, 32, 4, 3)}
+PREFILL = {
+    64: Blocks(64, 32, 4, 5, registers=128),
+    128: Blocks(128, 32, 8, 5, registers=128),
+    256: Blocks(64, 32, 4, 3),
+}
 FLOAT32 = Blocks(32, 32, 4, 1, programs=1024)
 
 
