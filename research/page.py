@@ -255,19 +255,12 @@ def behaviour() -> tuple[Columns, Rows]:
     return [*columns, "rank with causal effect"], rows
 
 
-def constraints() -> tuple[Columns, Rows]:
-    """What an allocation loses when every layer must have as many FA heads, or an even number."""
-    rows = []
-    for name in TABLES["constraints"].files:
-        record = read(name)
-        free, *others = (row for row in record["rows"] if "gates alone" not in row["name"])
-        model = SCRATCH.get(name.rpartition("-")[2], "135 M") + f", {record['settings']['seq_len']:,} tokens"
-        for row in others:
-            losses = (analysis.losses_of(of) for of in (row, free))
-            less = analysis.paired([a - b for a, b in zip(*losses, strict=True)], record["all_swa"] - record["dense"])
-            shares = [f"{of['recovered']:.3f}" for of in (free, row)]
-            rows.append([model, row["name"].split("/")[-1], f"{row['sparsity']:g}", *shares, less])
-    return ["model and text", "FA heads in a layer", "sparsity", "free choice", "constrained", "less"], rows
+def serving() -> tuple[Columns, Rows]:
+    """Hybrids in vLLM beside the dense model in stock vLLM."""
+    record = read("serving")
+    kept = ("workload", "model", "prefill s", "decode ms/step", "tokens/s", "x dense", "at once", "preempted", "fit")
+    places = [place for place, column in enumerate(record["columns"]) if column in kept or column == "of dense"]
+    return [record["columns"][place] for place in places], [[row[place] for place in places] for row in record["rows"]]
 
 
 def speed() -> tuple[Columns, Rows]:
@@ -310,7 +303,7 @@ TABLES = {
     "learning": Table(learning, ("study",)),
     "places": Table(places, ("study",)),
     "behaviour": Table(behaviour, ("behaviour",)),
-    "constraints": Table(constraints, ("constraints-long", "constraints-30m", "constraints-60m")),
+    "serving": Table(serving, ("serving",)),
     "speed": Table(speed, ("decode", "decode-short", "attention", "learning", "distributed")),
 }
 

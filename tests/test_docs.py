@@ -54,7 +54,7 @@ NOT_RUN = {  # how a command begins, and why it does not run here; what consa ta
 }
 VLLM_OPTIONS = (  # which vLLM alone can parse
     *("--disable-hybrid-kv-cache-manager", "--dtype", "--enforce-eager", "--max-num-batched-tokens"),
-    *("--model-impl", "--tensor-parallel-size"),
+    *("--model-impl", "--tensor-parallel-size", "--watermark"),
 )
 
 
