@@ -125,15 +125,6 @@ class Suite:
             if allocation
         }
 
-    def measures(self) -> list[Measure]:
-        """Everything that is measured of every allocation."""
-        config, batch_size = self.config, self.config.batch_size
-        return [
-            losses.heldout(self.loaded, self.heldout.tokens, start=self.start, batch_size=batch_size),
-            *answers.measures(self.loaded, config),
-            *harness.measures(self.loaded, config, self.manager),
-        ]
-
     def measure(
         self,
         allocations: Mapping[str, Allocation | None],
@@ -147,13 +138,15 @@ class Suite:
             allocations: by name.
             also: one more measure for some of the allocations, by name.
             trained: JSON-able settings by which the model was trained since it was loaded; None if it was not.
-
-        Raises:
-            ConsaError: a measurement fails, or the folder cannot take a result.
         """
         computed = [str(self.loaded.model.dtype), str(self.loaded.model.device.type), versions()]
         model = {"model": self.loaded.identity, "computed": computed, "trained": trained}
-        shared, also = self.measures(), also or {}
+        config, loaded, also = self.config, self.loaded, also or {}
+        shared = [
+            losses.heldout(loaded, self.heldout.tokens, start=self.start, batch_size=config.batch_size),
+            *answers.measures(loaded, config),
+            *harness.measures(loaded, config, self.manager),
+        ]
         cells = [
             Cell(
                 allocation=name,

@@ -10,6 +10,7 @@ import numpy as np
 
 from consa.allocation import Allocation
 from consa.behaviour.record import MEASURES, Behaviour
+from consa.evaluation.table import Line
 from consa.report.vega import Chart, Columns, Spec
 from consa.runs.figures import shades
 
@@ -83,6 +84,27 @@ def heatmap(name: str, data: str, allocation: Allocation, behaviour: Behaviour |
         },
         data=data,
     )
+
+
+def positions(lines: Sequence[Line]) -> Columns:
+    """Differences to the dense loss by position, with their intervals."""
+    rows = [
+        (line.name, line.kind, first, rise.mean, *(None if math.isnan(end) else end for end in (rise.low, rise.high)))
+        for line in lines
+        for first, rise in line.differences_by_position.items()
+    ]
+    return dict(zip(("allocation", "kind", "from", "rise", "low", "high"), zip(*rows, strict=True), strict=True))
+
+
+def answers(lines: Sequence[Line]) -> Columns:
+    """Share of hidden answers found, by task and prompt length."""
+    rows = [
+        (line.name, line.kind, task, length, share)
+        for line in lines
+        for task, lengths in line.retrieval.items()
+        for length, share in lengths.items()
+    ]
+    return dict(zip(("allocation", "kind", "task", "length", "share"), zip(*rows, strict=True), strict=True))
 
 
 def history(records: Sequence[Mapping[str, float]], *, adapted: bool) -> Columns:
