@@ -9,7 +9,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
@@ -82,13 +82,11 @@ def measure(
     limits: dict[str, Any] = {"window": window, "num_sink_tokens": num_sink_tokens}
     own = layout.native_windows
     dense = rules.dense(*layout.shape, granularity="kv_head", native_windows=own, **limits)
-    done = 0
+    passes = count(1)
 
     def tell(text: str) -> None:
-        nonlocal done
-        done += 1
         if on_pass:
-            on_pass(done, text)
+            on_pass(next(passes), text)
 
     on_text, on_repeated, on_needles = (_Means(layout.shape) for _ in range(3))
 

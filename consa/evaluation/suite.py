@@ -29,7 +29,7 @@ from consa.provenance import environment, versions
 DENSE = "dense"
 ALL_SWA = "all_swa"
 
-Allocations = dict[str, Allocation | None]
+Allocations = Mapping[str, Allocation | None]
 """Allocations by name; None is the model as it is."""
 
 
@@ -70,7 +70,7 @@ def named(name: str, model: str, layout: AttentionLayout, config: EvalConfig) ->
     return allocation
 
 
-def start_of(where: RunConfig, config: EvalConfig, allocations: Mapping[str, Allocation | None]) -> int:
+def start_of(where: RunConfig, config: EvalConfig, allocations: Allocations) -> int:
     """Return the first position whose loss counts, which the largest window decides.
 
     Raises:
@@ -102,12 +102,12 @@ class Suite:
     start: int
     manager: Any = None
 
-    def evaluate(self, allocations: Mapping[str, Allocation | None], how: Mapping[str, object]) -> Table:
+    def evaluate(self, allocations: Allocations, how: Mapping[str, object]) -> Table:
         """Measure allocations beside dense and all-SWA at each of their windows; `how` joins the table's record."""
         whole = self.with_ends(allocations)
         return self.table(whole, self.measure(whole), how=how)
 
-    def with_ends(self, allocations: Mapping[str, Allocation | None]) -> Allocations:
+    def with_ends(self, allocations: Allocations) -> Allocations:
         """Dense first, all-SWA at every window and number of sinks that occur, then the others as given.
 
         If several windows or numbers of sinks occur, they become part of the names: "all_swa 128+4".
@@ -127,7 +127,7 @@ class Suite:
 
     def measure(
         self,
-        allocations: Mapping[str, Allocation | None],
+        allocations: Allocations,
         *,
         also: Mapping[str, Measure] | None = None,
         trained: Mapping[str, object] | None = None,
@@ -161,12 +161,7 @@ class Suite:
         return run_cells(cells, self.folder)
 
     def table(
-        self,
-        allocations: Mapping[str, Allocation | None],
-        results: Results,
-        *,
-        how: Mapping[str, object],
-        made: str | None = None,
+        self, allocations: Allocations, results: Results, *, how: Mapping[str, object], made: str | None = None
     ) -> Table:
         """Make the table of measured allocations.
 
@@ -188,9 +183,7 @@ class Suite:
             how={**how, "model": self.loaded.identity, **counts, **environment()},
         )
 
-    def _lines(
-        self, allocations: Mapping[str, Allocation | None], results: Results, made: str | None
-    ) -> Iterator[Line]:
+    def _lines(self, allocations: Allocations, results: Results, made: str | None) -> Iterator[Line]:
         config, layout, documents = self.config, self.loaded.layout, self.heldout.documents
         dense_cache = rules.dense(*layout.shape, native_windows=layout.native_windows)
         domains = np.array(self.heldout.domains)
@@ -245,7 +238,7 @@ def _kind_of(allocation: Allocation | None, *, learned: str = "learned") -> str:
     return learned if allocation.provenance.get("method") == "consa" else "other"
 
 
-def _all_limits(allocations: Mapping[str, Allocation | None], config: EvalConfig) -> tuple[tuple[int, int], ...]:
+def _all_limits(allocations: Allocations, config: EvalConfig) -> tuple[tuple[int, int], ...]:
     """Every window and number of sinks that occurs; those of the config if there is no allocation."""
     given = dict.fromkeys(_limits(allocation) for allocation in allocations.values() if allocation)
     return tuple(given) or ((config.window, config.num_sink_tokens),)

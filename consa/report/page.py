@@ -51,7 +51,8 @@ def _html(sections: Sections, command: str) -> str:
         raise missing_extra("the report", "report", error) from error
     folder = Path(__file__).parent
     scripts = [vega.library(), (folder / "page.js").read_text(encoding="utf-8")]
-    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    hashes = " ".join(f"'sha256-{digest}'" for digest in digests)
     record = {
         "charts": [{"spec": vega.complete(chart), "rows": chart.data} for chart in sections.charts],
         "data": sections.data,
@@ -89,7 +90,3 @@ def _html(sections: Sections, command: str) -> str:
         data=json.dumps(record, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         scripts=scripts,
     )
-
-
-def _sha256(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

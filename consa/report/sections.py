@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from itertools import chain, combinations, count
 from typing import Any
 
+from consa import rules
 from consa.allocation import Allocation
 from consa.behaviour.record import MEASURES, Behaviour
 from consa.behaviour.relate import agreement, depth, depth_correlation, relate
@@ -77,7 +78,8 @@ class Sections:
         view["behaviour"] = behaviour
         if run.allocation is not None:
             allocation, name = run.allocation, self.files[index]
-            caches = [one.kv_cache_bytes(CACHE_TOKENS, head_dim=1) for one in (allocation, _dense(allocation))]
+            dense = rules.dense(*allocation.full_attention.shape, native_windows=allocation.native_windows)
+            caches = [one.kv_cache_bytes(CACHE_TOKENS, head_dim=1) for one in (allocation, dense)]
             data = self._add_data(f"units {index}", charts.units(allocation, behaviour))
             view["cache"], view["cache_tokens"] = caches[0] / caches[1], CACHE_TOKENS
             view["heatmap"] = self._add_chart(charts.heatmap(name, data, allocation, behaviour))
@@ -91,9 +93,8 @@ class Sections:
         if run.benchmark is not None:
             view |= self._benchmark(index, run.benchmark)
         if run.history:
-            view["losses"] = losses = (run.summary or {}).get("losses")
-            if losses and losses["stochastic"] is None:
-                view["losses"] = None
+            losses = (run.summary or {}).get("losses")
+            view["losses"] = losses if losses and losses["stochastic"] is not None else None
             view["fractional"] = (run.summary or {}).get("fractional")
             data = self._add_data(f"history {index}", charts.history(run.history, adapted=run.adapted))
             curves = charts.curves(self.files[index], data, adapted=run.adapted)
@@ -260,12 +261,6 @@ def _matrix(
 
 def _fits(behaviour: Behaviour, run: Run) -> bool:
     return bool(run.allocation) and run.allocation.full_attention.shape == behaviour.by_distance.shape[:2]
-
-
-def _dense(allocation: Allocation) -> Allocation:
-    full = allocation.full_attention.copy()
-    full[allocation.layers] = True
-    return Allocation(full_attention=full, window=allocation.window, native_windows=allocation.native_windows)
 
 
 def _words(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Figures of an allocation and of a training run, as PNG files."""
+"""Figures of an allocation and of a training run, for `consa.files.png`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from consa.allocation import Allocation
-from consa.files import png, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,20 +22,11 @@ GRID_COLOUR = "#9a9a9a"
 LIGHT, DARK = "#9dbbdb", FA_RAMP[1]  # of curves
 
 
-def heatmap(allocation: Allocation, path: Path) -> None:
+def heatmap(allocation: Allocation) -> Figure:
     """Draw which units keep full attention, with layer 0 at the bottom and scores as shade and number.
 
-    Args:
-        allocation: what to draw, with its scores and the model in its provenance if it has them.
-        path: of the PNG file.
-
-    Raises:
-        ConsaError: the file cannot be written.
+    Title and numbers also show the scores and the model of the allocation's provenance, if it has them.
     """
-    write_atomically(path, png(_draw_heatmap(allocation)))
-
-
-def _draw_heatmap(allocation: Allocation) -> Figure:
     from matplotlib.patches import Rectangle
 
     num_layers = allocation.num_layers
@@ -109,20 +99,8 @@ def _legend(figure: Figure, allocation: Allocation, place: tuple[float, float]) 
     figure.legend(handles=entries, loc="lower center", bbox_to_anchor=place, ncols=len(entries), **LEGEND, **spacing)
 
 
-def curves(history: list[dict[str, float]], path: Path) -> None:
-    """Draw a learning run by step: loss, sparsity and its target, multiplier, share of fractional gates.
-
-    Args:
-        history: one record for each step, as `learn` returns them.
-        path: of the PNG file.
-
-    Raises:
-        ConsaError: the file cannot be written.
-    """
-    write_atomically(path, png(_draw_curves(history)))
-
-
-def _draw_curves(history: list[dict[str, float]]) -> Figure:
+def curves(history: list[dict[str, float]]) -> Figure:
+    """Draw a learning run by the records of its steps: loss, sparsity and target, multiplier, fractional gates."""
     figure = _new_figure(9, 5.6)
     panels = figure.subplots(2, 2, sharex=True)
     figure.subplots_adjust(left=0.08, right=0.98, top=0.94, bottom=0.09, hspace=0.2, wspace=0.2)
@@ -154,16 +132,10 @@ def _draw_curves(history: list[dict[str, float]]) -> Figure:
     return figure
 
 
-def adaptation_curves(history: list[dict[str, float]], ends: dict[str, float], path: Path) -> None:
-    """Draw an adaptation by step: training loss, held-out loss between its ends, learning rate.
+def adaptation_curves(history: list[dict[str, float]], ends: dict[str, float]) -> Figure:
+    """Draw an adaptation by the records of its steps: training loss, held-out loss, learning rate.
 
-    Args:
-        history: one record for each step, as `adapt` returns them; some hold "heldout_loss".
-        ends: held-out losses to compare with, by name.
-        path: of the PNG file.
-
-    Raises:
-        ConsaError: the file cannot be written.
+    Only some records hold "heldout_loss"; `ends` are the held-out losses to compare with, by name.
     """
     figure = _new_figure(9, 3.2)
     loss, heldout, rate = figure.subplots(1, 3)
@@ -179,7 +151,7 @@ def adaptation_curves(history: list[dict[str, float]], ends: dict[str, float], p
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axes, title in ((loss, "training loss (nats)"), (heldout, "held-out loss (nats)"), (rate, "learning rate")):
         _style(axes, title)
-    write_atomically(path, png(figure))
+    return figure
 
 
 def _style(axes: Any, title: str, xlabel: str = "step") -> None:

@@ -15,6 +15,7 @@ from consa.config import LearnConfig, RunConfig
 from consa.evaluation.losses import SAMPLED, sampled
 from consa.evaluation.suite import Suite
 from consa.evaluation.table import Table
+from consa.files import png, write_files
 from consa.model.convert import convert
 from consa.model.load import LoadedModel
 from consa.progress import note
@@ -79,9 +80,9 @@ def run_learning(
             return None
         learned = time.monotonic()
         result.allocation.save(folder / "allocation.json")
-        figures.heatmap(result.allocation, folder / "heatmap.png")
-        if result.history:
-            figures.curves(result.history, folder / "curves.png")
+        drawn = {"heatmap.png": figures.heatmap(result.allocation)}
+        drawn |= {"curves.png": figures.curves(result.history)} if result.history else {}
+        write_files(folder, {name: png(figure) for name, figure in drawn.items()})
         suite = Suite(loaded=loaded, heldout=heldout, config=measured, folder=folder, start=start)
         table, stochastic = _measure(suite, result, config, sparsity)
         last = result.history[-1] if result.history else {}
