@@ -62,11 +62,7 @@ class Cell:
 
 
 def run_cells(cells: Sequence[Cell], folder: Path) -> Results:
-    """Return the results of all cells: those that `folder` holds are read, the others are computed and kept.
-
-    Raises:
-        ConsaError: a measurement fails, or the folder cannot take a result.
-    """
+    """Return the results of all cells: those that `folder` holds are read, the others are computed and kept."""
     paths = [cell.path(folder) for cell in cells]
     kept = {path: read_sealed(path) for path in paths}
     results = {path: json.loads(content)["result"] for path, content in kept.items() if content is not None}

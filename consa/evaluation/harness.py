@@ -23,11 +23,7 @@ SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_rando
 
 
 def find(config: EvalConfig, loaded: LoadedModel) -> Any:
-    """lm-eval's task manager if any of its tasks is asked for, else None.
-
-    Raises:
-        ConsaError: lm-eval is not installed, or has no such task.
-    """
+    """lm-eval's task manager if any of its tasks is asked for, else None; raises as `find_tasks`."""
     if not config.harness_tasks:
         return None
     note("Looking up lm-eval's tasks")

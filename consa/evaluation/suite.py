@@ -71,11 +71,7 @@ def named(name: str, model: str, layout: AttentionLayout, config: EvalConfig) ->
 
 
 def start_of(where: RunConfig, config: EvalConfig, allocations: Allocations) -> int:
-    """Return the first position whose loss counts, which the largest window decides.
-
-    Raises:
-        ConsaError: no position is left from there on, or a window with its sinks covers whole sequences.
-    """
+    """Return the first position whose loss counts, which the largest window decides; raises as `start_for`."""
     return max(
         where.start_for(replace(config, window=window, num_sink_tokens=sinks))
         for window, sinks in _all_limits(allocations, config)

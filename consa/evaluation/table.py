@@ -142,14 +142,12 @@ class Table:
                 lambda line: [number(share, 2) for lengths in line.retrieval.values() for share in lengths.values()],
             )
         if dense.tasks:
-            yield section("lm-eval", list(dense.tasks), lambda line: [number(v, 4) for v in line.tasks.values()])
+            yield section(
+                "Tasks of lm-eval", list(dense.tasks), lambda line: [number(v, 4) for v in line.tasks.values()]
+            )
 
     def write(self, folder: Path, name: str = "eval") -> list[Path]:
-        """Write `name`.json, .csv and .png into the folder; returns their paths.
-
-        Raises:
-            ConsaError: the folder cannot take them.
-        """
+        """Write `name`.json, .csv and .png into the folder, and return their paths."""
         content = {
             f"{name}.json": (json.dumps(self.to_record(), indent=1, allow_nan=False) + "\n").encode(),
             f"{name}.csv": self.to_csv().encode(errors="backslashreplace"),
@@ -163,11 +161,7 @@ class Table:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Table:
-        """Make the table of `to_record` again.
-
-        Raises:
-            LookupError, TypeError, ValueError, AttributeError: the record is not as `to_record` writes it.
-        """
+        """Make the table of `to_record` again; other records raise LookupError, TypeError or ValueError."""
         lines = tuple(Line.from_record(line) for line in record["lines"])
         if not lines:
             raise ValueError("the table has no lines")

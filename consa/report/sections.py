@@ -181,15 +181,18 @@ class Sections:
         """The chart and the agreement of runs of models of one shape."""
         for number, allocations in enumerate(group for group in self.shapes.values() if len(group) > 1):
             data = self._add_data(f"layers {number}", charts.layer_shares(allocations))
-            found = {pair: agreement(*(allocations[name] for name in pair)) for pair in combinations(allocations, 2)}
-            expected = _range([alike.expected_jaccard for alike in found.values()])
+            values: dict[tuple[str, ...], float | None] = {}
+            expected: list[float] = []
+            for pair in combinations(allocations, 2):
+                alike = agreement(*(allocations[name] for name in pair))
+                values |= {pair: alike.jaccard, pair[::-1]: alike.rank_correlation}
+                expected.append(alike.expected_jaccard)
             matrix = _matrix(
                 list(allocations),
-                {pair: alike.jaccard for pair, alike in found.items()},
-                {pair: alike.rank_correlation for pair, alike in found.items()},
-                "Above the diagonal is the Jaccard index: the number of FA heads that both allocations have, divided"
-                f" by the number that either has; for random allocations of these sizes it is {expected}. Below the"
-                f" diagonal is {RHO}, Spearman's rank correlation of the scores.",
+                values,
+                "Above the diagonal is the Jaccard index: the number of FA heads that both allocations have, divided by"
+                f" the number that either has; for random allocations of these sizes it is {_range(expected)}. Below"
+                f" the diagonal is {RHO}, Spearman's rank correlation of the scores.",
             )
             yield self._add_chart(charts.side_by_side(data, allocations)), matrix
 
@@ -198,14 +201,15 @@ class Sections:
         """The correlation by depth of models of different shapes."""
         if len(self.shapes) < 2:
             return None
-        pairs = combinations(self.allocations, 2)
-        return _matrix(
-            list(self.allocations),
-            {pair: depth_correlation(*(self.allocations[name] for name in pair)) for pair in pairs},
-            {},
+        values = {
+            pair: depth_correlation(*(self.allocations[name] for name in pair))
+            for pair in combinations(self.allocations, 2)
+        }
+        caption = (
             "Spearman's rank correlation of the share of FA heads by relative depth, from the bottom of a model to its"
-            " top.",
+            " top."
         )
+        return _matrix(list(self.allocations), values, caption)
 
     def origins(self) -> Iterator[tuple[str, list[str], list[tuple[str, str]]]]:
         """The name of each run, its commands, and its records by title as text."""
@@ -242,20 +246,12 @@ def _losses(line: Line) -> list[str]:
     return [*loss, interval, number(line.recovered)]
 
 
-def _matrix(
-    names: list[str],
-    above: Mapping[tuple[str, str], float | None],
-    below: Mapping[tuple[str, str], float | None],
-    caption: str,
-) -> Section:
+def _matrix(names: list[str], values: Mapping[tuple[str, ...], float | None], caption: str) -> Section:
     """A table of pairs, whose columns are numbered as the rows are."""
-
-    def cell(row: str, column: str) -> str:
-        if (row, column) in above:
-            return number(above[row, column], 2)
-        return number(below[column, row], 2) if (column, row) in below else ""
-
-    rows = [[f"{i}. {row}", *(cell(row, column) for column in names)] for i, row in enumerate(names, 1)]
+    rows = [
+        [f"{i}. {row}", *(number(values[row, column], 2) if (row, column) in values else "" for column in names)]
+        for i, row in enumerate(names, 1)
+    ]
     return Section(caption, ["allocation", *(str(i) for i in range(1, len(names) + 1))], rows)
 
 

@@ -18,11 +18,7 @@ Record = dict[str, float]
 
 
 def board_of(folder: Path, *, wanted: bool) -> Path | None:
-    """Return the folder for TensorBoard's files, if they are wanted.
-
-    Raises:
-        ConsaError: TensorBoard is not installed.
-    """
+    """Return the folder for TensorBoard's files if they are wanted, after checking that it is installed."""
     if wanted and not find_spec("tensorboard"):
         raise missing_extra("tensorboard", "tensorboard")
     return folder / "tensorboard" if wanted else None

@@ -57,7 +57,7 @@ def run_evaluation(
 
 
 def suite_for(where: RunConfig, config: EvalConfig, folder: Path, *, start: int) -> Suite:
-    """Load what allocations are measured on; raises ConsaError for what cannot be loaded."""
+    """Load what allocations are measured on."""
     loaded = load(where, config)
     manager = harness.find(config, loaded)
     heldout = inputs.heldout_text(where, config.seq_len, loaded)

@@ -27,11 +27,7 @@ Settings = dict[str, JsonObject]
 
 @contextmanager
 def opened(where: RunConfig, config: LearnConfig | AdaptConfig, folder: Path, settings: Settings) -> Iterator[None]:
-    """Join the job's other processes; the main one locks the folder and checks that it is this run's.
-
-    Raises:
-        ConsaError: the folder is in use or not this run's, or the processes cannot share the work.
-    """
+    """Join the job's other processes; the main one locks the folder and checks that it is this run's."""
     with distributed.group(where.device), claimed(folder) if distributed.is_main() else nullcontext():
         distributed.check_divides(config.sequences_per_step, config.micro_batch)
         if distributed.is_main():
@@ -53,11 +49,7 @@ def record_settings(settings: Settings, command: str, folder: Path) -> JsonObjec
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Make `folder` and hold its lock; if the block leaves nothing else in a new folder, remove the folder again.
-
-    Raises:
-        ConsaError: another process holds the lock, or the folder holds files of something else or cannot be written.
-    """
+    """Make `folder` and hold its lock; if the block leaves nothing else in a new folder, remove the folder again."""
     if not (folder / CONFIG).exists():
         check_free(folder)
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]

@@ -92,11 +92,7 @@ class Frontier:
         return list(formats), [[text(row[name]) for name, text in formats.items()] for row in self.rows()]
 
     def write(self, folder: Path) -> list[Path]:
-        """Write frontier.csv and frontier.png, and the table as eval.*; returns their paths.
-
-        Raises:
-            ConsaError: the folder cannot take them.
-        """
+        """Write frontier.csv and frontier.png, and the table as eval.*; returns their paths."""
         content = {"frontier.csv": csv_of(self.rows()).encode(), "frontier.png": self.figure()}
         return [*write_files(folder, content), *self.table.write(folder)]
 
