@@ -59,7 +59,7 @@ class Line:
     def from_record(cls, record: Mapping[str, Any]) -> Line:
         """Make the line of `Table.to_record` again."""
 
-        def estimates(kind: str, key: Callable[[str], Any]) -> dict[str, Any]:
+        def estimates(kind: str, key: Callable[[str], Any]) -> JsonObject:
             names = (f"by_{kind}", f"differences_by_{kind}")
             return {name: {key(part): _estimate(value) for part, value in record[name].items()} for name in names}
 

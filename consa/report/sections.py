@@ -214,7 +214,7 @@ class Sections:
     def origins(self) -> Iterator[tuple[str, list[str], list[tuple[str, str]]]]:
         """The name of each run, its commands, and its records by title as text."""
         for name, run in zip(self.names, self.runs, strict=True):
-            records: dict[str, Any] = {
+            records: JsonObject = {
                 "Summary": run.summary,
                 "Allocation": run.allocation and run.allocation.provenance,
                 "Evaluation": run.evaluation and run.evaluation.how,
