@@ -45,6 +45,13 @@ def write_atomically(path: Path, *content: bytes) -> None:
             temporary.unlink()
 
 
+def write_files(folder: Path, content: Mapping[str, bytes]) -> list[Path]:
+    """Write files by name atomically, and return their paths."""
+    for name, data in content.items():
+        write_atomically(folder / name, data)
+    return [folder / name for name in content]
+
+
 def write_sealed(path: Path, content: bytes) -> None:
     """Write `content` atomically, followed by its SHA-256, so that `read_sealed` notices any later damage.
 
@@ -127,9 +134,8 @@ def read_json(path: Path, *, max_bytes: int) -> JsonObject:
     Raises:
         ConsaError: as `read_text`, or the file holds no JSON object.
     """
-    text = read_text(path, max_bytes=max_bytes)
     try:
-        record: Any = json.loads(text)
+        record: Any = json.loads(read_text(path, max_bytes=max_bytes))
     except (ValueError, RecursionError) as error:
         raise ConsaError(f"{path} is damaged: not JSON ({error})") from error
     if not isinstance(record, dict):

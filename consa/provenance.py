@@ -6,24 +6,11 @@ import importlib.metadata
 import platform
 import re
 from pathlib import Path
-from typing import TypedDict
 
 import consa
 
 
-class Environment(TypedDict):
-    """What a result was computed on.
-
-    Attributes:
-        hardware: the GPU, or the CPU and its threads.
-        versions: of Python, consa and the libraries.
-    """
-
-    hardware: str
-    versions: dict[str, str]
-
-
-def environment() -> Environment:
+def environment() -> dict[str, object]:
     """Describe the machine and the software of this process."""
     return {"hardware": hardware(), "versions": versions()}
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
@@ -82,13 +82,11 @@ def measure(
     limits: dict[str, Any] = {"window": window, "num_sink_tokens": num_sink_tokens}
     own = layout.native_windows
     dense = rules.dense(*layout.shape, granularity="kv_head", native_windows=own, **limits)
-    done = 0
+    passes = count(1)
 
     def tell(text: str) -> None:
-        nonlocal done
-        done += 1
         if on_pass:
-            on_pass(done, text)
+            on_pass(next(passes), text)
 
     on_text, on_repeated, on_needles = (_Means(layout.shape) for _ in range(3))
 
@@ -104,12 +102,13 @@ def measure(
     for tokens, queries, keys in needles:
         observe(tokens, _NeedleObserver(queries, keys, dense, on_needles), "needle")
 
-    measures = {name: on_text[name] for name in on_text.names if not name.startswith("distance")}
-    measures |= {f"{name}_repeated": on_repeated[name] for name in ("induction", "copy")}
-    measures |= {name: on_needles[name] for name in on_needles.names}
+    of_text = on_text.means()
+    measures = {name: mean for name, mean in of_text.items() if not name.startswith("distance")}
+    measures |= {f"{name}_repeated": on_repeated.means()[name] for name in ("induction", "copy")}
+    measures |= on_needles.means()
     if causal_sequences:
         measures["causal_effect"] = _causal_effect(model, sequences[:causal_sequences], dense, tell)
-    buckets = [on_text[f"distance {k}"] for k in range(len(_bucket_edges(seq_len)) - 1)]
+    buckets = [of_text[f"distance {k}"] for k in range(len(_bucket_edges(seq_len)) - 1)]
     provenance = dict(identity or {}) | {
         "tokens": hashlib.sha256(np.ascontiguousarray(sequences).tobytes()).hexdigest(),
         "num_sequences": len(sequences),
@@ -140,27 +139,22 @@ class _Means:
         self._sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(shape))
         self._counts: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(shape))
 
-    @property
-    def names(self) -> list[str]:
-        return list(self._sums)
-
     def add(self, name: str, layer: int, total: Tensor, count: int) -> None:
         """Add `total`, `(num_kv_heads,)`, the sum over `count` queries of one layer."""
         self._sums[name][layer] += total.double().cpu().numpy()
         self._counts[name][layer] += count
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._sums[name] / np.maximum(self._counts[name], 1)
+    def means(self) -> dict[str, np.ndarray]:
+        return {name: total / np.maximum(self._counts[name], 1) for name, total in self._sums.items()}
 
 
+@dataclass(frozen=True)
 class _TextObserver:
     """Measures every query of a sequence."""
 
-    def __init__(self, tokens: np.ndarray, dense: Allocation, means: _Means) -> None:
-        self.tokens = torch.from_numpy(tokens.astype(np.int64))
-        self.dense = dense
-        self.means = means
-        self.edges = _bucket_edges(len(tokens))
+    tokens: np.ndarray
+    dense: Allocation
+    means: _Means
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, scaling: float, softcap: float | None) -> None:
         native_window = self.dense.native_windows.get(layer)
@@ -190,10 +184,10 @@ class _TextObserver:
         add("effective_span", entropy.exp().mean(1).sum(1))
         add("entropy", entropy.mean(1).sum(1))
         add("previous_token", by_distance[:, 1:2].sum(1), count - int(queries[0] == 0))
-        for bucket, (first, last) in enumerate(pairwise(self.edges)):
+        for bucket, (first, last) in enumerate(pairwise(_bucket_edges(len(self.tokens)))):
             add(f"distance {bucket}", by_distance[:, first:last].sum(1))
 
-        tokens = self.tokens[:end].to(p.device)
+        tokens = torch.from_numpy(self.tokens[:end].astype(np.int64)).to(p.device)
         same = tokens[queries, None] == tokens
         same &= torch.arange(end, device=p.device) < queries[:, None]
         query, key = same.nonzero(as_tuple=True)
@@ -202,14 +196,14 @@ class _TextObserver:
         add("induction", p[:, query, key + 1].sum(1), occurred)
 
 
+@dataclass(frozen=True)
 class _NeedleObserver:
     """Measures the attention of queries that predict an answer to the place where the text states it."""
 
-    def __init__(self, queries: Tensor, keys: Tensor, dense: Allocation, means: _Means) -> None:
-        self.queries = queries
-        self.keys = keys
-        self.dense = dense
-        self.means = means
+    queries: Tensor
+    keys: Tensor
+    dense: Allocation
+    means: _Means
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, scaling: float, softcap: float | None) -> None:
         queries, native_window = self.queries.to(q.device), self.dense.native_windows.get(layer)
@@ -222,13 +216,7 @@ def _log_attention(
 ) -> Tensor:
     """Log of the attention of some queries of one sequence, float32 `(H,G,Q,K)`; very negative for invisible keys.
 
-    Args:
-        q: `(1, q_heads, seq, head_dim)`.
-        k: `(1, kv_heads, seq, head_dim)`.
-        queries: `(Q,)` ascending positions; K reaches up to the last.
-        scaling: factor on the scores.
-        softcap: bound on the scores by tanh, or None.
-        native_window: of the layer in the model itself, or None.
+    `q` is `(1, q_heads, seq, head_dim)`, `k` `(1, kv_heads, seq, head_dim)`, `queries` `(Q,)` ascending positions.
     """
     end = int(queries[-1]) + 1
     k = k[0, :, :end].float()
@@ -270,21 +258,18 @@ def _repeated_sequence(vocab_size: int, seed: int) -> np.ndarray:
 
 def _needles(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> list[tuple[np.ndarray, Tensor, Tensor]]:
     """Tokens of a text with its answer, positions that predict the answer, and positions where the text states it."""
-    found = []
+    needles = []
     for example in examples("single", tokenizer, length=length, count=NUM_NEEDLES, seed=seed):
         (answer,) = example.answers
         text = f"{example.prompt} {answer}"
         encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
         begins, ends = np.array(encoded["offset_mapping"]).T
-
-        def tokens_of(
-            first: int, begins: np.ndarray = begins, ends: np.ndarray = ends, width: int = len(answer)
-        ) -> Tensor:
-            return torch.from_numpy(np.flatnonzero((begins < first + width) & (ends > first)))
-
-        said, asked = tokens_of(text.index(answer)), tokens_of(text.rindex(answer))
-        found.append((np.array(encoded["input_ids"]), asked - 1, said))
-    return found
+        stated, asked = (
+            torch.from_numpy(np.flatnonzero((begins < first + len(answer)) & (ends > first)))
+            for first in (text.index(answer), text.rindex(answer))
+        )
+        needles.append((np.array(encoded["input_ids"]), asked - 1, stated))
+    return needles
 
 
 def _causal_effect(

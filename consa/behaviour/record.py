@@ -68,12 +68,10 @@ class Behaviour:
             )
         for name, values in {"by_distance": self.by_distance, **self.measures}.items():
             shape = self.by_distance.shape[: 3 if name == "by_distance" else 2]
-            if values.shape != shape or values.dtype != np.float32 or not np.isfinite(values).all():
-                raise ConsaError(
-                    f"{name} must be finite float32 {shape}, got {values.dtype} {values.shape}"
-                    if values.shape != shape or values.dtype != np.float32
-                    else f"{name} holds numbers that are not finite"
-                )
+            if values.shape != shape or values.dtype != np.float32:
+                raise ConsaError(f"{name} must be finite float32 {shape}, got {values.dtype} {values.shape}")
+            if not np.isfinite(values).all():
+                raise ConsaError(f"{name} holds numbers that are not finite")
             if name not in UNBOUNDED and not (values.min() > -1e-3 and values.max() < 1 + 1e-3):
                 raise ConsaError(f"{name} must hold shares in [0, 1], got {values.min():g} to {values.max():g}")
         total = self.by_distance.sum(-1)
@@ -88,12 +86,8 @@ class Behaviour:
         """Write one safetensors file atomically."""
         from safetensors.numpy import save
 
-        record = {
-            "schema": SCHEMA,
-            "window": self.window,
-            "num_sink_tokens": self.num_sink_tokens,
-            "provenance": dict(self.provenance),
-        }
+        record = {"schema": SCHEMA, "window": self.window, "num_sink_tokens": self.num_sink_tokens}
+        record["provenance"] = dict(self.provenance)
         tensors = {"by_distance": self.by_distance, **self.measures}
         tensors = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
         write_atomically(Path(path), save(tensors, {"consa": json.dumps(record, sort_keys=True)}))

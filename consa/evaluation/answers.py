@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any
 
 from consa.allocation import Allocation
 from consa.cache.hybrid import HybridCache, cache_argument
@@ -20,18 +20,6 @@ from consa.model.generate import generate_texts
 from consa.model.load import LoadedModel
 
 
-class Answers(TypedDict):
-    """What a model answered.
-
-    Attributes:
-        scores: share of the answers that were found, for each example.
-        continuations: the generated text of each example.
-    """
-
-    scores: list[float]
-    continuations: list[str]
-
-
 def tasks_of(config: EvalConfig) -> list[tuple[str, int]]:
     """The retrieval tasks to measure, each with the length of its prompts in tokens."""
     return [(task, length) for task in config.retrieval_tasks for length in config.retrieval_lengths]
@@ -39,6 +27,10 @@ def tasks_of(config: EvalConfig) -> list[tuple[str, int]]:
 
 def measures(loaded: LoadedModel, config: EvalConfig) -> Iterator[Measure]:
     """Yield a measure for each retrieval task and length; the examples are made once for all allocations."""
+
+    def compute(examples: Sequence[Example], allocation: Allocation | None, advance: Advance) -> JsonObject:
+        return ask(loaded, allocation, examples, batch_size=config.batch_size, on_example=advance)
+
     for task, length in tasks_of(config):
         examples = questions.examples(task, loaded.tokenizer, length=length, count=config.examples, seed=config.seed)
         text = json.dumps([[example.prompt, example.answers] for example in examples])
@@ -46,14 +38,8 @@ def measures(loaded: LoadedModel, config: EvalConfig) -> Iterator[Measure]:
             name=f"{task} {length}",
             settings={"text": digest(text)},
             size=len(examples),
-            compute=partial(_compute, loaded, examples, config.batch_size),
+            compute=partial(compute, examples),
         )
-
-
-def _compute(
-    loaded: LoadedModel, examples: Sequence[Example], batch_size: int, allocation: Allocation | None, advance: Advance
-) -> JsonObject:
-    return dict(ask(loaded, allocation, examples, batch_size=batch_size, on_example=advance))
 
 
 def ask(
@@ -63,7 +49,7 @@ def ask(
     *,
     batch_size: int = 1,
     on_example: Callable[[int], None] | None = None,
-) -> Answers:
+) -> JsonObject:
     """Continue each prompt greedily, by the number of tokens that the longest answer needs.
 
     Args:
@@ -72,6 +58,9 @@ def ask(
         examples: of one task and length.
         batch_size: prompts computed at once.
         on_example: called with the number of examples done since the last call.
+
+    Returns:
+        For each example, "scores", the share of its answers that were found, and "continuations", the generated text.
     """
     scores: list[float] = []
     continuations: list[str] = []
@@ -80,13 +69,8 @@ def ask(
         for start in range(0, len(examples), batch_size):
             batch = examples[start : start + batch_size]
             cache: Any = {} if allocation is None else {cache_argument(loaded.model): HybridCache(allocation)}
-            texts = generate_texts(
-                loaded.model,
-                loaded.tokenizer,
-                [example.prompt for example in batch],
-                max_new_tokens=num_tokens,
-                **cache,
-            )
+            prompts = [example.prompt for example in batch]
+            texts = generate_texts(loaded.model, loaded.tokenizer, prompts, max_new_tokens=num_tokens, **cache)
             scores += [answered(example, text) for example, text in zip(batch, texts, strict=True)]
             continuations += texts
             if on_example:

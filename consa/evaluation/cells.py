@@ -62,14 +62,11 @@ class Cell:
 
 
 def run_cells(cells: Sequence[Cell], folder: Path) -> Results:
-    """Return the results of all cells: those that `folder` holds are read, the others are computed and kept.
-
-    Raises:
-        ConsaError: a measurement fails, or the folder cannot take a result.
-    """
+    """Return the results of all cells: those that `folder` holds are read, the others are computed and kept."""
     paths = [cell.path(folder) for cell in cells]
-    results = {path: _read(path) for path in paths}
-    missing = {path: cell for path, cell in zip(paths, cells, strict=True) if results[path] is None}
+    kept = {path: read_sealed(path) for path in paths}
+    results = {path: json.loads(content)["result"] for path, content in kept.items() if content is not None}
+    missing = {path: cell for path, cell in zip(paths, cells, strict=True) if path not in results}
     done = 0
     with progress("Measuring", sum(cell.size for cell in missing.values())) as update:
         for path, cell in missing.items():
@@ -85,16 +82,7 @@ def run_cells(cells: Sequence[Cell], folder: Path) -> Results:
                 raise ConsaError(f"{cell.allocation}: {error}") from error
             record = {"measure": cell.measure, **cell.depends_on, "result": result}
             write_sealed(path, (json.dumps(record, indent=1) + "\n").encode())
-    return {
-        (cell.allocation, cell.measure): result
-        for path, cell in zip(paths, cells, strict=True)
-        if (result := results[path]) is not None
-    }
-
-
-def _read(path: Path) -> JsonObject | None:
-    content = read_sealed(path)
-    return None if content is None else json.loads(content)["result"]
+    return {(cell.allocation, cell.measure): results[path] for path, cell in zip(paths, cells, strict=True)}
 
 
 def digest(content: str | bytes) -> str:

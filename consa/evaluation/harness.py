@@ -19,13 +19,11 @@ from consa.model.attach import attached
 from consa.model.load import LoadedModel
 from consa.progress import note
 
+SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")  # of `simple_evaluate`
+
 
 def find(config: EvalConfig, loaded: LoadedModel) -> Any:
-    """lm-eval's task manager if any of its tasks is asked for, else None.
-
-    Raises:
-        ConsaError: lm-eval is not installed, or has no such task.
-    """
+    """lm-eval's task manager if any of its tasks is asked for, else None; raises as `find_tasks`."""
     if not config.harness_tasks:
         return None
     note("Looking up lm-eval's tasks")
@@ -36,27 +34,21 @@ def find(config: EvalConfig, loaded: LoadedModel) -> Any:
 def measures(loaded: LoadedModel, config: EvalConfig, manager: Any) -> Iterator[Measure]:
     """Yield a measure for each of lm-eval's tasks; `manager` is what `find` returned."""
     settings = {"limit": config.limit, "seed": config.seed, "lengths": config.retrieval_lengths}
+
+    def compute(task: str, allocation: Allocation | None, advance: Advance) -> dict[str, float]:
+        limits = {"limit": config.limit, "seed": config.seed, "batch_size": config.batch_size}
+        metrics = run_task(loaded, allocation, task, manager=manager, **limits)
+        advance(1)
+        return metrics
+
     for task in config.harness_tasks:
-        yield Measure(
-            name=measure_name(task),
-            settings=settings | {"lm-eval": version("lm-eval")},
-            size=1,
-            compute=partial(_compute, loaded, config, manager, task),
-        )
+        own = settings | {"lm-eval": version("lm-eval")}
+        yield Measure(name=measure_name(task), settings=own, size=1, compute=partial(compute, task))
 
 
 def measure_name(task: str) -> str:
     """Name of the measure of one of lm-eval's tasks."""
     return f"lm-eval {task}"
-
-
-def _compute(
-    loaded: LoadedModel, config: EvalConfig, manager: Any, task: str, allocation: Allocation | None, advance: Advance
-) -> dict[str, float]:
-    limits = {"limit": config.limit, "seed": config.seed, "batch_size": config.batch_size}
-    metrics = run_task(loaded, allocation, task, manager=manager, **limits)
-    advance(1)
-    return metrics
 
 
 def find_tasks(names: Sequence[str], **options: Any) -> Any:
@@ -122,10 +114,7 @@ def run_task(
                 tasks=[task],
                 task_manager=manager,
                 limit=limit,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
+                **dict.fromkeys(SEEDS, seed),
                 bootstrap_iters=0,  # standard errors by formula where there is one
                 log_samples=False,
             )

@@ -31,35 +31,39 @@ def heldout(loaded: LoadedModel, tokens: np.ndarray, *, start: int, batch_size: 
     positions, named after its first position.
     """
 
-    def compute(allocation: Allocation | None, advance: Advance) -> dict[str, list[float]]:
-        found = heldout_losses(loaded.model, tokens, allocation, batch_size=batch_size, on_batch=advance)
-        return _means(found, start)
+    def compute(allocation: Allocation | None, advance: Advance) -> np.ndarray:
+        return heldout_losses(loaded.model, tokens, allocation, batch_size=batch_size, on_batch=advance)
 
-    return Measure(name=LOSSES, settings=_settings(tokens, start), size=len(tokens), compute=compute)
+    return _measure(LOSSES, tokens, start, {}, compute)
 
 
 def sampled(loaded: LoadedModel, tokens: np.ndarray, learned: Allocation, *, start: int, batch_size: int) -> Measure:
     """As `heldout`, with gates drawn from the scores of `learned` instead of its decision."""
 
-    def compute(_: Allocation | None, advance: Advance) -> dict[str, list[float]]:
-        found = sampled_losses(loaded.model, tokens, learned, batch_size=batch_size, on_batch=advance)
-        return _means(found, start)
+    def compute(_: Allocation | None, advance: Advance) -> np.ndarray:
+        return sampled_losses(loaded.model, tokens, learned, batch_size=batch_size, on_batch=advance)
 
     scores = None if learned.scores is None else learned.scores.tolist()
-    settings = _settings(tokens, start) | {"scores": scores}
-    return Measure(name=SAMPLED, settings=settings, size=len(tokens), compute=compute)
+    return _measure(SAMPLED, tokens, start, {"scores": scores}, compute)
 
 
-def _settings(tokens: np.ndarray, start: int) -> JsonObject:
-    return {"tokens": digest(tokens.tobytes()), "start": start}
+def _measure(
+    name: str,
+    tokens: np.ndarray,
+    start: int,
+    settings: JsonObject,
+    compute: Callable[[Allocation | None, Advance], np.ndarray],
+) -> Measure:
+    def means(allocation: Allocation | None, advance: Advance) -> JsonObject:
+        losses = compute(allocation, advance)
+        if not np.isfinite(losses).all():
+            raise ConsaError("held-out losses are not finite; use float32, or train at lower learning rates")
+        parts = {"all": losses[:, start:]}
+        parts |= {str(first): losses[:, first:end] for first, end in buckets_of(losses.shape[1])}
+        return {part: values.mean(1, dtype=np.float64).tolist() for part, values in parts.items()}
 
-
-def _means(losses: np.ndarray, start: int) -> dict[str, list[float]]:
-    if not np.isfinite(losses).all():
-        raise ConsaError("held-out losses are not finite; use float32, or train at lower learning rates")
-    parts = {"all": losses[:, start:]}
-    parts |= {str(first): losses[:, first:end] for first, end in buckets_of(losses.shape[1])}
-    return {part: values.mean(1, dtype=np.float64).tolist() for part, values in parts.items()}
+    settings = {"tokens": digest(tokens.tobytes()), "start": start} | settings
+    return Measure(name=name, settings=settings, size=len(tokens), compute=means)
 
 
 def heldout_losses(

@@ -29,7 +29,7 @@ from consa.provenance import environment, versions
 DENSE = "dense"
 ALL_SWA = "all_swa"
 
-Allocations = dict[str, Allocation | None]
+Allocations = Mapping[str, Allocation | None]
 """Allocations by name; None is the model as it is."""
 
 
@@ -70,12 +70,8 @@ def named(name: str, model: str, layout: AttentionLayout, config: EvalConfig) ->
     return allocation
 
 
-def start_of(where: RunConfig, config: EvalConfig, allocations: Mapping[str, Allocation | None]) -> int:
-    """Return the first position whose loss counts, which the largest window decides.
-
-    Raises:
-        ConsaError: no position is left from there on, or a window with its sinks covers whole sequences.
-    """
+def start_of(where: RunConfig, config: EvalConfig, allocations: Allocations) -> int:
+    """Return the first position whose loss counts, which the largest window decides; raises as `start_for`."""
     return max(
         where.start_for(replace(config, window=window, num_sink_tokens=sinks))
         for window, sinks in _all_limits(allocations, config)
@@ -102,12 +98,12 @@ class Suite:
     start: int
     manager: Any = None
 
-    def evaluate(self, allocations: Mapping[str, Allocation | None], how: Mapping[str, object]) -> Table:
+    def evaluate(self, allocations: Allocations, how: Mapping[str, object]) -> Table:
         """Measure allocations beside dense and all-SWA at each of their windows; `how` joins the table's record."""
         whole = self.with_ends(allocations)
         return self.table(whole, self.measure(whole), how=how)
 
-    def with_ends(self, allocations: Mapping[str, Allocation | None]) -> Allocations:
+    def with_ends(self, allocations: Allocations) -> Allocations:
         """Dense first, all-SWA at every window and number of sinks that occur, then the others as given.
 
         If several windows or numbers of sinks occur, they become part of the names: "all_swa 128+4".
@@ -125,18 +121,9 @@ class Suite:
             if allocation
         }
 
-    def measures(self) -> list[Measure]:
-        """Everything that is measured of every allocation."""
-        config, batch_size = self.config, self.config.batch_size
-        return [
-            losses.heldout(self.loaded, self.heldout.tokens, start=self.start, batch_size=batch_size),
-            *answers.measures(self.loaded, config),
-            *harness.measures(self.loaded, config, self.manager),
-        ]
-
     def measure(
         self,
-        allocations: Mapping[str, Allocation | None],
+        allocations: Allocations,
         *,
         also: Mapping[str, Measure] | None = None,
         trained: Mapping[str, object] | None = None,
@@ -147,13 +134,15 @@ class Suite:
             allocations: by name.
             also: one more measure for some of the allocations, by name.
             trained: JSON-able settings by which the model was trained since it was loaded; None if it was not.
-
-        Raises:
-            ConsaError: a measurement fails, or the folder cannot take a result.
         """
         computed = [str(self.loaded.model.dtype), str(self.loaded.model.device.type), versions()]
         model = {"model": self.loaded.identity, "computed": computed, "trained": trained}
-        shared, also = self.measures(), also or {}
+        config, loaded, also = self.config, self.loaded, also or {}
+        shared = [
+            losses.heldout(loaded, self.heldout.tokens, start=self.start, batch_size=config.batch_size),
+            *answers.measures(loaded, config),
+            *harness.measures(loaded, config, self.manager),
+        ]
         cells = [
             Cell(
                 allocation=name,
@@ -168,12 +157,7 @@ class Suite:
         return run_cells(cells, self.folder)
 
     def table(
-        self,
-        allocations: Mapping[str, Allocation | None],
-        results: Results,
-        *,
-        how: Mapping[str, object],
-        made: str | None = None,
+        self, allocations: Allocations, results: Results, *, how: Mapping[str, object], made: str | None = None
     ) -> Table:
         """Make the table of measured allocations.
 
@@ -195,9 +179,7 @@ class Suite:
             how={**how, "model": self.loaded.identity, **counts, **environment()},
         )
 
-    def _lines(
-        self, allocations: Mapping[str, Allocation | None], results: Results, made: str | None
-    ) -> Iterator[Line]:
+    def _lines(self, allocations: Allocations, results: Results, made: str | None) -> Iterator[Line]:
         config, layout, documents = self.config, self.loaded.layout, self.heldout.documents
         dense_cache = rules.dense(*layout.shape, native_windows=layout.native_windows)
         domains = np.array(self.heldout.domains)
@@ -252,7 +234,7 @@ def _kind_of(allocation: Allocation | None, *, learned: str = "learned") -> str:
     return learned if allocation.provenance.get("method") == "consa" else "other"
 
 
-def _all_limits(allocations: Mapping[str, Allocation | None], config: EvalConfig) -> tuple[tuple[int, int], ...]:
+def _all_limits(allocations: Allocations, config: EvalConfig) -> tuple[tuple[int, int], ...]:
     """Every window and number of sinks that occurs; those of the config if there is no allocation."""
     given = dict.fromkeys(_limits(allocation) for allocation in allocations.values() if allocation)
     return tuple(given) or ((config.window, config.num_sink_tokens),)

@@ -6,13 +6,13 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from consa.evaluation.intervals import Estimate
-from consa.files import JsonObject, png, write_atomically
+from consa.files import JsonObject, png, write_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,37 +59,26 @@ class Line:
     def from_record(cls, record: Mapping[str, Any]) -> Line:
         """Make the line of `Table.to_record` again."""
 
-        def estimates(name: str, key: Callable[[str], Any]) -> dict[Any, Estimate]:
-            return {key(part): _estimate(value) for part, value in record[name].items()}
-
-        def numbers(values: Mapping[str, float | None], key: Callable[[str], Any]) -> dict[Any, float]:
-            return {key(part): _number(value) for part, value in values.items()}
+        def estimates(kind: str, key: Callable[[str], Any]) -> JsonObject:
+            names = (f"by_{kind}", f"differences_by_{kind}")
+            return {name: {key(part): _estimate(value) for part, value in record[name].items()} for name in names}
 
         return cls(
-            name=record["name"],
-            kind=record["kind"],
-            sparsity=record["sparsity"],
-            cache_bytes=record["cache_bytes"],
-            loss=_estimate(record["loss"]),
-            difference=_estimate(record["difference"]),
+            **{name: record[name] for name in ("name", "kind", "sparsity", "cache_bytes")},
+            **{name: _estimate(record[name]) for name in ("loss", "difference")},
+            **estimates("position", int),
+            **estimates("domain", str),
             recovered=_number(record["recovered"]),
-            by_position=estimates("by_position", int),
-            differences_by_position=estimates("differences_by_position", int),
-            by_domain=estimates("by_domain", str),
-            differences_by_domain=estimates("differences_by_domain", str),
-            retrieval={task: numbers(lengths, int) for task, lengths in record["retrieval"].items()},
-            tasks=numbers(record["tasks"], str),
+            retrieval={
+                task: {int(length): _number(share) for length, share in lengths.items()}
+                for task, lengths in record["retrieval"].items()
+            },
+            tasks={metric: _number(value) for metric, value in record["tasks"].items()},
         )
 
 
 class Section(NamedTuple):
-    """A part of the table as text.
-
-    Attributes:
-        title: what the numbers are.
-        columns: their headings; the first is that of the names.
-        rows: of as many cells.
-    """
+    """A part of the table as text: what its numbers are, headings, and rows that begin with an allocation's name."""
 
     title: str
     columns: list[str]
@@ -116,13 +105,13 @@ class Table:
         """The line of that name."""
         return {line.name: line for line in self.lines}[name]
 
+    def section(self, title: str, columns: list[str], row: Callable[[Line], list[str]]) -> Section:
+        """A part with a row for each allocation."""
+        return Section(title, ["allocation", *columns], [[line.name, *row(line)] for line in self.lines])
+
     def sections(self) -> Iterator[Section]:
         """The parts of the table for the terminal."""
-        dense = self.lines[0]
-
-        def section(title: str, columns: list[str], row: Callable[[Line], list[str]]) -> Section:
-            return Section(title, ["allocation", *columns], [[line.name, *row(line)] for line in self.lines])
-
+        dense, section = self.lines[0], self.section
         yield section(
             f"Held-out loss (nats) from position {self.start} on, with 95 % confidence intervals of the difference to"
             f" dense; KV cache with {self.cache_tokens} tokens, as a share of the dense model's",
@@ -150,25 +139,21 @@ class Table:
             yield section(
                 "Share of hidden answers found, by task and prompt length in tokens",
                 [f"{task} {length}" for task, lengths in dense.retrieval.items() for length in lengths],
-                lambda line: [f"{v:.2f}" for lengths in line.retrieval.values() for v in lengths.values()],
+                lambda line: [number(share, 2) for lengths in line.retrieval.values() for share in lengths.values()],
             )
         if dense.tasks:
-            yield section("lm-eval", list(dense.tasks), lambda line: [f"{value:.4f}" for value in line.tasks.values()])
+            yield section(
+                "Tasks of lm-eval", list(dense.tasks), lambda line: [number(v, 4) for v in line.tasks.values()]
+            )
 
     def write(self, folder: Path, name: str = "eval") -> list[Path]:
-        """Write `name`.json, .csv and .png into the folder; returns their paths.
-
-        Raises:
-            ConsaError: the folder cannot take them.
-        """
+        """Write `name`.json, .csv and .png into the folder, and return their paths."""
         content = {
-            ".json": (json.dumps(self.to_record(), indent=1, allow_nan=False) + "\n").encode(),
-            ".csv": self.to_csv().encode(errors="backslashreplace"),
-            ".png": self.figure(),
+            f"{name}.json": (json.dumps(self.to_record(), indent=1, allow_nan=False) + "\n").encode(),
+            f"{name}.csv": self.to_csv().encode(errors="backslashreplace"),
+            f"{name}.png": self.figure(),
         }
-        for suffix, data in content.items():
-            write_atomically(folder / f"{name}{suffix}", data)
-        return [folder / f"{name}{suffix}" for suffix in content]
+        return write_files(folder, content)
 
     def to_record(self) -> JsonObject:
         """The whole table, JSON-able; numbers that are not finite are None."""
@@ -176,11 +161,7 @@ class Table:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Table:
-        """Make the table of `to_record` again.
-
-        Raises:
-            LookupError, TypeError, ValueError, AttributeError: the record is not as `to_record` writes it.
-        """
+        """Make the table of `to_record` again; other records raise LookupError, TypeError or ValueError."""
         lines = tuple(Line.from_record(line) for line in record["lines"])
         if not lines:
             raise ValueError("the table has no lines")
@@ -188,12 +169,7 @@ class Table:
 
     def to_csv(self) -> str:
         """A row for each allocation; columns are named like "by_position.512.mean"."""
-        rows = [_flat(_without_nan(asdict(line))) for line in self.lines]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
+        return csv_of([_flat(_without_nan(asdict(line))) for line in self.lines])
 
     def figure(self) -> bytes:
         """Plot loss above the dense model's by position, and each retrieval task's accuracy by length, as PNG."""
@@ -222,9 +198,18 @@ class Table:
         return png(drawing)
 
 
-def number(value: float | None) -> str:
+def number(value: float | None, digits: int = 3) -> str:
     """Format a number; a dash stands for None and NaN."""
-    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of the same columns as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _without_nan(value: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 
 from consa.allocation import Allocation
 from consa.behaviour.record import MEASURES, Behaviour
+from consa.evaluation.table import Line
 from consa.report.vega import Chart, Columns, Spec
 from consa.runs.figures import shades
 
@@ -64,11 +65,12 @@ def heatmap(name: str, data: str, allocation: Allocation, behaviour: Behaviour |
     rows = 1 if allocation.granularity == "layer" else allocation.num_kv_heads
     shade = _amount("shade", None) | {"legend": None, "scale": {"domain": [0, 1], "range": [0.55, 1]}}
     return Chart(
-        name=f"{name}-allocation",
-        title="Which units keep full attention",
-        description=f"Heatmap of {num_units} KV heads in {allocation.num_layers} layers, {num_full} of them on full"
+        f"{name}-allocation",
+        data,
+        "Which units keep full attention",
+        f"Heatmap of {num_units} KV heads in {allocation.num_layers} layers, {num_full} of them on full"
         " attention; the text below describes their depth.",
-        spec={
+        {
             "mark": {"type": "rect", "cornerRadius": 2, "tooltip": True},
             "height": rows * (26 if rows <= 8 else 14),
             "encoding": {
@@ -81,8 +83,28 @@ def heatmap(name: str, data: str, allocation: Allocation, behaviour: Behaviour |
                 "tooltip": tooltip + _measure_tooltips(behaviour),
             },
         },
-        data=data,
     )
+
+
+def positions(lines: Sequence[Line]) -> Columns:
+    """Differences to the dense loss by position, with their intervals."""
+    rows = [
+        (line.name, line.kind, first, rise.mean, *(None if math.isnan(end) else end for end in (rise.low, rise.high)))
+        for line in lines
+        for first, rise in line.differences_by_position.items()
+    ]
+    return _columns("allocation kind from rise low high", rows)
+
+
+def answers(lines: Sequence[Line]) -> Columns:
+    """Share of hidden answers found, by task and prompt length."""
+    rows = [
+        (line.name, line.kind, task, length, share)
+        for line in lines
+        for task, lengths in line.retrieval.items()
+        for length, share in lengths.items()
+    ]
+    return _columns("allocation kind task length share", rows)
 
 
 def history(records: Sequence[Mapping[str, float]], *, adapted: bool) -> Columns:
@@ -128,13 +150,7 @@ def curves(name: str, data: str, *, adapted: bool) -> list[Chart]:
             ("fractional", "Share of fractional gates", "share of gates not decided yet", fractional),
         ]
     return [
-        Chart(
-            name=f"{name}-{panel}",
-            title=title,
-            description=f"Line chart over the steps: {description}.",
-            spec={"height": 170, **spec},
-            data=data,
-        )
+        Chart(f"{name}-{panel}", data, title, f"Line chart over the steps: {description}.", {"height": 170, **spec})
         for panel, title, description, spec in panels
     ]
 
@@ -151,12 +167,12 @@ def by_position(name: str, data: str, kinds: Collection[str]) -> Chart:
     lines = {"mark": LINES | {"strokeWidth": 2}, "encoding": shared | own}
     band = {"mark": {"type": "area", "opacity": 0.15}, "encoding": shared | ends}
     return Chart(
-        name=f"{name}-by-position",
-        title="Loss above the dense model's, by position (95 % intervals)",
-        description="Line chart of the difference between each allocation's loss and the dense model's, by position in"
+        f"{name}-by-position",
+        data,
+        "Loss above the dense model's, by position (95 % intervals)",
+        "Line chart of the difference between each allocation's loss and the dense model's, by position in"
         " the text; the table has the numbers.",
-        spec={"height": 240, "layer": [band, lines]},
-        data=data,
+        {"height": 240, "layer": [band, lines]},
     )
 
 
@@ -171,12 +187,12 @@ def retrieval(name: str, data: str, task: str, kinds: Collection[str]) -> Chart:
     }
     one = {"transform": [{"filter": {"field": "task", "equal": task}}]}
     return Chart(
-        name=f"{name}-retrieval-{task}",
-        title=f"Answers found: {task.replace('_', ' ')}",
-        description="Line chart of the share of hidden answers found by prompt length, with a line for each"
+        f"{name}-retrieval-{task}",
+        data,
+        f"Answers found: {task.replace('_', ' ')}",
+        "Line chart of the share of hidden answers found by prompt length, with a line for each"
         " allocation; the table has the numbers.",
-        spec={"height": 190, "mark": LINES, "encoding": encoding, **one},
-        data=data,
+        {"height": 190, "mark": LINES, "encoding": encoding, **one},
     )
 
 
@@ -187,11 +203,12 @@ def spectrum(name: str, data: str, behaviour: Behaviour, shown: str) -> Chart:
     choice = {"input": "select", "name": "Measure ", "options": names, "labels": labels}
     rank = _places("rank", "units in order", labels=False, ticks=False)
     return Chart(
-        name=f"{name}-spectrum",
-        title="Units sorted by a measure",
-        description="Bars of all units in rising order of the chosen measure, coloured by decision; the table of"
+        f"{name}-spectrum",
+        data,
+        "Units sorted by a measure",
+        "Bars of all units in rising order of the chosen measure, coloured by decision; the table of"
         " relations says how well the measure separates FA from SWA.",
-        spec={
+        {
             "height": 240,
             "params": [{"name": "measure", "value": shown, "bind": choice}],
             "transform": [
@@ -207,7 +224,6 @@ def spectrum(name: str, data: str, behaviour: Behaviour, shown: str) -> Chart:
                 "tooltip": _tooltip("unit", "decision") + _measure_tooltips(behaviour),
             },
         },
-        data=data,
     )
 
 
@@ -223,27 +239,26 @@ def predictors(name: str, data: str, num_measures: int) -> Chart:
     }
     mark = {"type": "bar", "cornerRadius": 2, "height": {"band": 0.7}}
     return Chart(
-        name=f"{name}-predictors",
-        title="Which measures separate FA from SWA",
-        description="Bars from 0.5 (chance) to the AUC of each measure; the table of relations has the numbers.",
-        spec={"height": 20 * num_measures, "mark": mark, "encoding": encoding},
-        data=data,
+        f"{name}-predictors",
+        data,
+        "Which measures separate FA from SWA",
+        "Bars from 0.5 (chance) to the AUC of each measure; the table of relations has the numbers.",
+        {"height": 20 * num_measures, "mark": mark, "encoding": encoding},
     )
 
 
 def distances(allocation: Allocation, behaviour: Behaviour) -> Columns:
     """Mean attention by distance of the FA and of the SWA units."""
-    rows: dict[str, list[Any]] = {"decision": [], "bucket": [], "share": []}
+    rows: list[tuple[str, str, float | None]] = []
     full, decided = allocation.full_attention, np.zeros_like(allocation.full_attention)
     decided[allocation.layers] = True
     for decision, chosen in (("FA", full), ("SWA", decided & ~full)):
         if chosen.any():
             for bucket, share in enumerate(behaviour.by_distance[chosen].mean(0)):
                 first, last = (0, 0) if bucket == 0 else (2 ** (bucket - 1), 2**bucket - 1)
-                rows["decision"].append(decision)
-                rows["bucket"].append(str(first) if first == last else f"{first}\N{EN DASH}{last}")
-                rows["share"].append(_rounded(float(share)))
-    return rows
+                bounds = str(first) if first == last else f"{first}\N{EN DASH}{last}"
+                rows.append((decision, bounds, _rounded(float(share))))
+    return _columns("decision bucket share", rows)
 
 
 def by_distance(name: str, data: str) -> Chart:
@@ -255,25 +270,23 @@ def by_distance(name: str, data: str) -> Chart:
         "tooltip": _tooltip("decision", "bucket", share=".3f"),
     }
     return Chart(
-        name=f"{name}-by-distance",
-        title="Attention by distance, under full attention",
-        description="Line chart of the mean share of attention by distance between query and key, with one line for the"
+        f"{name}-by-distance",
+        data,
+        "Attention by distance, under full attention",
+        "Line chart of the mean share of attention by distance between query and key, with one line for the"
         " FA units and one for the SWA units.",
-        spec={"height": 220, "mark": LINES | {"strokeWidth": 2}, "encoding": encoding},
-        data=data,
+        {"height": 220, "mark": LINES | {"strokeWidth": 2}, "encoding": encoding},
     )
 
 
 def layer_shares(allocations: Mapping[str, Allocation]) -> Columns:
     """The share of FA heads in every layer of several allocations."""
-    rows: dict[str, list[Any]] = {"run": [], "sparsity": [], "layer": [], "share": []}
-    for name, allocation in allocations.items():
-        for layer, share in enumerate(allocation.full_attention.mean(1)):
-            rows["run"].append(name)
-            rows["sparsity"].append(_rounded(allocation.sparsity))
-            rows["layer"].append(layer)
-            rows["share"].append(_rounded(float(share)))
-    return rows
+    rows = [
+        (name, _rounded(allocation.sparsity), layer, _rounded(float(share)))
+        for name, allocation in allocations.items()
+        for layer, share in enumerate(allocation.full_attention.mean(1))
+    ]
+    return _columns("run sparsity layer share", rows)
 
 
 def side_by_side(data: str, allocations: Mapping[str, Allocation]) -> Chart:
@@ -287,12 +300,12 @@ def side_by_side(data: str, allocations: Mapping[str, Allocation]) -> Chart:
     }
     mark = {"type": "rect", "cornerRadius": 2, "color": FA, "stroke": FA, "strokeOpacity": 0.35}
     return Chart(
-        name="side-by-side",
-        title="Share of each layer's KV heads on full attention",
-        description="Heatmap with a row for each run and a column for each layer; the stronger the colour, the larger"
+        "side-by-side",
+        data,
+        "Share of each layer's KV heads on full attention",
+        "Heatmap with a row for each run and a column for each layer; the stronger the colour, the larger"
         " the share of the layer's KV heads on full attention.",
-        spec={"height": 30 * len(allocations), "mark": mark, "encoding": encoding},
-        data=data,
+        {"height": 30 * len(allocations), "mark": mark, "encoding": encoding},
     )
 
 
@@ -313,14 +326,19 @@ def benchmark(name: str, data: str) -> list[Chart]:
             "tooltip": _tooltip("model", "context", "batch_size", **{field: ".4~r"}),
         }
         chart = Chart(
-            name=f"{name}-{title.lower().replace(' ', '-')}",
-            title=f"{title}, {unit}",
-            description=f"Line chart of {title.lower()} by context, dense and hybrid; the table has the numbers.",
-            spec={"height": 190, "mark": {"type": "line", "point": {"size": 40}}, "encoding": encoding},
-            data=data,
+            f"{name}-{title.lower().replace(' ', '-')}",
+            data,
+            f"{title}, {unit}",
+            f"Line chart of {title.lower()} by context, dense and hybrid; the table has the numbers.",
+            {"height": 190, "mark": {"type": "line", "point": {"size": 40}}, "encoding": encoding},
         )
         charts.append(chart)
     return charts
+
+
+def _columns(names: str, rows: Sequence[tuple[Any, ...]]) -> Columns:
+    """Rows as columns; the names are separated by blanks."""
+    return {name: [row[place] for row in rows] for place, name in enumerate(names.split())}
 
 
 def _tooltip(*fields: str, **formats: str) -> list[Spec]:

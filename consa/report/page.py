@@ -8,13 +8,14 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from consa.behaviour.record import Behaviour
 from consa.errors import missing_extra
 from consa.files import write_atomically
 from consa.report import vega
-from consa.report.folder import Run
-from consa.report.sections import Sections
+from consa.report.folder import Run, naming
+from consa.report.sections import Sections, number, percent
 
 
 def write(
@@ -44,21 +45,38 @@ def write(
 
 def _html(sections: Sections, command: str) -> str:
     try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
+        from markupsafe import Markup
     except ImportError as error:
         raise missing_extra("the report", "report", error) from error
     folder = Path(__file__).parent
     scripts = [vega.library(), (folder / "page.js").read_text(encoding="utf-8")]
-    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    hashes = " ".join(f"'sha256-{digest}'" for digest in digests)
     record = {
         "charts": [{"spec": vega.complete(chart), "rows": chart.data} for chart in sections.charts],
         "data": sections.data,
     }
     models = dict.fromkeys(filter(None, (run.model for run in sections.runs)))
     environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters["kind"] = lambda block: type(block).__name__.lower()
+    environment.filters |= {"count": "{:,}".format, "number": number, "percent": percent}
+    macros: Any = environment.get_template("sections.html").module
+    parts = []
+    for view in sections.views:
+        with naming(view["name"]):
+            try:
+                parts.append(macros.sections_of(view))
+            except UndefinedError as error:
+                raise LookupError(str(error)) from error
+    parts.append(macros.comparison(sections.charts, sections.side_by_side, sections.across))
+    parts.append(macros.origins(sections.origins()))
     return environment.get_template("page.html").render(
         title=f"{', '.join(models) or 'Runs'}: which units keep full attention",
         # Vega compiles its expressions, so it needs 'unsafe-eval'; none of them comes from a run's files.
@@ -66,13 +84,9 @@ def _html(sections: Sections, command: str) -> str:
         styles=(folder / "page.css").read_text(encoding="utf-8"),
         slider=sections.slider,
         labels=sections.labels,
-        sections=sections.sections,
+        sections=Markup("").join(parts),
         command=command,
         # No tag can end the script element that holds the data.
         data=json.dumps(record, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         scripts=scripts,
     )
-
-
-def _sha256(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from consa.errors import missing_extra
-from consa.files import write_atomically
+from consa.files import write_files
 
 Columns = Mapping[str, Sequence[Any]]
 Spec = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chart:
+class Chart(NamedTuple):
     """A figure.
 
     Attributes:
         name: of its files.
+        data: name of its data set; charts may share one.
         title: what it shows, as text.
         description: what it shows, for readers who cannot see it.
         spec: Vega-Lite without data.
-        data: name of its data set; charts may share one.
     """
 
     name: str
+    data: str
     title: str
     description: str
     spec: Spec
-    data: str
-
-
-def rows_of(columns: Columns) -> list[dict[str, Any]]:
-    """Columns as a list of rows, which Vega takes."""
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def draw(charts: Sequence[Chart], data: Mapping[str, Columns], folder: Path) -> list[Path]:
@@ -47,17 +40,16 @@ def draw(charts: Sequence[Chart], data: Mapping[str, Columns], folder: Path) -> 
         ConsaError: the package that draws is not installed, or the folder cannot take the files.
     """
     renderer = _vl_convert()
-    paths = []
+    drawn: dict[str, bytes] = {}
     for chart in charts:
-        spec = complete(chart) | {"data": {"values": rows_of(data[chart.data])}, "background": "white"}
+        columns = data[chart.data]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        spec = complete(chart) | {"data": {"values": rows}, "background": "white"}
         chosen = "".join(f": {param['value'].replace('_', ' ')}" for param in spec.get("params", ()))
         spec |= {"width": 620, "title": {"text": chart.title + chosen, "anchor": "start"}}
-        drawn = {".svg": renderer.vegalite_to_svg(spec).encode(), ".png": renderer.vegalite_to_png(spec, scale=3)}
-        for suffix, content in drawn.items():
-            path = folder / f"{chart.name}{suffix}"
-            write_atomically(path, content)
-            paths.append(path)
-    return paths
+        drawn[f"{chart.name}.svg"] = renderer.vegalite_to_svg(spec).encode()
+        drawn[f"{chart.name}.png"] = renderer.vegalite_to_png(spec, scale=3)
+    return write_files(folder, drawn)
 
 
 def complete(chart: Chart) -> Spec:
@@ -73,11 +65,7 @@ def complete(chart: Chart) -> Spec:
 
 
 def _vl_convert() -> ModuleType:
-    """Import the package that holds Vega-Lite and draws with it.
-
-    Raises:
-        ConsaError: it is not installed.
-    """
+    """Import the package that holds Vega-Lite and draws with it."""
     try:
         import vl_convert
     except ImportError as error:

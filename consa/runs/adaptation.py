@@ -15,6 +15,7 @@ from consa.allocation import Allocation
 from consa.config import AdaptConfig, RunConfig
 from consa.evaluation.losses import LOSSES, heldout_losses, recovered
 from consa.evaluation.suite import ALL_SWA, DENSE, Suite
+from consa.files import png, write_files
 from consa.model.convert import convert
 from consa.model.layout import check_fits
 from consa.model.load import read_layout
@@ -94,11 +95,11 @@ def run_adaptation(
         if not distributed.is_main():
             return None
         adapted = time.monotonic()
-        figures.adaptation_curves(history, means, folder / "curves.png")
+        write_files(folder, {"curves.png": png(figures.adaptation_curves(history, means))})
         results |= suite.measure({ADAPTED: allocation}, trained=asdict(config))
         if not (folder / "model").exists():
             convert(loaded.model, allocation, folder / "model", tokenizer=loaded.tokenizer)
-        table = suite.table(before | {ADAPTED: allocation}, results, how={}, made=ADAPTED)
+        table = suite.table({**before, ADAPTED: allocation}, results, how={}, made=ADAPTED)
         seconds = summary.seconds_since("adapting", began, adapted)
         whole = summary.summarise(loaded.identity, allocation, config, heldout, table, seconds, record)
         summary.write(whole, summary.of_adaptation(whole), folder)

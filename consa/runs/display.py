@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,13 @@ Record = dict[str, float]
 
 
 def board_of(folder: Path, *, wanted: bool) -> Path | None:
-    """Return the folder for TensorBoard's files, if they are wanted.
-
-    Raises:
-        ConsaError: TensorBoard is not installed.
-    """
+    """Return the folder for TensorBoard's files if they are wanted, after checking that it is installed."""
     if wanted and not find_spec("tensorboard"):
         raise missing_extra("tensorboard", "tensorboard")
     return folder / "tensorboard" if wanted else None
 
 
-class Display:
+class Display(ExitStack):
     """Shows steps and then exchanges on stderr as a loop reports them.
 
     Args:
@@ -39,20 +35,13 @@ class Display:
     """
 
     def __init__(self, title: str, num_steps: int, describe: Callable[[Record], str], board: Path | None) -> None:
+        super().__init__()
         self.title, self.num_steps, self.describe, self.board = title, num_steps, describe, board
-        self._shown = ExitStack()
+        self._bar = self.enter_context(ExitStack())
         self._shown_title = ""
         self._since = time.monotonic()  # of the last report
         self._update: Callable[[int, str], None]
         self._writer: Any = None
-
-    def __enter__(self) -> Display:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._shown.close()
-        if self._writer:
-            self._writer.close()
 
     def on_step(self, record: Record) -> None:
         """Show a step."""
@@ -63,7 +52,7 @@ class Display:
             from torch.utils.tensorboard import SummaryWriter
 
             # A resumed run repeats the steps after its checkpoint: drop what the killed one wrote of them.
-            self._writer = self._writer or SummaryWriter(str(self.board), purge_step=step)
+            self._writer = self._writer or self.enter_context(closing(SummaryWriter(str(self.board), purge_step=step)))
             for name in record.keys() - {"step"}:
                 self._writer.add_scalar(name, record[name], step)
 
@@ -75,8 +64,8 @@ class Display:
 
     def _show(self, title: str, total: int, done: int, text: str) -> None:
         if title != self._shown_title:  # one bar at a time
-            self._shown.close()
+            self._bar.close()
             self._shown_title = title
-            self._update = self._shown.enter_context(progress(title, total, began=self._since))
+            self._update = self._bar.enter_context(progress(title, total, began=self._since))
         self._update(done, text)
         self._since = time.monotonic()

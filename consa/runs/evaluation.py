@@ -44,8 +44,12 @@ def run_evaluation(
     start = start_of(where, config, allocations)
     if not any((folder / name).exists() for name in (SETTINGS, CONFIG)):  # the folder of a run is fine
         check_free(folder)
-    settings: JsonObject = {"run": asdict(where), "eval": asdict(config), "allocations": list(names)}
-    settings["command"] = command
+    settings: JsonObject = {
+        "run": asdict(where),
+        "eval": asdict(config),
+        "allocations": list(names),
+        "command": command,
+    }
     suite = suite_for(where, config, folder, start=start)
     write_json(folder / SETTINGS, settings)
     table = suite.evaluate(allocations, settings)
@@ -53,11 +57,7 @@ def run_evaluation(
 
 
 def suite_for(where: RunConfig, config: EvalConfig, folder: Path, *, start: int) -> Suite:
-    """Load what allocations are measured on.
-
-    Raises:
-        ConsaError: model, text or lm-eval's tasks cannot be loaded, or the model has too few positions.
-    """
+    """Load what allocations are measured on."""
     loaded = load(where, config)
     manager = harness.find(config, loaded)
     heldout = inputs.heldout_text(where, config.seq_len, loaded)
@@ -76,16 +76,11 @@ def as_measured(config: LearnConfig | AdaptConfig, limits: LearnConfig | Allocat
 
 
 def load(where: RunConfig, config: EvalConfig) -> LoadedModel:
-    """Load the model, and check that it has enough positions for what is measured.
-
-    Raises:
-        ConsaError: it has not, or it cannot be loaded.
-    """
+    """Load the model, and check that it has enough positions for what is measured."""
     loaded = inputs.load(where)
     longest = loaded.model.config.get_text_config().max_position_embeddings
     asked = {"seq_len": config.seq_len}
-    made = [task for task in config.harness_tasks if task.startswith(("niah", "ruler"))]
-    if config.retrieval_tasks or made:
+    if config.retrieval_tasks or any(task.startswith(("niah", "ruler")) for task in config.harness_tasks):
         asked["lengths"] = max(config.retrieval_lengths)
     for name, tokens in asked.items():
         if tokens > longest:

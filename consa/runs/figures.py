@@ -1,4 +1,4 @@
-"""Figures of an allocation and of a training run, as PNG files."""
+"""Figures of an allocation and of a training run, for `consa.files.png`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from consa.allocation import Allocation
-from consa.files import png, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,25 +16,17 @@ if TYPE_CHECKING:
 # FA, so that the two differ in greyscale print and for colour-blind readers.
 FA_RAMP = ("#4a7fb5", "#08264d")
 SWA_RAMP = ("#f9dfb4", "#fffaf0")
-NATIVE_COLOUR = "#d9d9d9"
+NATIVE: Any = {"fc": "#d9d9d9", "ec": "white", "hatch": "////"}
+LEGEND: Any = {"frameon": False, "fontsize": 8}
 GRID_COLOUR = "#9a9a9a"
 LIGHT, DARK = "#9dbbdb", FA_RAMP[1]  # of curves
 
 
-def heatmap(allocation: Allocation, path: Path) -> None:
+def heatmap(allocation: Allocation) -> Figure:
     """Draw which units keep full attention, with layer 0 at the bottom and scores as shade and number.
 
-    Args:
-        allocation: what to draw, with its scores and the model in its provenance if it has them.
-        path: of the PNG file.
-
-    Raises:
-        ConsaError: the file cannot be written.
+    Title and numbers also show the scores and the model of the allocation's provenance, if it has them.
     """
-    _save(_draw_heatmap(allocation), path)
-
-
-def _draw_heatmap(allocation: Allocation) -> Figure:
     from matplotlib.patches import Rectangle
 
     num_layers = allocation.num_layers
@@ -57,14 +48,12 @@ def _draw_heatmap(allocation: Allocation) -> Figure:
     strengths = shades(allocation)
     for layer in range(num_layers):
         if layer in allocation.native_windows:
-            box = Rectangle((-0.5, layer - 0.5), columns, 1, fc=NATIVE_COLOUR, ec="white", hatch="////")
-            axes.add_patch(box)
+            axes.add_patch(Rectangle((-0.5, layer - 0.5), columns, 1, **NATIVE))
             continue
         for column in range(columns):
             is_full = bool(allocation.full_attention[layer, column])
             colour = _between(FA_RAMP if is_full else SWA_RAMP, strengths[layer, column])
-            box = Rectangle((column - 0.5, layer - 0.5), 1, 1, fc=colour, ec=GRID_COLOUR, lw=0.5)
-            axes.add_patch(box)
+            axes.add_patch(Rectangle((column - 0.5, layer - 0.5), 1, 1, fc=colour, ec=GRID_COLOUR, lw=0.5))
             if allocation.scores is not None:
                 number = f"{allocation.scores[layer, column]:z.1f}".replace("-", "\N{MINUS SIGN}")
                 ink = "white" if is_full else "#333333"
@@ -105,33 +94,13 @@ def _legend(figure: Figure, allocation: Allocation, place: tuple[float, float]) 
     if allocation.native_windows:
         windows = sorted(set(allocation.native_windows.values()))
         text = f"native window {', '.join(map(str, windows))}"
-        entries.append(Patch(fc=NATIVE_COLOUR, ec="white", hatch="////", label=text))
-    figure.legend(
-        handles=entries,
-        loc="lower center",
-        bbox_to_anchor=place,
-        ncols=len(entries),
-        fontsize=8,
-        frameon=False,
-        columnspacing=1.2,
-        handlelength=1.4,
-    )
+        entries.append(Patch(label=text, **NATIVE))
+    spacing = {"columnspacing": 1.2, "handlelength": 1.4}
+    figure.legend(handles=entries, loc="lower center", bbox_to_anchor=place, ncols=len(entries), **LEGEND, **spacing)
 
 
-def curves(history: list[dict[str, float]], path: Path) -> None:
-    """Draw a learning run by step: loss, sparsity and its target, multiplier, share of fractional gates.
-
-    Args:
-        history: one record for each step, as `learn` returns them.
-        path: of the PNG file.
-
-    Raises:
-        ConsaError: the file cannot be written.
-    """
-    _save(_draw_curves(history), path)
-
-
-def _draw_curves(history: list[dict[str, float]]) -> Figure:
+def curves(history: list[dict[str, float]]) -> Figure:
+    """Draw a learning run by the records of its steps: loss, sparsity and target, multiplier, fractional gates."""
     figure = _new_figure(9, 5.6)
     panels = figure.subplots(2, 2, sharex=True)
     figure.subplots_adjust(left=0.08, right=0.98, top=0.94, bottom=0.09, hspace=0.2, wspace=0.2)
@@ -147,11 +116,11 @@ def _draw_curves(history: list[dict[str, float]]) -> Figure:
     if averaged > 1:
         values = np.convolve([record["loss"] for record in history], np.ones(averaged) / averaged, "valid")
         loss.plot(steps[averaged - 1 :], values, color=DARK, lw=1.6, label=f"mean of {averaged} steps")
-        loss.legend(frameon=False, fontsize=8)
+        loss.legend(**LEGEND)
     draw(sparsity, "target", color="#d1750c", ls="--", lw=1.5, label="target")
     draw(sparsity, "expected_sparsity", color=DARK, lw=1.6, label="expected")
     sparsity.set(ylim=(-0.02, 1.02))
-    sparsity.legend(frameon=False, fontsize=8, loc="lower right")
+    sparsity.legend(**LEGEND, loc="lower right")
     draw(multiplier, "multiplier", color=DARK, lw=1.6)
     multiplier.axhline(0, color=GRID_COLOUR, lw=0.8)
     draw(fractional, "fractional", color=DARK, lw=1.6)
@@ -163,16 +132,10 @@ def _draw_curves(history: list[dict[str, float]]) -> Figure:
     return figure
 
 
-def adaptation_curves(history: list[dict[str, float]], ends: dict[str, float], path: Path) -> None:
-    """Draw an adaptation by step: training loss, held-out loss between its ends, learning rate.
+def adaptation_curves(history: list[dict[str, float]], ends: dict[str, float]) -> Figure:
+    """Draw an adaptation by the records of its steps: training loss, held-out loss, learning rate.
 
-    Args:
-        history: one record for each step, as `adapt` returns them; some hold "heldout_loss".
-        ends: held-out losses to compare with, by name.
-        path: of the PNG file.
-
-    Raises:
-        ConsaError: the file cannot be written.
+    Only some records hold "heldout_loss"; `ends` are the held-out losses to compare with, by name.
     """
     figure = _new_figure(9, 3.2)
     loss, heldout, rate = figure.subplots(1, 3)
@@ -183,12 +146,12 @@ def adaptation_curves(history: list[dict[str, float]], ends: dict[str, float], p
     heldout.plot(*zip(*measured, strict=True), color=DARK, marker="o", ms=3, label="adapted")
     for (name, value), colour in zip(ends.items(), ("#4f9d69", "#d1750c", GRID_COLOUR), strict=False):
         heldout.axhline(value, color=colour, ls="--", lw=1.2, label=name)
-    heldout.legend(frameon=False, fontsize=8)
+    heldout.legend(**LEGEND)
     rate.plot(steps, [record["learning_rate"] for record in history], color=DARK, lw=1.6)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axes, title in ((loss, "training loss (nats)"), (heldout, "held-out loss (nats)"), (rate, "learning rate")):
         _style(axes, title)
-    _save(figure, path)
+    return figure
 
 
 def _style(axes: Any, title: str, xlabel: str = "step") -> None:
@@ -230,7 +193,3 @@ def _new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=150)
     FigureCanvasAgg(figure)
     return figure
-
-
-def _save(figure: Figure, path: Path) -> None:
-    write_atomically(path, png(figure))

@@ -27,11 +27,7 @@ Settings = dict[str, JsonObject]
 
 @contextmanager
 def opened(where: RunConfig, config: LearnConfig | AdaptConfig, folder: Path, settings: Settings) -> Iterator[None]:
-    """Join the job's other processes; the main one locks the folder and checks that it is this run's.
-
-    Raises:
-        ConsaError: the folder is in use or not this run's, or the processes cannot share the work.
-    """
+    """Join the job's other processes; the main one locks the folder and checks that it is this run's."""
     with distributed.group(where.device), claimed(folder) if distributed.is_main() else nullcontext():
         distributed.check_divides(config.sequences_per_step, config.micro_batch)
         if distributed.is_main():
@@ -53,11 +49,7 @@ def record_settings(settings: Settings, command: str, folder: Path) -> JsonObjec
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Make `folder` and hold its lock; if the block leaves nothing else in a new folder, remove the folder again.
-
-    Raises:
-        ConsaError: another process holds the lock, or the folder holds files of something else or cannot be written.
-    """
+    """Make `folder` and hold its lock; if the block leaves nothing else in a new folder, remove the folder again."""
     if not (folder / CONFIG).exists():
         check_free(folder)
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
@@ -74,7 +66,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def _locked(folder: Path) -> FileLock:
-    path = folder / LOCK
+    path, elsewhere = folder / LOCK, "choose another folder with --out"
     lock = FileLock(path, timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,31 +83,17 @@ def _locked(folder: Path) -> FileLock:
                 remove_leftovers(inner)
     except (Timeout, FileNotFoundError) as error:
         lock.release()
-        raise ConsaError(
-            f"{folder} is in use by another process; wait for that process, or choose another folder with --out"
-        ) from error
+        raise ConsaError(f"{folder} is in use by another process; wait for that process, or {elsewhere}") from error
     except OSError as error:
         lock.release()
-        raise ConsaError(
-            f"cannot write {folder}: {error.strerror or error}; choose another folder with --out"
-        ) from error
+        raise ConsaError(f"cannot write {folder}: {error.strerror or error}; {elsewhere}") from error
     return lock
 
 
 def check_same(
     folder: Path, settings: JsonObject, decisive: Callable[[Settings], Settings], *, kind: Literal["run", "sweep"]
 ) -> None:
-    """Refuse a folder that holds the results of another run.
-
-    Args:
-        folder: of the run; it may not exist yet.
-        settings: of this run.
-        decisive: selects the settings that must be equal for a run to be continued.
-        kind: for messages.
-
-    Raises:
-        ConsaError: the folder holds another run, a damaged one, or none.
-    """
+    """Refuse a folder that holds another run; `decisive` selects the settings that must be equal to continue one."""
     path, wanted = folder / CONFIG, decisive(json.loads(json.dumps(settings)))
     if not path.exists():
         return
@@ -137,11 +115,7 @@ def check_same(
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder that holds files but no run, for example a folder of text.
-
-    Raises:
-        ConsaError: it holds files; the message names one.
-    """
+    """Refuse a folder that holds files but no run, for example a folder of text."""
     for path in sorted(folder.iterdir()) if folder.exists() else ():
         if path.is_file() and not path.name.startswith("."):
             raise ConsaError(f"{folder} holds files of something else ({path.name}); choose another folder with --out")

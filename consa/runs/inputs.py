@@ -21,11 +21,7 @@ def check(where: RunConfig) -> None:
 
 
 def load(where: RunConfig) -> LoadedModel:
-    """Load the model; a converted hybrid becomes the dense model of its weights.
-
-    Raises:
-        ConsaError: the model cannot be loaded.
-    """
+    """Load the model; a converted hybrid becomes the dense model of its weights."""
     if distributed.is_main():
         note(f"Loading {where.model}")
     dtype = getattr(torch, where.dtype) if where.dtype else None
@@ -36,20 +32,12 @@ def load(where: RunConfig) -> LoadedModel:
 
 
 def training_text(where: RunConfig, seq_len: int, loaded: LoadedModel) -> SequenceSet:
-    """Read the sequences to learn on; they share no document with `heldout_text`, unless that has data of its own.
-
-    Raises:
-        ConsaError: the text cannot be read, or holds no sequence of this length.
-    """
+    """Read the sequences to learn on; they share no document with `heldout_text`, unless that has data of its own."""
     return _read(where, where.data, "all" if where.heldout_data else "train", seq_len, loaded)
 
 
 def heldout_text(where: RunConfig, seq_len: int, loaded: LoadedModel) -> SequenceSet:
-    """Read the sequences to measure on, from as many documents as possible.
-
-    Raises:
-        ConsaError: the text cannot be read, or holds no sequence of this length.
-    """
+    """Read the sequences to measure on, from as many documents as possible."""
     source, split = (where.heldout_data, "all") if where.heldout_data else (where.data, "heldout")
     return _read(where, source, split, seq_len, loaded).spread(where.num_heldout)
 

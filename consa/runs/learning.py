@@ -15,6 +15,7 @@ from consa.config import LearnConfig, RunConfig
 from consa.evaluation.losses import SAMPLED, sampled
 from consa.evaluation.suite import Suite
 from consa.evaluation.table import Table
+from consa.files import png, write_files
 from consa.model.convert import convert
 from consa.model.load import LoadedModel
 from consa.progress import note
@@ -22,7 +23,7 @@ from consa.runs import figures, inputs, summary
 from consa.runs.display import Display, Record, board_of
 from consa.runs.evaluation import as_measured
 from consa.runs.folder import opened, record_settings
-from consa.runs.summary import GateLosses, Summary
+from consa.runs.summary import Summary
 from consa.training import distributed
 from consa.training.learning import LearnResult, learn, target_units, units_of
 
@@ -78,7 +79,10 @@ def run_learning(
         if not distributed.is_main():
             return None
         learned = time.monotonic()
-        _save(result, folder)
+        result.allocation.save(folder / "allocation.json")
+        drawn = {"heatmap.png": figures.heatmap(result.allocation)}
+        drawn |= {"curves.png": figures.curves(result.history)} if result.history else {}
+        write_files(folder, {name: png(figure) for name, figure in drawn.items()})
         suite = Suite(loaded=loaded, heldout=heldout, config=measured, folder=folder, start=start)
         table, stochastic = _measure(suite, result, config, sparsity)
         last = result.history[-1] if result.history else {}
@@ -86,22 +90,14 @@ def run_learning(
             note(f"Undecided: {last['fractional']:.0%} of the gates; take more steps, or read the result with care")
         seconds = summary.seconds_since("learning", began, learned)
         whole = summary.summarise(loaded.identity, result.allocation, config, heldout, table, seconds, record)
-        whole["losses"] = GateLosses(
-            dense=table.lines[0].loss.mean, stochastic=stochastic, final=table.line(LEARNED).loss.mean
-        )
+        dense, final = table.lines[0].loss.mean, table.line(LEARNED).loss.mean
+        whole["losses"] = {"dense": dense, "stochastic": stochastic, "final": final}
         whole["expected_sparsity"] = last.get("expected_sparsity")
         whole["fractional"] = last.get("fractional")
         summary.write(whole, summary.of_learning(whole), folder)
         if config.mode == "joint" and not (folder / "model").exists():
             convert(loaded.model, result.allocation, folder / "model", tokenizer=loaded.tokenizer, kind="hybrid")
     return whole
-
-
-def _save(result: LearnResult, folder: Path) -> None:
-    result.allocation.save(folder / "allocation.json")
-    figures.heatmap(result.allocation, folder / "heatmap.png")
-    if result.history:
-        figures.curves(result.history, folder / "curves.png")
 
 
 def _measure(suite: Suite, result: LearnResult, config: LearnConfig, sparsity: float) -> tuple[Table, float | None]:

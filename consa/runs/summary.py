@@ -12,26 +12,8 @@ from consa.allocation import Allocation
 from consa.config import AdaptConfig, LearnConfig
 from consa.data.sequences import SequenceSet
 from consa.evaluation.losses import buckets_of
-from consa.evaluation.table import Line, Section, Table
+from consa.evaluation.table import Table
 from consa.files import JsonObject, write_atomically, write_json
-
-
-class Row(TypedDict):
-    """The losses of one allocation in nats: from `start` on, and in each of the buckets of positions."""
-
-    name: str
-    sparsity: float
-    loss: float
-    recovered: float | None
-    by_position: list[float]
-
-
-class GateLosses(TypedDict):
-    """Losses in nats: dense, with gates drawn for each sequence (None if none were learned), with the decision."""
-
-    dense: float
-    stochastic: float | None
-    final: float
 
 
 class Summary(TypedDict):
@@ -41,11 +23,12 @@ class Summary(TypedDict):
         model: its identity.
         start: first position whose loss counts.
         buckets: ranges of positions `[first, end)`.
-        rows: the losses of every allocation.
+        rows: the losses of every allocation in nats: from `start` on, and in each of the buckets.
         table: as of `Table.to_record`, with confidence intervals.
         seconds: that this process took for training and for evaluation.
         run: the settings of the run; "learn", or "adapt" and "allocation", hold the others.
-        losses: of learning; so are "expected_sparsity" and "fractional", of the last step.
+        losses: of learning, in nats: "dense", "stochastic" with gates drawn for each sequence (None if none were
+            learned), "final" with the decision. "expected_sparsity" and "fractional" are of learning's last step.
     """
 
     model: dict[str, str]
@@ -59,7 +42,7 @@ class Summary(TypedDict):
     heldout_documents: int
     start: int
     buckets: list[list[int]]
-    rows: list[Row]
+    rows: list[JsonObject]
     table: JsonObject
     seconds: dict[str, float]
     run: JsonObject
@@ -67,7 +50,7 @@ class Summary(TypedDict):
     hardware: str
     versions: dict[str, str]
     learn: NotRequired[JsonObject]
-    losses: NotRequired[GateLosses]
+    losses: NotRequired[dict[str, float | None]]
     expected_sparsity: NotRequired[float | None]
     fractional: NotRequired[float | None]
     adapt: NotRequired[JsonObject]
@@ -83,17 +66,7 @@ def summarise(
     seconds: dict[str, float],
     record: JsonObject,
 ) -> Summary:
-    """Make the summary of a run, without what only learning adds.
-
-    Args:
-        model: its identity.
-        allocation: learned, or adapted to.
-        config: the loop's settings.
-        heldout: the sequences measured on.
-        table: of the measurements.
-        seconds: that the parts of the run took.
-        record: what config.json holds.
-    """
+    """Make the summary of a run from its parts, without what only learning adds; `record` is what config.json holds."""
     own = {
         "model": model,
         "granularity": allocation.granularity,
@@ -106,21 +79,20 @@ def summarise(
         "heldout_documents": len(np.unique(heldout.documents)),
         "start": table.start,
         "buckets": [list(bucket) for bucket in buckets_of(config.seq_len - 1)],
-        "rows": [_row(line) for line in table.lines],
+        "rows": [
+            {
+                "name": line.name,
+                "sparsity": line.sparsity,
+                "loss": line.loss.mean,
+                "recovered": line.recovered if np.isfinite(line.recovered) else None,
+                "by_position": [estimate.mean for estimate in line.by_position.values()],
+            }
+            for line in table.lines
+        ],
         "table": {name: value for name, value in table.to_record().items() if name != "how"},
         "seconds": seconds,
     }
     return cast(Summary, own | record)
-
-
-def _row(line: Line) -> Row:
-    return {
-        "name": line.name,
-        "sparsity": line.sparsity,
-        "loss": line.loss.mean,
-        "recovered": line.recovered if np.isfinite(line.recovered) else None,
-        "by_position": [estimate.mean for estimate in line.by_position.values()],
-    }
 
 
 def seconds_since(name: str, began: float, ended: float) -> dict[str, float]:
@@ -129,21 +101,17 @@ def seconds_since(name: str, began: float, ended: float) -> dict[str, float]:
 
 
 def write(summary: Summary, markdown: str, folder: Path) -> None:
-    """Write summary.json and summary.md.
-
-    Raises:
-        ConsaError: the folder cannot take them.
-    """
+    """Write summary.json and summary.md; a path in them may hold bytes that are not text."""
     write_json(folder / "summary.json", summary)
-    # A path may hold bytes that are not text.
     write_atomically(folder / "summary.md", markdown.encode(errors="backslashreplace"))
 
 
 def losses(summary: Summary) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the losses from `start` on, as text that fits 80 columns: without the KV cache."""
-    _, columns, rows = _sections(summary)[0]
-    shown = [place for place, column in enumerate(columns) if column != "cache"]
-    return [columns[place] for place in shown], [[row[place] for place in shown] for row in rows]
+    _, columns, rows = next(Table.from_record(summary["table"]).sections())
+    cache = columns.index("cache")
+    without = [[*cells[:cache], *cells[cache + 1 :]] for cells in (columns, *rows)]
+    return without[0], without[1:]
 
 
 def of_learning(summary: Summary) -> str:
@@ -197,7 +165,7 @@ attention with these weights.
 def _measured(summary: Summary, title: str) -> str:
     buckets = [f"{first}-{end - 1}" for first, end in summary["buckets"]]
     absolute = [[row["name"], *(f"{value:.3f}" for value in row["by_position"])] for row in summary["rows"]]
-    first, _, *others = _sections(summary)
+    first, _, *others = Table.from_record(summary["table"]).sections()
     parts = "\n\n".join(f"{part.title}:\n\n{_table(part.columns, part.rows)}" for part in (first, *others))
     return f"""# {Path(summary["model"]["model"]).name}: {title} at sparsity {summary["sparsity"]:.4g}
 
@@ -217,10 +185,6 @@ Mean cross-entropy (nats) in each range of positions:
 
 {_table(["allocation", *buckets], absolute)}
 """
-
-
-def _sections(summary: Summary) -> list[Section]:
-    return list(Table.from_record(summary["table"]).sections())
 
 
 def _how(summary: Summary, done: str, timed: str) -> str:

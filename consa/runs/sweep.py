@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +13,8 @@ from consa import rules
 from consa.allocation import Allocation
 from consa.config import EvalConfig, RunConfig, SweepConfig
 from consa.errors import ConsaError
-from consa.evaluation.table import Line, Table, number
-from consa.files import png, write_atomically, write_json
+from consa.evaluation.table import Line, Table, csv_of, number
+from consa.files import png, write_files, write_json
 from consa.methods.choice import Choice, choices, make
 from consa.model.load import LoadedModel, read_layout
 from consa.progress import note
@@ -81,38 +79,22 @@ class Frontier:
     points: tuple[Point, ...]
     table: Table
 
-    def rows(self) -> list[dict[Any, object]]:
+    def rows(self) -> list[dict[str, object]]:
         """One row of frontier.csv for each point."""
         return [{name: getattr(point, name) for name in COLUMNS} for point in self.points]
 
     def for_terminal(self) -> tuple[list[str], list[list[str]]]:
         """Columns and rows as text, without those that a terminal has no room for."""
-        formats: dict[str, Callable[[Any], str]] = {
-            "method": str,
-            "granularity": str,
-            "sparsity": "{:g}".format,
-            "cache": "{:.1%}".format,
-            "recovered": number,
-        }
+        formats: dict[str, Callable[[Any], str]] = {"method": str, "granularity": str, "sparsity": "{:g}".format}
+        formats |= {"cache": "{:.1%}".format, "recovered": number}
         formats |= {"retrieved": number} if self.table.lines[0].retrieval else {}
         formats |= {"seconds": "{:.0f}".format}
-        rows = [[text(row[name]) for name, text in formats.items()] for row in self.rows()]
-        return list(formats), rows
+        return list(formats), [[text(row[name]) for name, text in formats.items()] for row in self.rows()]
 
     def write(self, folder: Path) -> list[Path]:
-        """Write frontier.csv and frontier.png, and the table as eval.*; returns their paths.
-
-        Raises:
-            ConsaError: the folder cannot take them.
-        """
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows())
-        content = {"frontier.csv": text.getvalue().encode(), "frontier.png": self.figure()}
-        for name, data in content.items():
-            write_atomically(folder / name, data)
-        return [*(folder / name for name in content), *self.table.write(folder)]
+        """Write frontier.csv and frontier.png, and the table as eval.*; returns their paths."""
+        content = {"frontier.csv": csv_of(self.rows()).encode(), "frontier.png": self.figure()}
+        return [*write_files(folder, content), *self.table.write(folder)]
 
     def figure(self) -> bytes:
         """Plot quality over KV cache, with a line for each method and granularity, as PNG."""
@@ -125,8 +107,8 @@ class Frontier:
         kinds = dict.fromkeys((point.method, point.granularity) for point in self.points)
         for axes, (quality, label) in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             for method, granularity in kinds:
-                chosen = [p for p in self.points if (p.method, p.granularity) == (method, granularity)]
-                chosen.sort(key=lambda point: point.cache)
+                alike = (p for p in self.points if (p.method, p.granularity) == (method, granularity))
+                chosen = sorted(alike, key=lambda point: point.cache)
                 axes.plot(
                     [point.cache for point in chosen],
                     [getattr(point, quality) for point in chosen],
@@ -186,7 +168,7 @@ def _decisive(settings: Settings) -> Settings:
 
 def _choose(
     wanted: list[Choice], loaded: LoadedModel, where: RunConfig, seq_len: int, folder: Path
-) -> dict[str, Allocation | None]:
+) -> dict[str, Allocation]:
     """Return all allocations; those that the folder does not hold are made."""
     paths = {choice.name: folder / "allocations" / f"{choice.name}.json" for choice in wanted}
     missing = [choice for choice in wanted if not paths[choice.name].exists()]
@@ -213,19 +195,15 @@ def _chosen(path: Path) -> Allocation:
     return allocation
 
 
-def _points(wanted: list[Choice], allocations: dict[str, Allocation | None], table: Table) -> Iterator[Point]:
+def _points(wanted: list[Choice], allocations: dict[str, Allocation], table: Table) -> Iterator[Point]:
     groups: dict[tuple[str, str, float], list[str]] = {}
     for choice in wanted:
         key = choice.method.name, choice.config.granularity, choice.config.sparsity
         groups.setdefault(key, []).append(choice.name)
     for (method, granularity, sparsity), names in groups.items():
         lines = tuple(table.line(name) for name in names)
-        seconds = [chosen.provenance["seconds"] for name in names if (chosen := allocations[name])]
+        seconds = float(np.mean([allocations[name].provenance["seconds"] for name in names]))
+        cache = float(np.mean([line.cache_bytes for line in lines])) / table.lines[0].cache_bytes
         yield Point(
-            method=method,
-            granularity=granularity,
-            sparsity=sparsity,
-            lines=lines,
-            seconds=float(np.mean(seconds)),
-            cache=float(np.mean([line.cache_bytes for line in lines])) / table.lines[0].cache_bytes,
+            method=method, granularity=granularity, sparsity=sparsity, lines=lines, seconds=seconds, cache=cache
         )

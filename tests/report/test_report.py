@@ -212,6 +212,15 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, file: str, content: s
     assert not (tmp_path / "report.html").exists()
 
 
+def test_what_the_page_shows_and_a_record_lacks_is_named(tmp_path: Path):
+    folder = make_run(tmp_path / "run")
+    record = json.loads((folder / "bench.json").read_text())
+    del record["where"]["hardware"]
+    (folder / "bench.json").write_text(json.dumps(record))
+    with pytest.raises(ConsaError, match=r"run 'run' are not as consa writes them .*hardware"):
+        page.write([folder], tmp_path / "report.html", command="")
+
+
 def test_a_folder_without_results_is_refused(tmp_path: Path):
     with pytest.raises(ConsaError, match=r"holds none of allocation\.json, .*; name a folder of consa learn"):
         page.write([tmp_path], tmp_path / "report.html", command="")
