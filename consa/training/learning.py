@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from consa import rules
 from consa.allocation import Allocation, Granularity, num_full_units, num_full_units_within
-from consa.config import LearnConfig
+from consa.config import ChoiceConfig, LearnConfig
 from consa.constraints import choose
 from consa.errors import ConsaError
 from consa.model import loss
@@ -134,6 +134,12 @@ def units_of(layout: AttentionLayout, granularity: Granularity) -> Units:
     return Units(layout.num_layers, layout.num_kv_heads, layers, layout.num_kv_heads if granularity == "kv_head" else 1)
 
 
+def asked_of(config: LearnConfig | ChoiceConfig, layout: AttentionLayout) -> Mapping[str, Any]:
+    """The fields that every allocation for this configuration and layout shares."""
+    shared = {name: getattr(config, name) for name in ("granularity", "window", "num_sink_tokens")}
+    return {**shared, "native_windows": layout.native_windows}
+
+
 def target_units(layout: AttentionLayout, config: LearnConfig) -> int:
     """How many units keep full attention: nearest to the sparsity, or the most that the KV budget affords.
 
@@ -204,8 +210,7 @@ class _Learning(loop.Training):
         """Gradients on log_alpha (and weights), from one draw of the gates per sequence."""
         config, count = self.config, self.units.count
         generator = loop.generator(config.seed, f"noise {step}")
-        uniform = self.draws(config.sequences_per_step, count, generator)
-        uniform = uniform[distributed.share(len(uniform))]
+        uniform = self.draws(config.sequences_per_step, count, generator)[distributed.share(config.sequences_per_step)]
         batches = self.objective.batches(self.sequences, config, step)
         gradients = Gradients(self.model, self.objective, batches)
         rows = []
@@ -289,22 +294,9 @@ class _Learning(loop.Training):
             "config": {key: value for key, value in asdict(config).items() if key not in loop.FREE},
             "versions": versions(),
         }
-        return Allocation(
-            full_attention=mask,
-            granularity=config.granularity,
-            window=config.window,
-            num_sink_tokens=config.num_sink_tokens,
-            native_windows=layout.native_windows,
-            scores=units.spread(scores, elsewhere=0.0).numpy(),
-            provenance=provenance,
-        )
+        per_head = units.spread(scores, elsewhere=0.0).numpy()
+        return Allocation(full_attention=mask, scores=per_head, provenance=provenance, **asked_of(config, layout))
 
 
 def _dense_start(layout: AttentionLayout, config: LearnConfig) -> Allocation:
-    return rules.dense(
-        *layout.shape,
-        granularity=config.granularity,
-        window=config.window,
-        num_sink_tokens=config.num_sink_tokens,
-        native_windows=layout.native_windows,
-    )
+    return rules.dense(*layout.shape, **asked_of(config, layout))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,16 +32,16 @@ Record = dict[str, float]
 """The numbers of one step, by name; `step` counts from 1."""
 
 
-class Training:
+class Training(Protocol):
     """What is trained, and how; `train` runs its steps."""
 
     def accumulate(self, step: int) -> Record:
         """Add up the gradients of a step, counted from 0; returns its loss and the parts of it."""
-        raise NotImplementedError
+        ...
 
     def update(self, step: int, losses: Record) -> Record:
         """Change what is trained by these gradients; returns the step's record."""
-        raise NotImplementedError
+        ...
 
     def evaluate(self, step: int) -> Record:
         """What is measured after a step, to join its record."""
@@ -49,11 +49,11 @@ class Training:
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state by name; the main process gets all of it, and every process must call it."""
-        raise NotImplementedError
+        ...
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `tensors` returned in an earlier process."""
-        raise NotImplementedError
+        ...
 
 
 def train(
@@ -109,9 +109,9 @@ def save(checkpoint: Checkpoint, training: Training, history: list[Record]) -> N
 
 @contextmanager
 def prepared(model: PreTrainedModel, *, gradient_checkpointing: bool = False, compile: bool = False) -> Iterator[None]:
-    """Choose deterministic kernels, recompute layers in the backward pass, compile layers.
+    """Choose deterministic kernels, recompute layers in the backward pass, compile layers; undone on exit.
 
-    On exit all of that is undone, and changes of requires_grad.
+    So are changes of requires_grad.
 
     Raises:
         ConsaError: the layers do not compile.
@@ -185,12 +185,7 @@ def generator(seed: int, purpose: str) -> torch.Generator:
 
 
 def check(config: LearnConfig | AdaptConfig, sequences: np.ndarray, *, window: int, num_sink_tokens: int) -> None:
-    """Check the text before training.
-
-    Raises:
-        ConsaError: there is no text, none of it beyond window and sinks, or a step's sequences do not divide among the
-            processes.
-    """
+    """Raise ConsaError if no text lies beyond window and sinks, or a step's sequences do not divide over processes."""
     if not isinstance(sequences, np.ndarray) or sequences.ndim != 2:
         raise ConsaError(
             "sequences must be a numpy array of tokens (num_sequences, seq_len), got"
@@ -211,9 +206,8 @@ def _check_finite(record: Record, config: LearnConfig | AdaptConfig, checkpoint:
             rates = "gate_lr or weight_lr" if isinstance(config, LearnConfig) else "learning_rate"
             raise ConsaError(
                 f"the {name} became {value} at step {record['step']};"
-                + (f" the last good checkpoint is kept in {folder};" if kept else "")
-                + f" lower {rates}{' and choose another folder' if folder else ''}"
-                + ", or compute in float32"
+                f"{f' the last good checkpoint is kept in {folder};' if kept else ''} lower {rates}"
+                f"{' and choose another folder' if folder else ''}, or compute in float32"
             )
 
 
@@ -224,14 +218,9 @@ def checkpoint_of(
     identity: dict[str, str] | None,
     **decided: Any,
 ) -> Checkpoint | None:
-    """The checkpoint of a run in its folder, which only a run with the same result continues.
+    """The checkpoint of a run in its folder (None: no checkpoint), which only a run with the same result continues.
 
-    Args:
-        run_dir: the run's folder; None keeps no checkpoint.
-        config: the run's settings.
-        sequences: the training text.
-        identity: of the model.
-        decided: what else decides the result, JSON-able.
+    That is: with the same settings, text and identity of the model, and what else is `decided`, JSON-able.
     """
     if run_dir is None:
         return None

@@ -175,13 +175,7 @@ def order(sequences: np.ndarray, seed: int, places: range) -> list[int]:
 
 
 class Gradients:
-    """Adds up the gradients of one step over its micro-batches, and the parts of its loss.
-
-    Args:
-        model: the trained model.
-        objective: what is minimised.
-        batches: the step's micro-batches of this process.
-    """
+    """Adds up the gradients of one step over this process's micro-batches, and the parts of its loss."""
 
     def __init__(self, model: PreTrainedModel, objective: Objective, batches: list[Batch]) -> None:
         self._model = model

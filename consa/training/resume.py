@@ -21,23 +21,14 @@ MAX_METRICS_BYTES = 2**30
 
 
 class Checkpoint:
-    """The checkpoint and metrics of the run in one folder.
-
-    Args:
-        folder: the run's folder; the first `save` makes it.
-        fingerprint: JSON-able; a run is only continued if it is equal.
-    """
+    """The checkpoint and metrics of a run in its folder; a run only continues one of equal (JSON-able) fingerprint."""
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, object]) -> None:
         self.folder = folder
         self.fingerprint = json.loads(json.dumps(fingerprint))
 
     def save(self, tensors: dict[str, Tensor], step: int, history: list[dict[str, float]]) -> None:
-        """Replace the checkpoint; `history` holds a record for each step so far.
-
-        Raises:
-            ConsaError: the folder or the disk cannot take it; the previous checkpoint is still complete.
-        """
+        """Replace the checkpoint; `history` has a record per step. If writing fails, the previous one is complete."""
         # Metrics first: a kill between the two leaves more lines than steps, and `load` drops those.
         lines = [json.dumps(record) for record in history]
         write_atomically(self.folder / METRICS, "".join(f"{line}\n" for line in lines).encode())
@@ -47,11 +38,7 @@ class Checkpoint:
         write_sealed(self.folder / CHECKPOINT, content)
 
     def load(self) -> tuple[dict[str, Tensor], int, list[dict[str, float]]] | None:
-        """Return what the last `save` was given, or None if there is no checkpoint.
-
-        Raises:
-            ConsaError: the folder's checkpoint is damaged, of another version of consa, or of a different run.
-        """
+        """What the last `save` was given, or None; ConsaError if that is damaged or of another version or run."""
         path = self.folder / CHECKPOINT
         if not path.exists() and not (self.folder / OLD_CHECKPOINT).exists():
             return None
