@@ -231,11 +231,7 @@ class RunConfig(Settings):
     )
 
     def start_for(self, config: LearnConfig | EvalConfig) -> int:
-        """The first position whose loss counts.
-
-        Raises:
-            ConsaError: no position is left from there on, or window and sinks cover whole sequences.
-        """
+        """The first position whose loss counts; ConsaError if none is left, or window and sinks cover sequences."""
         seq_len, window = config.seq_len, config.window
         check_window(window, config.num_sink_tokens, seq_len)
         if self.max_tokens is not None and self.max_tokens < seq_len:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,7 @@ from consa.cli import learn, measure, use
 from consa.cli.options import FORMER_OPTIONS, by_group
 from consa.cli.terminal import INTERRUPTED, Command, Commands, fail
 
-VERBS: dict[str, dict[str, Any]] = {
+VERBS: dict[str, dict[str, Callable[..., None]]] = {
     "Learn": {"learn": learn.learn, "demo": learn.demo, "adapt": learn.adapt},
     "Choose": {"rules": learn.rules, "sweep": learn.sweep},
     "Measure": {

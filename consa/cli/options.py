@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -116,7 +116,7 @@ def num_bytes(text: Any) -> int:
     return int(float(amount) * unit) if "." in amount else int(amount) * unit
 
 
-def from_options(options: dict[str, Any], *configs: type) -> list[Any]:
+def from_options(options: Mapping[str, Any], *configs: type) -> list[Any]:
     """The options that a command received, as one instance of each of the dataclasses."""
     return [config(**{field.name: options[field.name] for field in fields(config)}) for config in configs]
 

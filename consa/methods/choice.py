@@ -106,11 +106,7 @@ def make(alike: Sequence[Choice], loaded: LoadedModel, sequences: np.ndarray) ->
 
 
 def choices(config: SweepConfig, measured: EvalConfig) -> Iterator[Choice]:
-    """All allocations that a sweep compares.
-
-    Raises:
-        ConsaError: there is no such method, or a value is out of range.
-    """
+    """All allocations that a sweep compares; ConsaError if there is no such method, or a value is out of range."""
     for granularity, sparsity, method in product(config.granularities, config.sparsities, _methods(config)):
         if isinstance(method, Rule) and method.name not in rules.names(granularity):
             continue

@@ -40,10 +40,9 @@ class ConSA(TrainingMethod):
     def choose(self, problem: Problem) -> Allocation:
         """See `Method.choose`."""
         exchanges: list[Exchange] = []
-        learning = self.learning(
-            problem.config, refine_evaluations=self.refine_evaluations, refine_sequences=self.evaluation_sequences
-        )
         loaded, sequences = problem.loaded, problem.sequences
+        refinement = {"refine_evaluations": self.refine_evaluations, "refine_sequences": self.evaluation_sequences}
+        learning = self.learning(problem.config, **refinement)
         result = learn(loaded.model, sequences, learning, identity=loaded.identity, on_exchange=exchanges.append)
         trained = len(result.history) * self.sequences_per_step * sequences.shape[1]
         evaluations = exchanges[-1].evaluations if exchanges else 0  # that of the start included

@@ -1,17 +1,22 @@
-"""The training loop of learning and adaptation: accumulate, check, update, record, keep a checkpoint."""
+"""The training loop of learning and adaptation: accumulate, check, update, record, keep a checkpoint.
+
+A checkpoint is complete or absent, and only continued by the run that wrote it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
@@ -19,17 +24,72 @@ from transformers import PreTrainedModel
 
 from consa.config import AdaptConfig, LearnConfig, check_window
 from consa.errors import ConsaError, first_line
+from consa.files import read_sealed, read_text, write_atomically, write_sealed
 from consa.model.layout import decoder_layers
 from consa.model.loss import evaluating
+from consa.provenance import first_difference
 from consa.training import distributed
 from consa.training.objective import Objective
-from consa.training.resume import CHECKPOINT, Checkpoint
 
 # Settings that may differ when a run is continued: they change nothing in the result but rounding.
 FREE = {"checkpoint_every", "parallel"}
 
+METRICS = "metrics.jsonl"
+CHECKPOINT = "checkpoint.sealed"  # a safetensors file, followed by its SHA-256
+OLD_CHECKPOINT = "checkpoint.safetensors"  # of consa before files were sealed; refused
+MAX_METRICS_BYTES = 2**30
+
 Record = dict[str, float]
 """The numbers of one step, by name; `step` counts from 1."""
+
+
+class Checkpoint:
+    """The checkpoint and metrics of a run in its folder; a run only continues one of equal (JSON-able) fingerprint."""
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, object]) -> None:
+        self.folder = folder
+        self.fingerprint = json.loads(json.dumps(fingerprint))
+
+    def save(self, tensors: dict[str, Tensor], step: int, history: list[Record]) -> None:
+        """Replace the checkpoint; `history` has a record per step. If writing fails, the previous one is complete."""
+        # Metrics first: a kill between the two leaves more lines than steps, and `load` drops those.
+        lines = [json.dumps(record) for record in history]
+        write_atomically(self.folder / METRICS, "".join(f"{line}\n" for line in lines).encode())
+        record = {"step": step, "metrics": _digest(lines), "fingerprint": self.fingerprint}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        content = safetensors.torch.save(tensors, {"consa": json.dumps(record)})
+        write_sealed(self.folder / CHECKPOINT, content)
+
+    def load(self) -> tuple[dict[str, Tensor], int, list[Record]] | None:
+        """What the last `save` was given, or None; ConsaError if that is damaged or of another version or run."""
+        path = self.folder / CHECKPOINT
+        if not path.exists() and not (self.folder / OLD_CHECKPOINT).exists():
+            return None
+        content = read_sealed(path)
+        if content is None:
+            raise ConsaError(
+                f"cannot continue from {path}: damaged, or written by another version of consa; delete the folder to"
+                " start over"
+            )
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        record = json.loads(header["__metadata__"]["consa"])
+        step: int = record["step"]
+        lines = read_text(self.folder / METRICS, max_bytes=MAX_METRICS_BYTES).splitlines()[:step]
+        if _digest(lines) != record["metrics"]:
+            raise ConsaError(
+                f"cannot continue from {path}: damaged (it does not match {METRICS}); delete the folder to start over"
+            )
+        tensors = safetensors.torch.load(content)
+        difference = first_difference(record["fingerprint"], self.fingerprint)
+        if difference:
+            raise ConsaError(
+                f"{self.folder} holds a different run ({difference}); choose another folder, or delete it to start over"
+            )
+        return tensors, step, [json.loads(line) for line in lines]
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 class Training(Protocol):
@@ -229,7 +289,7 @@ def checkpoint_of(
     return Checkpoint(run_dir, {"config": settings, "model": identity, "sequences": text} | decided)
 
 
-def described(*replaced: Any) -> dict[str, Any]:
+def described(*replaced: object) -> dict[str, list[str]]:
     """For records, the objects that a caller handed in instead of the defaults, by name; empty if all are None."""
     names: list[str] = []
     for part in (part for part in replaced if part is not None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Weights:
     def __enter__(self) -> Weights:
         for name, parameter in self.parameters.items():
             if parameter is not self.masters[name]:
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(_mover(self.masters[name])))
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(_move, self.masters[name])))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,11 +92,8 @@ class Weights:
                 parameter.copy_(self.masters[name])
 
 
-def _mover(master: Tensor) -> Callable[[Tensor], None]:
-    def move(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        gradient = parameter.grad.float()
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-        parameter.grad = None
-
-    return move
+def _move(master: Tensor, parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    gradient = parameter.grad.float()
+    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+    parameter.grad = None
