@@ -25,10 +25,7 @@ FORMER_OPTIONS = {
 
 
 def with_fields_of(*configs: type, only: tuple[str, ...] = ()) -> Callable[..., Callable[..., None]]:
-    """Give a command an option for every field of the dataclasses (or `only` some), which its `**options` receives.
-
-    A field without default becomes an argument.
-    """
+    """Give a command's `**options` every field of the dataclasses (or `only` some); without default, as arguments."""
     made = [
         _parameter(item, kinds(config)[item.name])
         for config in configs

@@ -38,17 +38,11 @@ METHODS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Method(Settings):
-    """A way to choose an allocation; its settings are its fields, each declared by `consa.settings.option`.
+    """A way to choose an allocation; its settings are its fields, each declared by `consa.settings.option`."""
 
-    Attributes:
-        name: in tables, file names and provenance.
-        ranks: whether `choose` only ranks the units, so that one run gives the allocations of all sparsities.
-        draws: whether the seed matters.
-    """
-
-    name: ClassVar[str]
-    ranks: ClassVar[bool] = False
-    draws: ClassVar[bool] = True
+    name: ClassVar[str]  # in tables, file names and provenance
+    ranks: ClassVar[bool] = False  # whether `choose` only ranks the units, so that one run serves all sparsities
+    draws: ClassVar[bool] = True  # whether the seed matters
 
     def choose(self, problem: Problem) -> Allocation:
         """Choose an allocation with exactly `problem.num_full` units on full attention; see `Problem.decide`."""

@@ -114,10 +114,7 @@ class Problem:
         return total / sum(len(text.tokens) - text.start for text in texts)
 
     def without_ties(self, scores: np.ndarray) -> np.ndarray:
-        """Scores with up to 1e-6 added at random, as DuoAttention's `sparsify_attention_heads` does.
-
-        For methods that give many units the same score; the order of the units would decide for the lower layers.
-        """
+        """Scores with up to 1e-6 added at random, as DuoAttention does, so that ties do not favour lower layers."""
         return scores + np.random.default_rng(self.config.seed).uniform(0, 1e-6, len(scores))
 
     def top(self, scores: np.ndarray) -> np.ndarray:

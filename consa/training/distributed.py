@@ -29,10 +29,7 @@ PATIENCE = timedelta(hours=2)  # others wait while the main process measures; th
 
 @contextmanager
 def group(device: str | None = None) -> Iterator[None]:
-    """Join the other processes of this job for the block's duration; each takes the GPU of its own local rank.
-
-    Raises ConsaError if `device` names one GPU for all, GPUs are too few, or another process ends meanwhile.
-    """
+    """Join the other processes of this job within the block, each on its own GPU; ConsaError if that is impossible."""
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if num_processes == 1 or dist.is_initialized():
         yield

@@ -19,10 +19,7 @@ UNIFORM_EPSILON = 1e-6
 
 
 def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
-    """Draw z in [0, 1] by eq. 10-11; exactly 0 or 1 with positive probability, differentiable between.
-
-    `log_alpha` has any shape that broadcasts with the draws `uniform` from (0, 1).
-    """
+    """Draw z in [0, 1] by eq. 10-11, from draws `uniform` in (0, 1); differentiable where it is not exactly 0 or 1."""
     uniform = uniform.clamp(UNIFORM_EPSILON, 1 - UNIFORM_EPSILON)
     return _stretch(torch.sigmoid((torch.logit(uniform) + log_alpha) / TEMPERATURE))
 

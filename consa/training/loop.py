@@ -1,7 +1,4 @@
-"""The training loop of learning and adaptation: accumulate, check, update, record, keep a checkpoint.
-
-A checkpoint is complete or absent, and only continued by the run that wrote it.
-"""
+"""The training loop of learning and adaptation: accumulate, check, update, record, keep a checkpoint."""
 
 from __future__ import annotations
 
@@ -44,7 +41,7 @@ Record = dict[str, float]
 
 
 class Checkpoint:
-    """The checkpoint and metrics of a run in its folder; a run only continues one of equal (JSON-able) fingerprint."""
+    """The checkpoint and metrics of a run in its folder: complete or absent, continued only at an equal fingerprint."""
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, object]) -> None:
         self.folder = folder
@@ -169,12 +166,9 @@ def save(checkpoint: Checkpoint, training: Training, history: list[Record]) -> N
 
 @contextmanager
 def prepared(model: PreTrainedModel, *, gradient_checkpointing: bool = False, compile: bool = False) -> Iterator[None]:
-    """Choose deterministic kernels, recompute layers in the backward pass, compile layers; undone on exit.
+    """Choose deterministic kernels, recompute layers in the backward pass, compile layers (ConsaError if they cannot).
 
-    So are changes of requires_grad.
-
-    Raises:
-        ConsaError: the layers do not compile.
+    On exit all of that is undone, and changes of requires_grad.
     """
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     deterministic = torch.are_deterministic_algorithms_enabled()
