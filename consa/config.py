@@ -11,7 +11,7 @@ from consa.allocation import NUM_SINK_TOKENS, WINDOW, Granularity
 from consa.constraints import ANY, Constraint, FullHeadsPerLayer
 from consa.data.questions import TASKS
 from consa.errors import ConsaError
-from consa.settings import check, option, words_of
+from consa.settings import Settings, option, words_of
 
 _data, _speed, _solver = (partial(option, group=group) for group in ("data", "speed", "solver"))
 
@@ -27,7 +27,7 @@ COMPILE_HELP = "Compile the layers with torch.compile. Takes seconds to start an
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnConfig:
+class LearnConfig(Settings):
     """Settings of a learning run, besides the model and the text.
 
     Raises:
@@ -96,7 +96,7 @@ class LearnConfig:
     checkpoint_every: int = _speed(10, "Steps between checkpoints.", ge=1)
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         _check_steps(self)
         if (self.kv_budget is None) != (self.context is None):
             raise ConsaError("kv_budget (bytes) and context (tokens) belong together; give both or neither")
@@ -124,7 +124,7 @@ class LearnConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptConfig:
+class AdaptConfig(Settings):
     """Settings of continued training under a fixed allocation, besides the model and the text.
 
     Raises:
@@ -171,7 +171,7 @@ class AdaptConfig:
     checkpoint_every: int = _speed(50, "Steps between checkpoints.", ge=1)
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         _check_steps(self)
         if not self.cross_entropy + self.distillation + self.hidden_loss:
             raise ConsaError("cross_entropy, distillation and hidden_loss are all 0; give one of them a weight")
@@ -201,12 +201,8 @@ def _check_steps(config: LearnConfig | AdaptConfig) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """The model and the text that a run learns and measures on.
-
-    Raises:
-        ConsaError: a value is out of range; the message names it.
-    """
+class RunConfig(Settings):
+    """The model and the text that a run learns and measures on."""
 
     model: str = option(
         ..., "Model: a folder, a .gguf file, a Hugging Face name, or smollm2-135m (from an installed package)."
@@ -234,15 +230,8 @@ class RunConfig:
         None, "Dtype of the model's weights. Default: bfloat16 on a GPU, float32 on a CPU."
     )
 
-    def __post_init__(self) -> None:
-        check(self)
-
     def start_for(self, config: LearnConfig | EvalConfig) -> int:
-        """The first position whose loss counts.
-
-        Raises:
-            ConsaError: no position is left from there on, or window and sinks cover whole sequences.
-        """
+        """The first position whose loss counts; ConsaError if none is left, or window and sinks cover sequences."""
         seq_len, window = config.seq_len, config.window
         check_window(window, config.num_sink_tokens, seq_len)
         if self.max_tokens is not None and self.max_tokens < seq_len:
@@ -255,12 +244,8 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """What allocations are measured by.
-
-    Raises:
-        ConsaError: a value is out of range; the message names it.
-    """
+class EvalConfig(Settings):
+    """What allocations are measured by."""
 
     seq_len: int = option(LearnConfig.seq_len, "Length of a held-out sequence, in tokens.", ge=2)
     sparsity: float = option(LearnConfig.sparsity, f"{SPARSITY_HELP} Applies to rules.", ge=0, le=1)
@@ -281,7 +266,7 @@ class EvalConfig:
     seed: int = option(0, "Random seed of retrieval prompts, confidence intervals and random allocations.", ge=0)
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         for task in self.retrieval_tasks:
             if task not in TASKS:
                 raise ConsaError(f"retrieval task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -308,12 +293,8 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """What a sweep chooses, and how often.
-
-    Raises:
-        ConsaError: a value is out of range; the message names it.
-    """
+class SweepConfig(Settings):
+    """What a sweep chooses, and how often."""
 
     sparsity: str = option("0.5,0.75,0.9", f"Sparsities to choose at. {SPARSITY_HELP} Separated by commas.")
     granularity: str = option("kv_head", f"{GRANULARITY_HELP} Values are layer and kv_head, separated by commas.")
@@ -343,7 +324,7 @@ class SweepConfig:
     compile: bool = _speed(False, f"{COMPILE_HELP} Applies to methods that train gates.")
 
     def __post_init__(self) -> None:
-        check(self)
+        super().__post_init__()
         for name in ("sparsity", "granularity", "methods"):
             if not words_of(getattr(self, name)):
                 raise ConsaError(f"{name} is empty; name at least one")
@@ -373,12 +354,8 @@ class SweepConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChoiceConfig:
-    """What is asked of a method: the settings that all methods share. Their own settings are their fields.
-
-    Raises:
-        ConsaError: a value is out of range; the message names it.
-    """
+class ChoiceConfig(Settings):
+    """What is asked of a method: the settings that all methods share. Their own settings are their fields."""
 
     sparsity: float = option(LearnConfig.sparsity, SPARSITY_HELP, ge=0, le=1)
     granularity: Granularity = option(LearnConfig.granularity, GRANULARITY_HELP)
@@ -386,9 +363,6 @@ class ChoiceConfig:
     num_sink_tokens: int = option(NUM_SINK_TOKENS, SINKS_HELP, ge=0)
     seed: int = option(0, "Random seed of the method.", ge=0)
     micro_batch: int = _speed(1, "Sequences of one length that are computed at once.", ge=1)
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 FORMER_NAMES = {"activation_checkpointing": "gradient_checkpointing"}

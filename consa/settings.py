@@ -43,17 +43,11 @@ def option(
 
 @dataclass(frozen=True)
 class Kind:
-    """What values a field takes.
+    """What values a field takes."""
 
-    Attributes:
-        type: bool, int, float or str.
-        optional: whether None is allowed.
-        choices: the values of a Literal; empty for other types.
-    """
-
-    type: type
-    optional: bool
-    choices: tuple[str, ...]
+    type: type  # bool, int, float or str
+    optional: bool  # whether None is allowed
+    choices: tuple[str, ...]  # the values of a Literal; empty for other types
 
 
 @cache
@@ -70,12 +64,20 @@ def _kind(hint: Any) -> Kind:
     return Kind(str if choices else member, len(members) > 1, choices)
 
 
-def check(config: Any) -> None:
-    """Check every field of a config dataclass against its type and bounds.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of one subject: fields that `option` declares, checked when they are made.
 
     Raises:
-        ConsaError: a value is not allowed; the message names the setting, the value and what is allowed.
+        ConsaError: a value is out of range; the message names it and what is allowed.
     """
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def check(config: Any) -> None:
+    """Raise ConsaError if a field of a config dataclass does not fit its type and bounds."""
     known = kinds(type(config))
     for item in fields(config):
         value, kind = getattr(config, item.name), known[item.name]
@@ -115,17 +117,17 @@ def _wanted(kind: Kind, bounds: Any) -> str:
             return "an integer" if kind.type is int else "a finite number"
         case (least, None, None):
             return f"{noun} >= {least}"
-        case (least, above, most):
-            parts = (("at least", least), ("above", above), ("at most", most))
-            return f"{noun} {' and '.join(f'{word} {bound}' for word, bound in parts if bound is not None)}"
+        case _:
+            return f"{noun} {' and '.join(_limits(bounds))}"
+
+
+def _limits(bounds: Any) -> list[str]:
+    parts = (("at least", "ge"), ("above", "gt"), ("at most", "le"))
+    return [f"{word} {bounds[key]}" for word, key in parts if bounds[key] is not None]
 
 
 def parse(text: str, kind: Kind, name: str) -> Any:
-    """A value of this kind from text.
-
-    Raises:
-        ConsaError: the text is no such value; the message names the setting.
-    """
+    """A value of this kind from text; ConsaError, naming the setting, if the text is no such value."""
     if kind.type is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
@@ -139,11 +141,8 @@ def parse(text: str, kind: Kind, name: str) -> Any:
 
 def help_of(item: Any) -> str:
     """A field's help, with its bounds after the first sentence: "Optimizer steps (at least 1)."."""
-    ge, gt, le = (item.metadata[key] for key in ("ge", "gt", "le"))
-    parts = (("at least", ge), ("above", gt), ("at most", le))
-    bounds = [f"{word} {bound}" for word, bound in parts if bound is not None]
-    if None not in (ge, le):
-        bounds = [f"between {ge} and {le}"]
+    ge, le = item.metadata["ge"], item.metadata["le"]
+    bounds = _limits(item.metadata) if None in (ge, le) else [f"between {ge} and {le}"]
     first, _, rest = item.metadata["help"].partition(". ")
     if bounds:
         first = f"{first.removesuffix('.')} ({', '.join(bounds)})"

@@ -31,7 +31,7 @@ from consa.model.load import load_model, read_layout
 from consa.runs import folder
 from consa.runs import sweep as sweeping
 from consa.runs.learning import run_learning
-from consa.training.resume import CHECKPOINT, METRICS, Checkpoint
+from consa.training.loop import CHECKPOINT, METRICS, Checkpoint
 from tests.models import allocate, byte_tokenizer, tiny, write_gguf
 
 DEEP = "[" * 100_000 + "]" * 100_000

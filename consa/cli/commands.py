@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 import consa
-from consa.cli import choose, learn, measure, use
+from consa.cli import learn, measure, use
 from consa.cli.options import FORMER_OPTIONS, by_group
 from consa.cli.terminal import INTERRUPTED, Command, Commands, fail
 
-VERBS: dict[str, dict[str, Any]] = {
+VERBS: dict[str, dict[str, Callable[..., None]]] = {
     "Learn": {"learn": learn.learn, "demo": learn.demo, "adapt": learn.adapt},
-    "Choose": {"rules": choose.rules, "sweep": choose.sweep},
+    "Choose": {"rules": learn.rules, "sweep": learn.sweep},
     "Measure": {
         "eval": measure.evaluate,
         "bench": measure.bench,

@@ -8,7 +8,17 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from consa.cli.options import Converted, Out, command_line, from_options, model_name, number, was_given, with_fields_of
+from consa.cli.options import (
+    Converted,
+    Out,
+    command_line,
+    from_options,
+    model_name,
+    number,
+    text,
+    was_given,
+    with_fields_of,
+)
 from consa.cli.terminal import show
 from consa.config import EvalConfig, LearnConfig, RunConfig
 from consa.errors import ConsaError
@@ -20,9 +30,9 @@ def evaluate(
     *,
     allocation: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Allocation to measure besides dense and all-SWA: an allocation.json, the folder of a run, the name of"
+        text(
+            "NAME",
+            "Allocation to measure besides dense and all-SWA: an allocation.json, the folder of a run, the name of"
             " a published allocation or of a rule, or a .tsv of DuoAttention or PruLong. May be repeated.",
         ),
     ] = None,
@@ -49,35 +59,22 @@ def evaluate(
 def bench(
     folder: Converted,
     *,
-    contexts: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Tokens in the KV cache. Separated by commas.")
-    ] = "1024,4096",
-    batch_sizes: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Batch sizes, in sequences. Separated by commas.")
-    ] = "1",
+    contexts: Annotated[str, text("N,N,...", "Tokens in the KV cache. Separated by commas.")] = "1024,4096",
+    batch_sizes: Annotated[str, text("N,N,...", "Batch sizes, in sequences. Separated by commas.")] = "1",
     decode_tokens: Annotated[int, number(help="Decoding steps after each prefill.")] = 32,
     repeats: Annotated[int, number(help="Repeats of each measurement. The median counts.")] = 3,
     engine: Annotated[
-        str,
-        typer.Option(
-            metavar="transformers|vllm",
-            help="Engine that is measured. With vllm, the KV cache is the one that vLLM plans.",
-        ),
+        str, text("transformers|vllm", "Engine that is measured. With vllm, the KV cache is the one that vLLM plans.")
     ] = "transformers",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Folder for bench.json and bench.png. Default: FOLDER-bench.", show_default=False
-        ),
-    ] = None,
+    out: Annotated[Path | None, text("FOLDER", "Folder for bench.json and bench.png. Default: FOLDER-bench.")] = None,
 ) -> None:
     """Measure prefill, decoding, KV cache and peak memory of a converted model, beside the dense one."""
     lists = []
-    for name, text in (("contexts", contexts), ("batch_sizes", batch_sizes)):
+    for name, value in (("contexts", contexts), ("batch_sizes", batch_sizes)):
         try:
-            lists.append([int(number) for number in text.split(",")])
+            lists.append([int(word) for word in value.split(",")])
         except ValueError:
-            raise ConsaError(f"{name} must be integers separated by commas, got {text!r}") from None
+            raise ConsaError(f"{name} must be integers separated by commas, got {value!r}") from None
     if engine not in ("transformers", "vllm"):
         raise ConsaError(f"engine must be transformers or vllm, got {engine!r}")
     from consa.bench import measure as stock
@@ -112,17 +109,14 @@ def behaviour(
     ] = 0,
     run: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Folder of a run of MODEL. Its window and sink tokens are used, and the measures are compared with its"
+        text(
+            "FOLDER",
+            "Folder of a run of MODEL. Its window and sink tokens are used, and the measures are compared with its"
             " allocation.",
         ),
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="File for the result. Default: behaviour.safetensors in the folder of --run."
-        ),
+        Path | None, text("FILE", "File for the result. Default: behaviour.safetensors in the folder of --run.")
     ] = None,
     ctx: typer.Context,
     **options: Any,
@@ -152,15 +146,13 @@ def behaviour(
     if allocation:
         check_fits(allocation, read_layout(run_config.model), run_config.model)
     measured = run_behaviour(run_config, path, num_sequences=sequences, causal_sequences=causal_sequences, **limits)
-    columns, rows = ["measure", "lowest", "mean", "highest"], []
-    for name in filter(measured.measures.__contains__, MEASURES):
-        values = measured.measures[name]
-        rows.append([name, *(f"{value:.4g}" for value in (values.min(), values.mean(), values.max()))])
+    columns = ["measure", "lowest", "mean", "highest"]
+    shown = {name: measured.measures[name] for name in MEASURES if name in measured.measures}
+    rows = [[name, f"{v.min():.4g}", f"{v.mean():.4g}", f"{v.max():.4g}"] for name, v in shown.items()]
     if allocation:
         columns += ["AUC", "with score"]
         for row, relation in zip(rows, relate(measured, allocation), strict=True):
-            pair = (relation.auc, relation.with_scores)
-            row += ["-" if value is None else f"{value:.3f}" for value in pair]
+            row += ["-" if v is None else f"{v:.3f}" for v in (relation.auc, relation.with_scores)]
     show(columns, rows)
     print(path)
 
@@ -170,14 +162,12 @@ def report(
         list[Path], typer.Argument(metavar="RUN...", help="Folders of learn, adapt, eval or bench, or allocations.")
     ],
     *,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="File for the page.")] = Path("report.html"),
+    out: Annotated[Path, text("FILE", "File for the page.")] = Path("report.html"),
     behaviour: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="File that `consa behaviour` wrote, for runs without one of their own."),
+        Path | None, text("FILE", "File that `consa behaviour` wrote, for runs without one of their own.")
     ] = None,
     figures: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Folder for every chart as SVG and PNG. Default: none are written."),
+        Path | None, text("FOLDER", "Folder for every chart as SVG and PNG. Default: none are written.")
     ] = None,
 ) -> None:
     """Write one HTML page about runs: allocations, losses, behaviour, memory and speed. It needs no network."""

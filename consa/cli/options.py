@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,14 +25,7 @@ FORMER_OPTIONS = {
 
 
 def with_fields_of(*configs: type, only: tuple[str, ...] = ()) -> Callable[..., Callable[..., None]]:
-    """Give a command an option for every field of the dataclasses; a field without default becomes an argument.
-
-    The command receives them in its `**options`.
-
-    Args:
-        configs: the dataclasses.
-        only: names of the fields to take; all if empty.
-    """
+    """Give a command's `**options` every field of the dataclasses (or `only` some); without default, as arguments."""
     made = [
         _parameter(item, kinds(config)[item.name])
         for config in configs
@@ -85,22 +78,16 @@ def option_name(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
-HEADINGS = {
-    "argument": "Arguments",
-    "basic": "Options",
-    "data": "Data options",
-    "speed": "Speed options",
-    "solver": "Solver options",
+HEADINGS = {"argument": "Arguments", "basic": "Options"} | {
+    name: f"{name.capitalize()} options" for name in ("data", "speed", "solver")
 }
 
 
 def by_group(parameters: list[Any]) -> dict[str, list[Any]]:
     """The parameters of a command under the headings of its help, in order; empty groups are left out."""
-    groups: dict[str, list[Any]] = {heading: [] for heading in HEADINGS.values()}
-    for parameter in parameters:
-        argument = parameter.param_type_name == "argument"
-        groups[HEADINGS["argument" if argument else parameter.rich_help_panel or "basic"]].append(parameter)
-    return {heading: members for heading, members in groups.items() if members}
+    of = ["argument" if p.param_type_name == "argument" else p.rich_help_panel or "basic" for p in parameters]
+    members = {name: [p for p, own in zip(parameters, of, strict=True) if own == name] for name in HEADINGS}
+    return {HEADINGS[name]: some for name, some in members.items() if some}
 
 
 def number(*names: str, kind: type = int, **details: Any) -> Any:
@@ -117,11 +104,7 @@ def number(*names: str, kind: type = int, **details: Any) -> Any:
 
 
 def num_bytes(text: Any) -> int:
-    """Parse a size such as 2GiB, 512MB or 1000000.
-
-    Raises:
-        BadParameter: no such size.
-    """
+    """Parse a size such as 2GiB, 512MB or 1000000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)?", str(text).strip().lower())
     if not match:
         raise typer.BadParameter(f"must be a size such as 2GiB, 512MB or 1000000, got {text!r}")
@@ -130,7 +113,7 @@ def num_bytes(text: Any) -> int:
     return int(float(amount) * unit) if "." in amount else int(amount) * unit
 
 
-def from_options(options: dict[str, Any], *configs: type) -> list[Any]:
+def from_options(options: Mapping[str, Any], *configs: type) -> list[Any]:
     """The options that a command received, as one instance of each of the dataclasses."""
     return [config(**{field.name: options[field.name] for field in fields(config)}) for config in configs]
 
@@ -150,19 +133,15 @@ def command_line(verb: str, *configs: Any) -> str:
     return shlex.join(words)
 
 
-Out = Annotated[
-    Path | None,
-    typer.Option(metavar="FOLDER", help="Folder for the results. Default: a folder under runs/.", show_default=False),
-]
+def text(metavar: str, help: str, *names: str) -> Any:
+    """An option for text or a path."""
+    return typer.Option(*names, metavar=metavar, help=help)
+
+
+Out = Annotated[Path | None, text("FOLDER", "Folder for the results. Default: a folder under runs/.")]
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Also write the metrics for TensorBoard.")]
-Kept = Annotated[
-    Path,
-    typer.Option(
-        "--allocation",
-        metavar="FILE",
-        help="Allocation: an allocation.json, the folder of a run, or the name of a published one.",
-    ),
-]
+KEPT_HELP = "Allocation: an allocation.json, the folder of a run, or the name of a published one."
+Kept = Annotated[Path, text("FILE", KEPT_HELP, "--allocation")]
 Converted = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that `consa convert` wrote.")]
 
 

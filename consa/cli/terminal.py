@@ -60,7 +60,10 @@ class Commands(TyperGroup):
         try:
             status = super().main(*args, **options | {"standalone_mode": False})
         except UsageError as error:
-            status = fail(_usage(str(error.format_message()).rstrip(".")), 2)
+            message = str(error.format_message()).rstrip(".")
+            if "unexpected extra argument" in message:
+                message = f"{message[:120]}; put quotes around a pattern such as 'texts/*.txt', or the shell expands it"
+            status = fail(message, 2)
         except typer.Abort:
             status = INTERRUPTED
         if status == INTERRUPTED:  # in a command, or in typer around it
@@ -103,12 +106,6 @@ def fail(message: str, status: int) -> int:
     """Say what went wrong in a line on stderr; returns the exit status as given."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return status
-
-
-def _usage(message: str) -> str:
-    if "unexpected extra argument" in message:
-        return f"{message[:120]}; put quotes around a pattern such as 'texts/*.txt', or the shell expands it"
-    return message
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from consa.cli.options import Converted, Kept, number
+from consa.cli.options import Converted, Kept, number, text
 from consa.errors import ConsaError
 from consa.files import read_text
 
@@ -18,12 +18,12 @@ def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model, as for `consa learn`.")],
     *,
     allocation: Kept,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="New folder for the checkpoint.")],
+    out: Annotated[Path, text("FOLDER", "New folder for the checkpoint.")],
     kind: Annotated[
         str,
-        typer.Option(
-            metavar="auto|plain|hybrid",
-            help="Kind of checkpoint. A plain one loads without consa; some model families allow it for whole layers"
+        text(
+            "auto|plain|hybrid",
+            "Kind of checkpoint. A plain one loads without consa; some model families allow it for whole layers"
             " without sink tokens. auto writes a plain checkpoint whenever it is equivalent.",
         ),
     ] = "auto",
@@ -50,10 +50,8 @@ def convert(
 def generate(
     folder: Converted,
     *,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Prompt to continue.")] = None,
-    file: Annotated[
-        Path | None, typer.Option("--file", "-f", metavar="FILE", help="File with the prompt, instead of --prompt.")
-    ] = None,
+    prompt: Annotated[str | None, text("TEXT", "Prompt to continue.")] = None,
+    file: Annotated[Path | None, text("FILE", "File with the prompt, instead of --prompt.", "--file", "-f")] = None,
     max_new_tokens: Annotated[int, number(help="Maximum number of tokens to generate.")] = 256,
     temperature: Annotated[
         float, number(kind=float, help="Sampling temperature. 0 always takes the most likely token.")
@@ -79,7 +77,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         chat=chat,
-        on_text=lambda text: print(text, end="", flush=True),
+        on_text=lambda words: print(words, end="", flush=True),
     )
     print()
 

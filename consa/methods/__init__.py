@@ -1,4 +1,4 @@
-"""Ways to choose an allocation, one file each: ConSA, its nested form, rules of thumb, and the methods of others.
+"""Ways to choose an allocation: ConSA, its nested form, rules of thumb, and the methods of others.
 
 At the defaults methods that train and methods that search cost about the same: 200 steps of 4 sequences and the 40
 evaluations of 8 in ConSA's refinement are 340 evaluations of 8, if a backward pass counts as two forward passes.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from consa.config import BATCH_HELP, COMPILE_HELP, ChoiceConfig, LearnConfig
 from consa.errors import ConsaError
-from consa.settings import check, option
+from consa.settings import Settings, option
 
 if TYPE_CHECKING:
     from consa.allocation import Allocation
@@ -20,41 +20,29 @@ if TYPE_CHECKING:
 
 METHODS = {
     # They train gates.
-    "consa": "consa.methods.consa:ConSA",
-    "prulong": "consa.methods.prulong:PruLong",
-    "duo_attention": "consa.methods.duo_attention:DuoAttention",
-    "nested": "consa.methods.nested:Nested",
+    "consa": "consa.methods.training:ConSA",
+    "prulong": "consa.methods.training:PruLong",
+    "duo_attention": "consa.methods.training:DuoAttention",
+    "nested": "consa.methods.training:Nested",
     # They search by forward passes.
-    "bosch": "consa.methods.bosch:Bosch",
-    "greedy": "consa.methods.greedy:Greedy",
-    "nll_guided": "consa.methods.nll_guided:NLLGuided",
+    "bosch": "consa.methods.searching:Bosch",
+    "greedy": "consa.methods.searching:Greedy",
+    "nll_guided": "consa.methods.observing:NLLGuided",
     # They observe the dense model's attention.
-    "lazy_layers": "consa.methods.lazy_layers:LazyLayers",
-    "attention_mass": "consa.methods.attention_mass:AttentionMass",
-    "retrieval_score": "consa.methods.retrieval_score:RetrievalScore",
+    "lazy_layers": "consa.methods.observing:LazyLayers",
+    "attention_mass": "consa.methods.observing:AttentionMass",
+    "retrieval_score": "consa.methods.observing:RetrievalScore",
 }
 """The module and class of each method that comes with consa, by name; rules go by their own names."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
-    """A way to choose an allocation; its settings are its fields, each declared by `consa.settings.option`.
+class Method(Settings):
+    """A way to choose an allocation; its settings are its fields, each declared by `consa.settings.option`."""
 
-    Attributes:
-        name: in tables, file names and provenance.
-        ranks: whether `choose` only ranks the units, so that one run gives the allocations of all sparsities.
-        draws: whether the seed matters.
-
-    Raises:
-        ConsaError: a setting is out of range; the message names it.
-    """
-
-    name: ClassVar[str]
-    ranks: ClassVar[bool] = False
-    draws: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check(self)
+    name: ClassVar[str]  # in tables, file names and provenance
+    ranks: ClassVar[bool] = False  # whether `choose` only ranks the units, so that one run serves all sparsities
+    draws: ClassVar[bool] = True  # whether the seed matters
 
     def choose(self, problem: Problem) -> Allocation:
         """Choose an allocation with exactly `problem.num_full` units on full attention; see `Problem.decide`."""
@@ -77,12 +65,7 @@ class TrainingMethod(Method):
         self.learning(config)
 
     def learning(self, config: ChoiceConfig, **other: Any) -> LearnConfig:
-        """The settings of `consa.training.learning.learn` for this choice.
-
-        Args:
-            config: what is asked for.
-            other: more settings, or other ones.
-        """
+        """The settings of `consa.training.learning.learn` for this choice; `other` adds to them or replaces them."""
         shared = ("num_steps", "sequences_per_step", "compile")
         return LearnConfig(**asdict(config) | {name: getattr(self, name) for name in shared} | other)
 
@@ -102,9 +85,8 @@ class SearchingMethod(Method):
         """Raise ConsaError if the budget does not cover the probes."""
         least = self.num_probes(layout, config) + 2  # one before the probes, and one with which the search begins
         if self.evaluations < least:
-            raise ConsaError(
-                f"evaluations must be at least {least} for {self.name} on this model, got {self.evaluations}"
-            )
+            advice = f"evaluations must be at least {least} for {self.name} on this model"
+            raise ConsaError(f"{advice}, got {self.evaluations}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,5 +94,4 @@ class ObservingMethod(Method):
     """Measures something of each unit once and ranks the units by it."""
 
     ranks: ClassVar[bool] = True
-
     evaluation_sequences: int = option(8, "Sequences, or questions, that are measured on.", ge=1)

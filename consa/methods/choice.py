@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from consa.config import ChoiceConfig, EvalConfig, SweepConfig
 from consa.errors import ConsaError, first_line
 from consa.methods import METHODS, Method
 from consa.methods.problem import Problem
-from consa.methods.rule import Rule
+from consa.methods.searching import Rule
 from consa.model.load import LoadedModel
 from consa.provenance import hardware
 from consa.settings import kinds, parse, words_of
@@ -27,11 +28,8 @@ from consa.settings import kinds, parse, words_of
 def method_named(name: str, **settings: Any) -> Method:
     """A method by its name, a rule by its name, or the class that `package.module:Class` names.
 
-    Modules are found as Python finds them, and in the working directory.
-
-    Args:
-        name: of the method.
-        settings: fields of the method; those that it does not have are left out.
+    Modules are found as Python finds them, and in the working directory. Settings that the method does not have are
+    left out.
 
     Raises:
         ConsaError: there is no such method, its module cannot be imported, or a setting is out of range.
@@ -41,16 +39,12 @@ def method_named(name: str, **settings: Any) -> Method:
     if name not in METHODS and ":" not in name:
         known = ", ".join(["rules", *METHODS, *rules.RULES])
         raise ConsaError(f"method must be one of {known}, or package.module:Class, got {name!r}")
-    method = _class_of(METHODS.get(name, name))
-    return method(**{key: value for key, value in settings.items() if key in kinds(method)})
-
-
-def _class_of(place: str) -> type[Method]:
-    module, _, name = place.partition(":")
+    place = METHODS.get(name, name)
+    module, _, class_name = place.partition(":")
     before = list(sys.path)
     sys.path.append("")
     try:
-        method = getattr(import_module(module), name)
+        method = getattr(import_module(module), class_name)
     except Exception as error:  # whatever a user's module raises
         raise ConsaError(f"cannot import the method {place!r}: {first_line(error)}") from error
     finally:
@@ -59,7 +53,7 @@ def _class_of(place: str) -> type[Method]:
         raise ConsaError(f"{place!r} is not a method; derive the class from consa.methods.Method")
     if not re.fullmatch(r"\w+", getattr(method, "name", "")):
         raise ConsaError(f"{place!r} needs a class attribute `name` of letters, digits and underscores")
-    return method
+    return method(**{key: value for key, value in settings.items() if key in kinds(method)})
 
 
 def choose(
@@ -83,12 +77,7 @@ def choose(
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One allocation to choose.
-
-    Attributes:
-        method: how.
-        config: what is asked for.
-    """
+    """One allocation to choose: by which method, and what is asked for."""
 
     method: Method
     config: ChoiceConfig
@@ -96,8 +85,7 @@ class Choice:
     @property
     def name(self) -> str:
         """The name of its file and of its line in tables."""
-        config = self.config
-        return f"{self.method.name}-{config.granularity}-{config.sparsity:g}-seed{config.seed}"
+        return f"{self.method.name}-{self.config.granularity}-{self.config.sparsity:g}-seed{self.config.seed}"
 
     @property
     def origin(self) -> tuple[Method, ChoiceConfig]:
@@ -106,13 +94,7 @@ class Choice:
 
 
 def make(alike: Sequence[Choice], loaded: LoadedModel, sequences: np.ndarray) -> list[Allocation]:
-    """Choose by one run. The provenance says how many seconds that took, and on what hardware.
-
-    Args:
-        alike: choices of the same `origin`.
-        loaded: the model.
-        sequences: the text, int tokens `(num_sequences, seq_len)`.
-    """
+    """Choose by one run, for choices of the same `origin`; the provenance gets its seconds and the hardware."""
     began = time.monotonic()
     sparsities = [choice.config.sparsity for choice in alike]
     chosen = choose(alike[0].method, loaded, sequences, alike[0].config, sparsities)
@@ -124,27 +106,20 @@ def make(alike: Sequence[Choice], loaded: LoadedModel, sequences: np.ndarray) ->
 
 
 def choices(config: SweepConfig, measured: EvalConfig) -> Iterator[Choice]:
-    """All allocations that a sweep compares.
-
-    Raises:
-        ConsaError: there is no such method, or a value is out of range.
-    """
-    methods = _methods(config)
-    for granularity in config.granularities:
-        for sparsity in config.sparsities:
-            for method in methods:
-                if isinstance(method, Rule) and method.name not in rules.names(granularity):
-                    continue
-                for seed in range(config.seeds if method.draws else 1):
-                    asked = ChoiceConfig(
-                        sparsity=sparsity,
-                        granularity=granularity,
-                        window=measured.window,
-                        num_sink_tokens=measured.num_sink_tokens,
-                        seed=seed,
-                        micro_batch=config.micro_batch or 1,
-                    )
-                    yield Choice(method=method, config=asked)
+    """All allocations that a sweep compares; ConsaError if there is no such method, or a value is out of range."""
+    for granularity, sparsity, method in product(config.granularities, config.sparsities, _methods(config)):
+        if isinstance(method, Rule) and method.name not in rules.names(granularity):
+            continue
+        for seed in range(config.seeds if method.draws else 1):
+            asked = ChoiceConfig(
+                sparsity=sparsity,
+                granularity=granularity,
+                window=measured.window,
+                num_sink_tokens=measured.num_sink_tokens,
+                seed=seed,
+                micro_batch=config.micro_batch or 1,
+            )
+            yield Choice(method=method, config=asked)
 
 
 def _methods(config: SweepConfig) -> list[Method]:

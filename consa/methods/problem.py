@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count, groupby, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +20,7 @@ from consa.model.attach import attached
 from consa.model.load import LoadedModel
 from consa.provenance import versions
 from consa.training.gates import Units
-from consa.training.learning import units_of
-
-if TYPE_CHECKING:
-    from consa.methods import Method
+from consa.training.learning import asked_of, units_of
 
 QUESTIONS = "multi_query"
 """The retrieval task of the methods that need answers: several numbers are hidden, and all are asked for."""
@@ -31,41 +28,23 @@ QUESTIONS = "multi_query"
 
 @dataclass(frozen=True)
 class Text:
-    """A sequence and where in it prediction counts.
+    """A sequence and where in it prediction counts."""
 
-    Attributes:
-        tokens: int `(seq_len,)`.
-        start: index of the first token that is to be predicted; the answer's first one in a question, else 1.
-    """
-
-    tokens: np.ndarray
-    start: int = 1
+    tokens: np.ndarray  # int (seq_len,)
+    start: int = 1  # index of the first token that is to be predicted: the answer's first one in a question
 
 
 @dataclass
 class Problem:
-    """One choice to make.
+    """One choice to make; ConsaError if there is no text to choose by."""
 
-    Attributes:
-        loaded: the model, which is left as it is.
-        sequences: int tokens `(num_sequences, seq_len)`.
-        config: what is asked for.
-        units: what there is to decide.
-        num_full: how many of them keep full attention.
-        forward_tokens: sent through the model so far.
-        backward_tokens: of them, those whose gradient was sent back.
-
-    Raises:
-        ConsaError: no text.
-    """
-
-    loaded: LoadedModel
-    sequences: np.ndarray
-    config: ChoiceConfig
-    units: Units = field(init=False)
-    num_full: int = field(init=False)
-    forward_tokens: int = 0
-    backward_tokens: int = 0
+    loaded: LoadedModel  # the model, which is left as it is
+    sequences: np.ndarray  # int tokens (num_sequences, seq_len)
+    config: ChoiceConfig  # what is asked for
+    units: Units = field(init=False)  # what there is to decide
+    num_full: int = field(init=False)  # how many of them keep full attention
+    forward_tokens: int = 0  # sent through the model so far
+    backward_tokens: int = 0  # of them, those whose gradient was sent back
 
     def __post_init__(self) -> None:
         if self.sequences.ndim != 2 or len(self.sequences) == 0 or self.sequences.shape[1] < 2:
@@ -115,14 +94,8 @@ class Problem:
 
     def allocation(self, full: np.ndarray, **more: Any) -> Allocation:
         """The allocation in which the units of `full`, bool `(units,)`, keep full attention."""
-        return Allocation(
-            full_attention=self.units.spread(torch.from_numpy(full).float(), elsewhere=0).bool().numpy(),
-            granularity=self.config.granularity,
-            window=self.config.window,
-            num_sink_tokens=self.config.num_sink_tokens,
-            native_windows=self.loaded.layout.native_windows,
-            **more,
-        )
+        per_head = self.units.spread(torch.from_numpy(full).float(), elsewhere=0).bool().numpy()
+        return Allocation(full_attention=per_head, **asked_of(self.config, self.loaded.layout), **more)
 
     @property
     def dense(self) -> Allocation:
@@ -141,10 +114,7 @@ class Problem:
         return total / sum(len(text.tokens) - text.start for text in texts)
 
     def without_ties(self, scores: np.ndarray) -> np.ndarray:
-        """Scores with up to 1e-6 added at random, as DuoAttention's `sparsify_attention_heads` does.
-
-        For methods that give many units the same score; the order of the units would decide for the lower layers.
-        """
+        """Scores with up to 1e-6 added at random, as DuoAttention does, so that ties do not favour lower layers."""
         return scores + np.random.default_rng(self.config.seed).uniform(0, 1e-6, len(scores))
 
     def top(self, scores: np.ndarray) -> np.ndarray:
@@ -158,11 +128,11 @@ class Problem:
         heads = self.units.num_kv_heads // self.units.per_layer
         return per_head[list(self.units.layers), ::heads].flatten()
 
-    def decide(self, method: Method, scores: np.ndarray, full: np.ndarray | None = None, **settings: Any) -> Allocation:
+    def decide(self, method: Any, scores: np.ndarray, full: np.ndarray | None = None, **settings: Any) -> Allocation:
         """The allocation that a method ends with; its provenance has the method's settings and cost.
 
         Args:
-            method: the method.
+            method: the `consa.methods.Method`.
             scores: `(units,)`, higher keeps full attention.
             full: the decision, bool `(units,)`; by default the `num_full` units of highest score.
             settings: what else the provenance is to say of the method.

@@ -29,14 +29,7 @@ PATIENCE = timedelta(hours=2)  # others wait while the main process measures; th
 
 @contextmanager
 def group(device: str | None = None) -> Iterator[None]:
-    """Join the other processes of this job for the block's duration, if a launcher started several.
-
-    Args:
-        device: as the user gave it; each process takes the GPU of its own local rank.
-
-    Raises:
-        ConsaError: one GPU was named for all, there are more processes than GPUs, or another process ended meanwhile.
-    """
+    """Join the other processes of this job within the block, each on its own GPU; ConsaError if that is impossible."""
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if num_processes == 1 or dist.is_initialized():
         yield
@@ -57,7 +50,8 @@ def group(device: str | None = None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in _LOST):
+        lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo has no class for them
+        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in lost):
             raise
         raise ConsaError(
             f"process {rank()} lost the other processes of this job: one of them ended, see its message;"
@@ -65,10 +59,6 @@ def group(device: str | None = None) -> Iterator[None]:
         ) from error
     finally:
         dist.destroy_process_group()
-
-
-# Messages of gloo, which has no exception class of its own.
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 def rank() -> int:
@@ -145,15 +135,11 @@ def main_first() -> Iterator[None]:
 
 @contextmanager
 def sharded(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Yields a copy of `model` whose decoder layers are sharded over the processes (FSDP2); `model` gets its weights.
+    """Yields a copy of `model` whose decoder layers are sharded over the processes (FSDP2); one process needs no copy.
 
-    One process needs no copy, and gets the model itself.
-
-    A layer's weights, gradients and optimizer states are float32 and spread over the processes; it is gathered, in the
-    model's dtype, while it computes. Embeddings, the last norm and the output layer stay whole on every process.
-
-    Args:
-        model: left as it is until the block has succeeded.
+    `model` gets the copy's weights once the block has succeeded. A layer's weights, gradients and optimizer states are
+    float32 and spread over the processes; it is gathered, in the model's dtype, while it computes. Embeddings, the last
+    norm and the output layer stay whole on every process.
     """
     if world_size() == 1:
         yield model
@@ -176,11 +162,6 @@ def sharded(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 def gathered(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that may be sharded; shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like(whole: Tensor, example: Tensor) -> Tensor:

@@ -19,12 +19,7 @@ UNIFORM_EPSILON = 1e-6
 
 
 def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
-    """Draw z in [0, 1] by eq. 10-11 of the paper; exactly 0 or 1 with positive probability, differentiable between.
-
-    Args:
-        log_alpha: float32, any shape that broadcasts with `uniform`.
-        uniform: draws from (0, 1).
-    """
+    """Draw z in [0, 1] by eq. 10-11, from draws `uniform` in (0, 1); differentiable where it is not exactly 0 or 1."""
     uniform = uniform.clamp(UNIFORM_EPSILON, 1 - UNIFORM_EPSILON)
     return _stretch(torch.sigmoid((torch.logit(uniform) + log_alpha) / TEMPERATURE))
 
@@ -63,19 +58,12 @@ def stratified_uniform(num_draws: int, num_units: int, generator: torch.Generato
 
 @dataclass(frozen=True)
 class Units:
-    """What one gate governs: a KV head, or all KV heads of a layer, of the layers that are to be decided.
-
-    Attributes:
-        num_layers: layers of the model.
-        num_kv_heads: KV heads of each layer.
-        layers: the layers that hold units; the others keep what they are.
-        per_layer: gates per layer, 1 or `num_kv_heads`.
-    """
+    """What one gate governs: a KV head, or all KV heads of a layer, of the layers that are to be decided."""
 
     num_layers: int
-    num_kv_heads: int
-    layers: tuple[int, ...]
-    per_layer: int
+    num_kv_heads: int  # of each layer
+    layers: tuple[int, ...]  # those that hold units; the others keep what they are
+    per_layer: int  # gates per layer, 1 or num_kv_heads
 
     @property
     def count(self) -> int:
@@ -83,10 +71,7 @@ class Units:
         return len(self.layers) * self.per_layer
 
     def spread(self, values: Tensor, elsewhere: float) -> Tensor:
-        """Per-unit `(..., count)` to per-head `(num_layers, ..., num_kv_heads)`; differentiable.
-
-        Layers without units get `elsewhere`.
-        """
+        """`(..., count)` to `(num_layers, ..., num_kv_heads)`, `elsewhere` in layers without units; differentiable."""
         by_layer: Tensor = values.reshape(*values.shape[:-1], len(self.layers), self.per_layer).movedim(-2, 0)
         by_layer = by_layer.expand(*by_layer.shape[:-1], self.num_kv_heads)
         out = values.new_full((self.num_layers, *by_layer.shape[1:]), elsewhere)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ def ramp(step: int, num_steps: int, start: float) -> float:
     return max(0.0, (step / num_steps - start) / (1 - start)) if start < 1 else 0.0
 
 
+@dataclass(eq=False)
 class AugmentedLagrangian:
     """Adds `multiplier * h + penalty / 2 * h^2` to the loss, with `h` the target minus the expected sparsity.
 
@@ -28,33 +31,18 @@ class AugmentedLagrangian:
 
     Both coefficients may grow by a common factor late in a run, as the method of multipliers does when a violation
     persists: where few units are left open, each is worth much and pulls hard at the target.
-
-    Args:
-        penalty: coefficient of the quadratic term (rho), nats.
-        step_size: of the multiplier (eta), nats.
-        multiplier: initial multiplier (lambda), nats.
     """
 
-    def __init__(self, penalty: float, step_size: float, multiplier: float = 0.0) -> None:
-        self.penalty = penalty
-        self.step_size = step_size
-        self.multiplier = multiplier
+    penalty: float  # rho, nats
+    step_size: float  # eta, nats
+    multiplier: float = 0.0  # lambda, nats
 
     def is_open(self, log_alpha: Tensor) -> Tensor:
-        """How open each gate counts as, `(units,)` in [0, 1] like `log_alpha` and differentiable.
-
-        P(z > 0), so that the constraint is on the expected sparsity, not on a sampled one.
-        """
+        """P(z > 0) of each gate, `(units,)`, differentiable: the constraint is on the expected sparsity, not a draw."""
         return gates.probability_open(log_alpha)
 
     def loss(self, is_open: Tensor, target: float, growth: float = 1.0) -> Tensor:
-        """The term to add to the loss, for what `is_open` returned.
-
-        Args:
-            is_open: `(units,)`.
-            target: sparsity to hold at this step.
-            growth: factor by which both coefficients have grown.
-        """
+        """The term to add to the loss, for what `is_open` returned; `growth` is the factor on both coefficients."""
         violation = target - (1 - is_open.mean())
         return self.multiplier * violation + growth * self.penalty / 2 * violation**2
 

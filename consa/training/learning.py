@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from consa import rules
 from consa.allocation import Allocation, Granularity, num_full_units, num_full_units_within
-from consa.config import LearnConfig
+from consa.config import ChoiceConfig, LearnConfig
 from consa.constraints import choose
 from consa.errors import ConsaError
 from consa.model import loss
@@ -37,16 +37,10 @@ Draws = Callable[[int, int, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class LearnResult:
-    """What `learn` returns.
+    """What `learn` returns: the decision, exact at the target, and a record per step."""
 
-    Attributes:
-        allocation: the decision, exact at the target; its scores are the averaged log_alpha. The gates decide it, and
-            the refinement may have exchanged units near the boundary.
-        history: one record per step: step, loss, expected_sparsity, target, multiplier, fractional.
-    """
-
-    allocation: Allocation
-    history: list[loop.Record]
+    allocation: Allocation  # decided by the averaged log_alpha, its scores, but for exchanges by the refinement
+    history: list[loop.Record]  # step, loss, expected_sparsity, target, multiplier, fractional
 
 
 def learn(
@@ -91,17 +85,10 @@ def learn(
     replaced = loop.described(objective, constraint, draws, refine)
     checkpoint = loop.checkpoint_of(run_dir, config, sequences, identity, **replaced)
     provenance = dict(identity or {}) | replaced
+    objective, draws, target = objective or Objective(), draws or gates.stratified_uniform, 1 - num_full / units.count
+    constraint = constraint or AugmentedLagrangian(config.penalty, config.multiplier_step)
     with distributed.sharded(model) if config.parallel == "fsdp" else nullcontext(model) as trained:
-        learning = _Learning(
-            trained,
-            sequences,
-            units,
-            1 - num_full / units.count,
-            config,
-            objective or Objective(),
-            constraint or AugmentedLagrangian(config.penalty, config.multiplier_step),
-            draws or gates.stratified_uniform,
-        )
+        learning = _Learning(trained, sequences, units, target, config, objective, constraint, draws)
         if num_full in (0, units.count):  # nothing to choose
             return LearnResult(learning.decide(num_full, layout, provenance), [])
         with learning.attached(model, _dense_start(layout, config)):
@@ -134,10 +121,14 @@ def units_of(layout: AttentionLayout, granularity: Granularity) -> Units:
     return Units(layout.num_layers, layout.num_kv_heads, layers, layout.num_kv_heads if granularity == "kv_head" else 1)
 
 
-def target_units(layout: AttentionLayout, config: LearnConfig) -> int:
-    """How many units keep full attention: nearest to the sparsity, or the most that the KV budget affords.
+def asked_of(config: LearnConfig | ChoiceConfig, layout: AttentionLayout) -> Mapping[str, Any]:
+    """The fields that every allocation for this configuration and layout shares."""
+    shared = {name: getattr(config, name) for name in ("granularity", "window", "num_sink_tokens")}
+    return {**shared, "native_windows": layout.native_windows}
 
-    Only counts that the configuration's constraint allows.
+
+def target_units(layout: AttentionLayout, config: LearnConfig) -> int:
+    """How many units keep full attention: nearest to the sparsity, or the most that fit the KV budget and constraint.
 
     Raises:
         ConsaError: the KV heads of a layer do not split as the constraint asks, the budget is too small, or joint mode
@@ -204,8 +195,7 @@ class _Learning(loop.Training):
         """Gradients on log_alpha (and weights), from one draw of the gates per sequence."""
         config, count = self.config, self.units.count
         generator = loop.generator(config.seed, f"noise {step}")
-        uniform = self.draws(config.sequences_per_step, count, generator)
-        uniform = uniform[distributed.share(len(uniform))]
+        uniform = self.draws(config.sequences_per_step, count, generator)[distributed.share(config.sequences_per_step)]
         batches = self.objective.batches(self.sequences, config, step)
         gradients = Gradients(self.model, self.objective, batches)
         rows = []
@@ -272,39 +262,25 @@ class _Learning(loop.Training):
         if self.weights:
             self.weights.restore(tensors)
 
-    def decide(self, num_full: int, layout: AttentionLayout, provenance: dict[str, Any]) -> Allocation:
-        """The `num_full` units of highest averaged log_alpha, under the constraint, keep full attention.
-
-        Ties go to the lower layer and head.
-        """
+    def decide(self, num_full: int, layout: AttentionLayout, provenance: Mapping[str, Any]) -> Allocation:
+        """The `num_full` units of highest averaged log_alpha keep full attention; ties go to the lower layer, head."""
         config, units = self.config, self.units
         steps = config.num_steps - math.floor(config.num_steps * (1 - config.averaged))
         scores = self.score_sum / max(1, steps)
         full = choose(scores.reshape(len(units.layers), -1).numpy(), num_full, config.constraint)
         mask = units.spread(torch.from_numpy(full.flatten()).double(), elsewhere=0.0).bool().numpy()
         assert mask.sum() == num_full * units.num_kv_heads // units.per_layer
-        provenance = provenance | {
+        own = {
             "method": "consa",
             "target_sparsity": 1 - num_full / units.count,
             "config": {key: value for key, value in asdict(config).items() if key not in loop.FREE},
             "versions": versions(),
         }
+        per_head = units.spread(scores, elsewhere=0.0).numpy()
         return Allocation(
-            full_attention=mask,
-            granularity=config.granularity,
-            window=config.window,
-            num_sink_tokens=config.num_sink_tokens,
-            native_windows=layout.native_windows,
-            scores=units.spread(scores, elsewhere=0.0).numpy(),
-            provenance=provenance,
+            full_attention=mask, scores=per_head, provenance={**provenance, **own}, **asked_of(config, layout)
         )
 
 
 def _dense_start(layout: AttentionLayout, config: LearnConfig) -> Allocation:
-    return rules.dense(
-        *layout.shape,
-        granularity=config.granularity,
-        window=config.window,
-        num_sink_tokens=config.num_sink_tokens,
-        native_windows=layout.native_windows,
-    )
+    return rules.dense(*layout.shape, **asked_of(config, layout))

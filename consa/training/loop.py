@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
@@ -19,29 +21,84 @@ from transformers import PreTrainedModel
 
 from consa.config import AdaptConfig, LearnConfig, check_window
 from consa.errors import ConsaError, first_line
+from consa.files import read_sealed, read_text, write_atomically, write_sealed
 from consa.model.layout import decoder_layers
 from consa.model.loss import evaluating
+from consa.provenance import first_difference
 from consa.training import distributed
 from consa.training.objective import Objective
-from consa.training.resume import CHECKPOINT, Checkpoint
 
 # Settings that may differ when a run is continued: they change nothing in the result but rounding.
 FREE = {"checkpoint_every", "parallel"}
+
+METRICS = "metrics.jsonl"
+CHECKPOINT = "checkpoint.sealed"  # a safetensors file, followed by its SHA-256
+OLD_CHECKPOINT = "checkpoint.safetensors"  # of consa before files were sealed; refused
+MAX_METRICS_BYTES = 2**30
 
 Record = dict[str, float]
 """The numbers of one step, by name; `step` counts from 1."""
 
 
-class Training:
+class Checkpoint:
+    """The checkpoint and metrics of a run in its folder: complete or absent, continued only at an equal fingerprint."""
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, object]) -> None:
+        self.folder = folder
+        self.fingerprint = json.loads(json.dumps(fingerprint))
+
+    def save(self, tensors: dict[str, Tensor], step: int, history: list[Record]) -> None:
+        """Replace the checkpoint; `history` has a record per step. If writing fails, the previous one is complete."""
+        # Metrics first: a kill between the two leaves more lines than steps, and `load` drops those.
+        lines = [json.dumps(record) for record in history]
+        write_atomically(self.folder / METRICS, "".join(f"{line}\n" for line in lines).encode())
+        record = {"step": step, "metrics": _digest(lines), "fingerprint": self.fingerprint}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        content = safetensors.torch.save(tensors, {"consa": json.dumps(record)})
+        write_sealed(self.folder / CHECKPOINT, content)
+
+    def load(self) -> tuple[dict[str, Tensor], int, list[Record]] | None:
+        """What the last `save` was given, or None; ConsaError if that is damaged or of another version or run."""
+        path = self.folder / CHECKPOINT
+        if not path.exists() and not (self.folder / OLD_CHECKPOINT).exists():
+            return None
+        content = read_sealed(path)
+        if content is None:
+            raise ConsaError(
+                f"cannot continue from {path}: damaged, or written by another version of consa; delete the folder to"
+                " start over"
+            )
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        record = json.loads(header["__metadata__"]["consa"])
+        step: int = record["step"]
+        lines = read_text(self.folder / METRICS, max_bytes=MAX_METRICS_BYTES).splitlines()[:step]
+        if _digest(lines) != record["metrics"]:
+            raise ConsaError(
+                f"cannot continue from {path}: damaged (it does not match {METRICS}); delete the folder to start over"
+            )
+        tensors = safetensors.torch.load(content)
+        difference = first_difference(record["fingerprint"], self.fingerprint)
+        if difference:
+            raise ConsaError(
+                f"{self.folder} holds a different run ({difference}); choose another folder, or delete it to start over"
+            )
+        return tensors, step, [json.loads(line) for line in lines]
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+class Training(Protocol):
     """What is trained, and how; `train` runs its steps."""
 
     def accumulate(self, step: int) -> Record:
         """Add up the gradients of a step, counted from 0; returns its loss and the parts of it."""
-        raise NotImplementedError
+        ...
 
     def update(self, step: int, losses: Record) -> Record:
         """Change what is trained by these gradients; returns the step's record."""
-        raise NotImplementedError
+        ...
 
     def evaluate(self, step: int) -> Record:
         """What is measured after a step, to join its record."""
@@ -49,11 +106,11 @@ class Training:
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state by name; the main process gets all of it, and every process must call it."""
-        raise NotImplementedError
+        ...
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `tensors` returned in an earlier process."""
-        raise NotImplementedError
+        ...
 
 
 def train(
@@ -109,12 +166,9 @@ def save(checkpoint: Checkpoint, training: Training, history: list[Record]) -> N
 
 @contextmanager
 def prepared(model: PreTrainedModel, *, gradient_checkpointing: bool = False, compile: bool = False) -> Iterator[None]:
-    """Choose deterministic kernels, recompute layers in the backward pass, compile layers.
+    """Choose deterministic kernels, recompute layers in the backward pass, compile layers (ConsaError if they cannot).
 
     On exit all of that is undone, and changes of requires_grad.
-
-    Raises:
-        ConsaError: the layers do not compile.
     """
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -185,12 +239,7 @@ def generator(seed: int, purpose: str) -> torch.Generator:
 
 
 def check(config: LearnConfig | AdaptConfig, sequences: np.ndarray, *, window: int, num_sink_tokens: int) -> None:
-    """Check the text before training.
-
-    Raises:
-        ConsaError: there is no text, none of it beyond window and sinks, or a step's sequences do not divide among the
-            processes.
-    """
+    """Raise ConsaError if no text lies beyond window and sinks, or a step's sequences do not divide over processes."""
     if not isinstance(sequences, np.ndarray) or sequences.ndim != 2:
         raise ConsaError(
             "sequences must be a numpy array of tokens (num_sequences, seq_len), got"
@@ -211,9 +260,8 @@ def _check_finite(record: Record, config: LearnConfig | AdaptConfig, checkpoint:
             rates = "gate_lr or weight_lr" if isinstance(config, LearnConfig) else "learning_rate"
             raise ConsaError(
                 f"the {name} became {value} at step {record['step']};"
-                + (f" the last good checkpoint is kept in {folder};" if kept else "")
-                + f" lower {rates}{' and choose another folder' if folder else ''}"
-                + ", or compute in float32"
+                f"{f' the last good checkpoint is kept in {folder};' if kept else ''} lower {rates}"
+                f"{' and choose another folder' if folder else ''}, or compute in float32"
             )
 
 
@@ -224,14 +272,9 @@ def checkpoint_of(
     identity: dict[str, str] | None,
     **decided: Any,
 ) -> Checkpoint | None:
-    """The checkpoint of a run in its folder, which only a run with the same result continues.
+    """The checkpoint of a run in its folder (None: no checkpoint), which only a run with the same result continues.
 
-    Args:
-        run_dir: the run's folder; None keeps no checkpoint.
-        config: the run's settings.
-        sequences: the training text.
-        identity: of the model.
-        decided: what else decides the result, JSON-able.
+    That is: with the same settings, text and identity of the model, and what else is `decided`, JSON-able.
     """
     if run_dir is None:
         return None
@@ -240,7 +283,7 @@ def checkpoint_of(
     return Checkpoint(run_dir, {"config": settings, "model": identity, "sequences": text} | decided)
 
 
-def described(*replaced: Any) -> dict[str, Any]:
+def described(*replaced: object) -> dict[str, list[str]]:
     """For records, the objects that a caller handed in instead of the defaults, by name; empty if all are None."""
     names: list[str] = []
     for part in (part for part in replaced if part is not None):

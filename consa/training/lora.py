@@ -49,10 +49,7 @@ def check_lora(model: PreTrainedModel, config: AdaptConfig) -> None:
 
 @contextmanager
 def adapters(model: PreTrainedModel, config: AdaptConfig, run_dir: Path | None) -> Iterator[None]:
-    """Within the block `model` has LoRA adapters, and only they are trainable.
-
-    Afterwards they are saved to `run_dir` and merged into the weights, or dropped if the block failed.
-    """
+    """Within the block only LoRA adapters are trainable; then they are saved and merged, or dropped if it failed."""
     check_lora(model, config)
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -75,17 +72,13 @@ def adapters(model: PreTrainedModel, config: AdaptConfig, run_dir: Path | None) 
             _save(model, run_dir / ADAPTER)
         succeeded = True
     finally:
-        layers = [(n, module) for n, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-        bare = []
-        for name, module in layers:
-            if succeeded:
-                module.merge()
-            parent, _, child = name.rpartition(".")
-            outer = model.get_submodule(parent)
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+        for _, module in layers if succeeded else ():
+            module.merge()
+        places = [(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2], module) for n, module in layers]
+        for outer, child, module in places:
             if not isinstance(outer, BaseTunerLayer):  # those of one module's several parameters are nested
-                bare.append((outer, child, module.get_base_layer()))
-        for outer, child, layer in bare:
-            setattr(outer, child, layer)
+                setattr(outer, child, module.get_base_layer())
         if added:
             model.delete_adapter("default")
 

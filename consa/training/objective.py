@@ -20,14 +20,11 @@ from consa.training import distributed
 class Batch:
     """Sequences of one length that are computed at once: a micro-batch.
 
-    Attributes:
-        tokens: `(sequences, seq_len)` int64.
-        weights: `(sequences, seq_len - 1)` float32, the factor on the loss of each predicted token; 1 if None. The loss
-            of a step is the sum over its predicted tokens divided by their number, whatever their weights are.
+    A step's loss is the sum over its predicted tokens divided by their number, whatever their weights are.
     """
 
-    tokens: Tensor
-    weights: Tensor | None = None
+    tokens: Tensor  # (sequences, seq_len) int64
+    weights: Tensor | None = None  # (sequences, seq_len - 1) float32, factors on their losses; 1 if None
 
     @property
     def num_predicted(self) -> int:
@@ -175,13 +172,7 @@ def order(sequences: np.ndarray, seed: int, places: range) -> list[int]:
 
 
 class Gradients:
-    """Adds up the gradients of one step over its micro-batches, and the parts of its loss.
-
-    Args:
-        model: the trained model.
-        objective: what is minimised.
-        batches: the step's micro-batches of this process.
-    """
+    """Adds up the gradients of one step over this process's micro-batches, and the parts of its loss."""
 
     def __init__(self, model: PreTrainedModel, objective: Objective, batches: list[Batch]) -> None:
         self._model = model

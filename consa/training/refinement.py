@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -18,10 +19,7 @@ from consa.model.attach import attached
 
 @dataclass(frozen=True)
 class Exchange:
-    """One evaluation: unit `closed` to SWA, unit `opened` to FA, and the change in mean loss, nats.
-
-    An exchange has both; a probe of what one unit is worth has one, and is never accepted.
-    """
+    """One evaluation: unit `closed` to SWA, `opened` to FA (a probe has only one), and the change in loss, nats."""
 
     closed: int | None
     opened: int | None
@@ -51,18 +49,9 @@ def refine(
     candidates are then the FA head of lowest and the SWA head of highest score of the `num_candidates` layers (of a
     rank) where the two scores are closest. Exchanges between layers are not tried.
 
-    Args:
-        model: a causal language model; weights do not change.
-        allocation: where to start; its scores order the candidates.
-        sequences: int tokens `(num_sequences, seq_len)`; every evaluation runs the model on all of them.
-        max_evaluations: budget, in evaluations of all sequences.
-        num_candidates: units on each side of the boundary that a round considers.
-        batch_size: sequences computed at once.
-        constraint: on the FA heads of a layer; the allocation meets it. Only for granularity "kv_head".
-        on_exchange: called after each evaluation but the first, of the start itself.
-
-    Raises:
-        InvalidAllocationError: the allocation has no scores.
+    Every evaluation, of which there are at most `max_evaluations`, runs the model on all `sequences`, int tokens
+    `(num_sequences, seq_len)`, `batch_size` at once. `on_exchange` is called after each but the first, of the start. An
+    allocation without scores, which order the candidates, raises InvalidAllocationError.
     """
     if allocation.scores is None:
         raise InvalidAllocationError("scores are needed to order the candidates; this allocation has none")
@@ -73,12 +62,6 @@ def refine(
     full = allocation.full_attention.reshape(-1, heads)[:, 0].copy()
     # Units are exchanged within groups of this many: a layer's heads on one rank, or all there are.
     group = len(full) if constraint == ANY else per_layer // constraint.tensor_parallel
-    spent = 0
-
-    def mean_loss(full: np.ndarray) -> float:
-        nonlocal spent
-        spent += 1
-        return _mean_loss(model, _with_units(allocation, full, heads), sequences, batch_size)
 
     def exchanged(closed: int | None, opened: int | None) -> np.ndarray:
         out = full.copy()
@@ -86,14 +69,16 @@ def refine(
         return out
 
     def attempt(closed: int | None, opened: int | None) -> Exchange:
-        change = mean_loss(exchanged(closed, opened)) - current
+        nonlocal spent
+        spent += 1
+        trial = _with_units(allocation, exchanged(closed, opened), heads)
+        change = _mean_loss(model, trial, sequences, batch_size) - current
         tried = Exchange(closed, opened, change, change < 0 and None not in (closed, opened), spent)
         if on_exchange:
             on_exchange(tried)
         return tried
 
-    current = mean_loss(full)
-    improved = True
+    spent, current, improved = 1, _mean_loss(model, allocation, sequences, batch_size), True
     while improved and spent < max_evaluations:
         improved = False
         order = [int(unit) for unit in np.argsort(-scores, kind="stable") if unit not in native]
@@ -103,14 +88,9 @@ def refine(
             if spent >= max_evaluations:
                 break
             alone[unit] = (attempt(unit, None) if full[unit] else attempt(None, unit)).change
-        pairs = [
-            (alone[c] + alone[o], c, o)
-            for c in closing
-            for o in opening
-            if c in alone and o in alone and c // group == o // group
-        ]
-        used: set[int] = set()
-        failures = 0
+        tested = product(*([unit for unit in units if unit in alone] for units in (closing, opening)))
+        pairs = [(alone[c] + alone[o], c, o) for c, o in tested if c // group == o // group]
+        used, failures = set[int](), 0
         for _, closed, opened in sorted(pairs):
             if spent >= max_evaluations or failures == num_candidates:
                 break
@@ -140,8 +120,7 @@ def _candidates(order: list[int], full: np.ndarray, scores: np.ndarray, group: i
 
 
 def _with_units(allocation: Allocation, full: np.ndarray, heads: int) -> Allocation:
-    mask = np.repeat(full, heads).reshape(allocation.full_attention.shape)
-    return replace(allocation, full_attention=mask)
+    return replace(allocation, full_attention=np.repeat(full, heads).reshape(allocation.full_attention.shape))
 
 
 def _mean_loss(model: PreTrainedModel, allocation: Allocation, sequences: np.ndarray, batch_size: int) -> float:

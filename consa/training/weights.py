@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +13,10 @@ from consa.training import distributed
 
 
 class Weights:
-    """Parameters in training: float32 masters of those with lower precision, AdamW, clipping and checkpoints.
+    """Parameters by name in training: float32 masters of those with lower precision, and AdamW without weight decay.
 
     Within a `with` block, the backward pass adds up gradients in float32 on the masters and frees those of the
-    parameters. Parameters may be sharded (see `distributed.sharded`); the others are equal on every process.
-
-    Args:
-        parameters: by name; those of a sharded model are float32.
-        learning_rate: of AdamW, which runs without weight decay.
+    parameters. Parameters may be sharded (see `distributed.sharded`) and are then float32; others are equal everywhere.
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], *, learning_rate: float) -> None:
@@ -38,7 +34,7 @@ class Weights:
     def __enter__(self) -> Weights:
         for name, parameter in self.parameters.items():
             if parameter is not self.masters[name]:
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(_mover(self.masters[name])))
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(_move, self.masters[name])))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -47,18 +43,14 @@ class Weights:
 
     @torch.no_grad()
     def update(self, *, max_norm: float, learning_rate: float | None = None) -> float:
-        """One step of AdamW on gradients added up over processes; they are cleared.
-
-        Returns:
-            The gradients' norm before it was clipped to `max_norm`.
-        """
+        """One step of AdamW on gradients added up over processes; returns their norm, before clipping to `max_norm`."""
         for master in self.masters.values():
             if distributed.world_size() > 1 and not isinstance(master, DTensor):
                 master.grad = torch.zeros_like(master) if master.grad is None else master.grad
                 distributed.all_reduce(master.grad)
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]
         whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-        parts = [distributed.local(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
+        parts = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
         norm = torch.nn.utils.get_total_norm(whole)
         if parts:
             norm = (norm**2 + distributed.all_reduce(torch.nn.utils.get_total_norm(parts) ** 2)).sqrt()
@@ -100,11 +92,8 @@ class Weights:
                 parameter.copy_(self.masters[name])
 
 
-def _mover(master: Tensor) -> Callable[[Tensor], None]:
-    def move(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        gradient = parameter.grad.float()
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-        parameter.grad = None
-
-    return move
+def _move(master: Tensor, parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    gradient = parameter.grad.float()
+    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+    parameter.grad = None

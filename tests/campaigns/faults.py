@@ -41,7 +41,7 @@ import torch
 import transformers.models.llama.modeling_llama
 
 import consa.evaluation.suite
-import consa.methods.consa
+import consa.methods.training
 import consa.model.convert
 import consa.runs.adaptation
 import consa.runs.learning

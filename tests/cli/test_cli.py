@@ -21,7 +21,7 @@ from consa.cli import learn, options
 from consa.config import LearnConfig, RunConfig
 from consa.rules import RULES
 from consa.settings import help_of
-from consa.training.resume import CHECKPOINT
+from consa.training.loop import CHECKPOINT
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--seq-len", "96", "--window", "8", "--num-steps", "4", "--sequences-per-step", "1"]
@@ -279,7 +279,7 @@ def test_an_unwritable_folder_is_refused_before_any_work(tmp_path: Path, monkeyp
 def test_a_full_disk_keeps_the_last_checkpoint(
     tmp_path: Path, tiny_model_folder: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from consa.training.resume import Checkpoint
+    from consa.training.loop import Checkpoint
 
     command = ["learn", tiny_model_folder, *SMALL, "--data", text_folder]
     assert consa_cli(*command, "--out", tmp_path / "whole").exit_code == 0

@@ -19,11 +19,10 @@ from consa.attention import masks
 from consa.config import ChoiceConfig
 from consa.data.tsv import read_tsv
 from consa.methods import METHODS, Method
-from consa.methods.bosch import apportion, buckets_of
 from consa.methods.choice import choose, method_named
-from consa.methods.duo_attention import DuoAttention
 from consa.methods.problem import Problem, Text
-from consa.methods.prulong import PruLong
+from consa.methods.searching import apportion, buckets_of
+from consa.methods.training import DuoAttention, PruLong
 from consa.model.layout import attention_layout
 from consa.model.load import LoadedModel, load_model
 from tests.models import allocate, exact, tiny

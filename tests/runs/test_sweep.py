@@ -18,7 +18,7 @@ from consa.config import ChoiceConfig, EvalConfig, RunConfig, SweepConfig
 from consa.evaluation import losses
 from consa.methods import Method
 from consa.methods.choice import choices
-from consa.methods.lazy_layers import LazyLayers
+from consa.methods.observing import LazyLayers
 from consa.methods.problem import Problem
 from consa.runs import evaluation, folder
 from consa.runs import sweep as sweeping

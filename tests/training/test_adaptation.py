@@ -30,8 +30,8 @@ from consa.runs import summary as summary_file
 from consa.runs.adaptation import run_adaptation
 from consa.runs.learning import run_learning
 from consa.training.adaptation import adapt
+from consa.training.loop import METRICS
 from consa.training.objective import Objective
-from consa.training.resume import METRICS
 from consa.training.weights import Weights
 from tests.compare import Elements, assert_close
 from tests.compiler import needs_compiler

@@ -13,7 +13,7 @@ from consa.errors import ConsaError
 from consa.runs.adaptation import run_adaptation
 from consa.runs.learning import run_learning
 from consa.training import distributed
-from consa.training.resume import METRICS
+from consa.training.loop import METRICS
 from tests.compare import assert_close
 from tests.compiler import COMPILES, needs_compiler
 from tests.models import allocate, tiny

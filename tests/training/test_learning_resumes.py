@@ -18,7 +18,7 @@ from torch import Tensor
 from consa.config import LearnConfig
 from consa.errors import ConsaError
 from consa.training.learning import learn
-from consa.training.resume import CHECKPOINT, METRICS
+from consa.training.loop import CHECKPOINT, METRICS
 from tests.models import tiny
 from tests.training.learning_case import QUICK, ROOT, Interrupted, at_step, changed, interrupt, text
 

@@ -1,9 +1,4 @@
-"""BOSCH: black-box search for the heads to close, as a large-neighbourhood search in three stages (arXiv 2604.05942).
-
-The stages are the paper's: layers are probed, layers share out the budget by that, and heads are searched within groups
-of layers. No code is published, and the abstract names no constants: the defaults, the exchanges as moves and the
-next-token loss as objective are this project's.
-"""
+"""Methods that need no training: rules of thumb, and searches by forward passes."""
 
 from __future__ import annotations
 
@@ -11,21 +6,80 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from consa import rules
 from consa.allocation import Allocation
 from consa.config import ChoiceConfig
-from consa.methods import SearchingMethod
+from consa.methods import Method, SearchingMethod
 from consa.methods.problem import Problem
 from consa.model.layout import AttentionLayout
 from consa.settings import option
-from consa.training.learning import units_of
+from consa.training.learning import asked_of, units_of
+from consa.training.refinement import Exchange, refine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(Method):
+    """One of `consa.rules.RULES`, which decide from the shape of a model alone; its `name` is that of the rule."""
+
+    name: str  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @property
+    def draws(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the rule draws the units at random."""
+        return self.name in rules.DRAWN
+
+    def choose(self, problem: Problem) -> Allocation:
+        """See `Method.choose`."""
+        config, layout = problem.config, problem.loaded.layout
+        asked = asked_of(config, layout)
+        return rules.by_name(self.name, *layout.shape, seed=config.seed, sparsity=config.sparsity, **asked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greedy(SearchingMethod):
+    """Probe each unit of `rules.middle` once, then exchange units by `training.refinement.refine`.
+
+    What ConSA's last stage finds without the gates before it.
+    """
+
+    name = "greedy"
+
+    def num_probes(self, layout: AttentionLayout, config: ChoiceConfig) -> int:
+        """One for each unit."""
+        return units_of(layout, config.granularity).count
+
+    def choose(self, problem: Problem) -> Allocation:
+        """See `Method.choose`."""
+        texts = problem.sample(self.evaluation_sequences)
+        full = problem.gather(Rule(name="middle").choose(problem).full_attention)
+        before = problem.loss(full, texts)
+        worth = np.zeros(problem.units.count)
+        for unit in range(len(worth)):
+            change = problem.loss(full ^ (np.arange(len(full)) == unit), texts) - before
+            worth[unit] = change if full[unit] else -change
+        exchanges: list[Exchange] = []
+        refined = refine(
+            problem.loaded.model,
+            problem.decide(self, worth, full),
+            np.stack([text.tokens for text in texts]),
+            max_evaluations=self.evaluations - problem.units.count - 1,
+            batch_size=problem.config.micro_batch,
+            on_exchange=exchanges.append,
+        )
+        evaluations = exchanges[-1].evaluations if exchanges else 1
+        problem.forward_tokens += evaluations * len(texts) * problem.sequences.shape[1]
+        return problem.decide(self, worth, problem.gather(refined.full_attention), start="middle")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bosch(SearchingMethod):
-    """Probe each layer, share the FA units out over buckets of layers, and search within each bucket by exchanges."""
+    """Probe each layer, share the FA units out over buckets of layers, and search within each bucket by exchanges.
+
+    The stages are those of BOSCH (arXiv 2604.05942), a large-neighbourhood search. No code is published, and the
+    abstract names no constants: the defaults, the exchanges as moves and the next-token loss as objective are consa's.
+    """
 
     name = "bosch"
-
     num_buckets: int = option(3, "Groups of layers, by sensitivity.", ge=1)
     mean_exchange: float = option(2.0, "Units that a move exchanges, on average.", ge=1)
 
@@ -37,8 +91,7 @@ class Bosch(SearchingMethod):
         """See `Method.choose`."""
         units, texts = problem.units, problem.sample(self.evaluation_sequences)
         layer = np.arange(units.count) // units.per_layer  # of each unit
-        everything = np.ones(units.count, dtype=bool)
-        dense = problem.loss(everything, texts)
+        dense = problem.loss(np.ones(units.count, dtype=bool), texts)
         rise = np.array([problem.loss(layer != one, texts) - dense for one in range(len(units.layers))])
         buckets = buckets_of(rise, units.per_layer, self.num_buckets)
         full = np.zeros(units.count, dtype=bool)
