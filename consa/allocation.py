@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -18,7 +18,7 @@ import numpy as np
 
 from consa import published
 from consa.errors import ConsaError, InvalidAllocationError
-from consa.files import read_text, write_atomically
+from consa.files import JsonObject, read_text, write_atomically
 
 SCHEMA = "consa.allocation/1"
 Granularity = Literal["layer", "kv_head"]
@@ -61,47 +61,36 @@ class Allocation:
             mask = np.array(self.full_attention)  # a copy that nobody else can write to
         except ValueError as error:
             raise InvalidAllocationError(f"full_attention is not an array: {error}") from error
-        if mask.ndim != 2 or 0 in mask.shape or mask.dtype != np.bool_:
-            raise InvalidAllocationError(
-                f"full_attention must be a bool array (num_layers, num_kv_heads), got {mask.dtype} {mask.shape}"
+        _check(
+            mask.ndim == 2 and 0 not in mask.shape and mask.dtype == np.bool_,
+            f"full_attention must be a bool array (num_layers, num_kv_heads), got {mask.dtype} {mask.shape}",
+        )
+        kinds, granularity, window, sinks = get_args(Granularity), self.granularity, self.window, self.num_sink_tokens
+        _check(granularity in kinds, f"granularity must be one of {', '.join(kinds)}, got {granularity!r}")
+        _check(_is_int(window, 1), f"window must be an integer >= 1 (tokens), got {window!r}")
+        _check(_is_int(sinks, 0), f"num_sink_tokens must be an integer >= 0 (tokens), got {sinks!r}")
+        native, last = self.native_windows, len(mask) - 1
+        _check(isinstance(native, Mapping), f"native_windows must map layers to windows, got {type(native).__name__}")
+        for layer, size in native.items():
+            _check(
+                _is_int(layer, 0) and layer <= last and _is_int(size, 1),
+                f"native_windows must map layers of 0..{last} to windows >= 1, got {layer!r}: {size!r}",
             )
-        if self.granularity not in get_args(Granularity):
-            raise InvalidAllocationError(
-                f"granularity must be one of {', '.join(get_args(Granularity))}, got {self.granularity!r}"
+            _check(
+                not mask[layer].any(),
+                f"full_attention gives FA to layer {layer}, which native_windows lists as sliding",
             )
-        if not _is_int(self.window) or self.window < 1:
-            raise InvalidAllocationError(f"window must be an integer >= 1 (tokens), got {self.window!r}")
-        if not _is_int(self.num_sink_tokens) or self.num_sink_tokens < 0:
-            raise InvalidAllocationError(
-                f"num_sink_tokens must be an integer >= 0 (tokens), got {self.num_sink_tokens!r}"
-            )
-        if not isinstance(self.native_windows, Mapping):
-            raise InvalidAllocationError(
-                f"native_windows must map layers to windows, got {type(self.native_windows).__name__}"
-            )
-        for layer, window in self.native_windows.items():
-            if not _is_int(layer) or not 0 <= layer < len(mask) or not _is_int(window) or window < 1:
-                raise InvalidAllocationError(
-                    f"native_windows must map layers of 0..{len(mask) - 1} to windows >= 1, got {layer!r}: {window!r}"
-                )
-            if mask[layer].any():
-                raise InvalidAllocationError(
-                    f"full_attention gives FA to layer {layer}, which native_windows lists as sliding"
-                )
-        if len(self.native_windows) == len(mask):
-            raise InvalidAllocationError("native_windows covers every layer; there is nothing to allocate")
-        if self.granularity == "layer" and (mask.any(1) != mask.all(1)).any():
-            layer = int(np.flatnonzero(mask.any(1) != mask.all(1))[0])
-            raise InvalidAllocationError(
-                f"full_attention mixes FA and SWA in layer {layer}, which granularity 'layer' does not allow"
-            )
+        _check(len(native) < len(mask), "native_windows covers every layer; there is nothing to allocate")
+        for layer in np.flatnonzero(mask.any(1) != mask.all(1)):
+            mixes = f"full_attention mixes FA and SWA in layer {layer}"
+            _check(granularity != "layer", f"{mixes}, which granularity 'layer' does not allow")
         scores = None if self.scores is None else _checked_scores(self.scores, mask.shape)
         mask.flags.writeable = False
-        native_windows = {int(layer): int(self.native_windows[layer]) for layer in sorted(self.native_windows)}
+        native_windows = {int(layer): int(native[layer]) for layer in sorted(native)}
         object.__setattr__(self, "full_attention", mask)
         object.__setattr__(self, "scores", scores)
-        object.__setattr__(self, "window", int(self.window))
-        object.__setattr__(self, "num_sink_tokens", int(self.num_sink_tokens))
+        object.__setattr__(self, "window", int(window))
+        object.__setattr__(self, "num_sink_tokens", int(sinks))
         object.__setattr__(self, "native_windows", native_windows)
         try:  # a round trip through JSON keeps exactly what `save` would write, and shares no object with the caller
             text = json.dumps(dict(self.provenance), indent=1, allow_nan=False)
@@ -164,7 +153,7 @@ class Allocation:
         # Half of a surrogate pair, as in a file name that is not UTF-8, cannot be encoded: it stays escaped.
         return text.encode(errors="backslashreplace").decode()
 
-    def decision(self) -> dict[str, Any]:
+    def decision(self) -> JsonObject:
         """JSON-able: every field that affects what a model computes, so neither scores nor provenance."""
         record = json.loads(self.to_json())
         return {name: value for name, value in record.items() if name not in ("scores", "provenance")}
@@ -182,7 +171,7 @@ class Allocation:
             raise InvalidAllocationError(f"not JSON: {error}") from error
         if not isinstance(parsed, dict):
             raise InvalidAllocationError(f"schema {SCHEMA!r} is an object, got {type(parsed).__name__}")
-        record = cast(dict[str, Any], parsed)
+        record = cast(JsonObject, parsed)
         if record.get("schema") != SCHEMA:
             raise InvalidAllocationError(f"schema must be {SCHEMA!r}, got {record.get('schema')!r}")
         expected = set(json.loads(_EMPTY.to_json()))
@@ -207,15 +196,9 @@ class Allocation:
             native_windows = {int(layer): window for layer, window in record["native_windows"].items()}
         except ValueError as error:
             raise InvalidAllocationError(f"native_windows must have layer numbers as keys: {error}") from error
-        allocation = cls(
-            full_attention=np.array([[digit == "1" for digit in row] for row in rows], dtype=bool),
-            granularity=record["granularity"],
-            window=record["window"],
-            num_sink_tokens=record["num_sink_tokens"],
-            native_windows=native_windows,
-            scores=record["scores"],
-            provenance=record["provenance"],
-        )
+        full_attention = np.array([[digit == "1" for digit in row] for row in rows], dtype=bool)
+        same = {name: record[name] for name in ("granularity", "window", "num_sink_tokens", "scores", "provenance")}
+        allocation = cls(full_attention=full_attention, native_windows=native_windows, **same)
         if record["sparsity"] != allocation.sparsity:
             raise InvalidAllocationError(
                 f"sparsity is {record['sparsity']!r}, but full_attention has sparsity {allocation.sparsity!r}"
@@ -287,16 +270,9 @@ def num_full_units_within(
     num_units = len(example.layers) * example.num_kv_heads // per_unit
 
     def bytes_with(full_units: int) -> int:
-        mask = np.zeros_like(example.full_attention)
-        mask[example.layers] = (np.arange(num_units * per_unit) < full_units * per_unit).reshape(
-            len(example.layers), example.num_kv_heads
-        )
-        allocation = Allocation(
-            full_attention=mask,
-            window=example.window,
-            num_sink_tokens=example.num_sink_tokens,
-            native_windows=example.native_windows,
-        )
+        mask, heads = np.zeros_like(example.full_attention), np.arange(num_units * per_unit)
+        mask[example.layers] = heads.reshape(-1, example.num_kv_heads) < full_units * per_unit
+        allocation = replace(example, full_attention=mask, granularity="kv_head", scores=None)
         return allocation.kv_cache_bytes(seq_len, head_dim=head_dim, bytes_per_element=bytes_per_element)
 
     floor = bytes_with(0)
@@ -315,7 +291,7 @@ def check_sparsity(sparsity: float) -> None:
         raise ConsaError(f"sparsity must be a share in [0, 1], got {sparsity!r}; 0.75 puts three quarters on SWA")
 
 
-def _sorted_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _sorted_dict(pairs: list[tuple[str, Any]]) -> JsonObject:
     return dict(sorted(pairs, key=lambda pair: pair[0]))
 
 
@@ -330,8 +306,13 @@ def _checked_scores(values: Any, shape: tuple[int, ...]) -> np.ndarray:
     return scores
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise InvalidAllocationError(message)
+
+
+def _is_int(value: Any, least: int) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= least)
 
 
 # Source of the schema's field names.

@@ -43,13 +43,11 @@ def middle(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
 
 def sandwich(num_layers: int, num_kv_heads: int, **options: Any) -> Allocation:
     """FA at both ends, SWA between; the input side gets the odd unit."""
-    return from_units(
-        lambda n, k, _: np.r_[np.arange((k + 1) // 2), np.arange(n - k // 2, n)],
-        num_layers,
-        num_kv_heads,
-        rule="sandwich",
-        **options,
-    )
+
+    def choose(n: int, k: int, _: int) -> np.ndarray:
+        return np.r_[np.arange((k + 1) // 2), np.arange(n - k // 2, n)]
+
+    return from_units(choose, num_layers, num_kv_heads, rule="sandwich", **options)
 
 
 def random_units(num_layers: int, num_kv_heads: int, *, seed: int = 0, **options: Any) -> Allocation:
@@ -60,14 +58,11 @@ def random_units(num_layers: int, num_kv_heads: int, *, seed: int = 0, **options
     """
     if seed < 0:
         raise ConsaError(f"seed must be an integer >= 0, got {seed!r}")
-    return from_units(
-        lambda n, k, _: np.random.default_rng(seed).permutation(n)[:k],
-        num_layers,
-        num_kv_heads,
-        rule="random_units",
-        seed=seed,
-        **options,
-    )
+
+    def choose(n: int, k: int, _: int) -> np.ndarray:
+        return np.random.default_rng(seed).permutation(n)[:k]
+
+    return from_units(choose, num_layers, num_kv_heads, rule="random_units", seed=seed, **options)
 
 
 def uniform_heads(

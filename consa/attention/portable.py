@@ -49,9 +49,11 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, scaling: float, softcap: 
     for start in range(0, queries, QUERY_BLOCK):  # a mask covers one block of queries, never all of them
         block = q[:, :, start : start + QUERY_BLOCK]
         seen = keys - queries + start + block.shape[2]
-        query = torch.arange(seen - block.shape[2], seen, device=q.device)[:, None]
-        visible = masks.causal(query, torch.arange(seen, device=q.device))
-        blocks.append(_attend_grouped(block, k[:, :, :seen], v[:, :, :seen], visible, scaling, softcap))
+        query = torch.arange(seen - block.shape[2], seen, device=q.device).repeat(q.shape[1] // k.shape[1])
+        visible = masks.causal(query[:, None], torch.arange(seen, device=q.device))
+        folded = block.reshape(len(q), k.shape[1], -1, q.shape[3])  # the query heads of a KV head become rows
+        out = attend(folded, k[:, :, :seen], v[:, :, :seen], visible, scaling, softcap)
+        blocks.append(out.reshape(block.shape))
     return torch.cat(blocks, dim=2)
 
 
@@ -60,8 +62,9 @@ def sliding_attention(
 ) -> Tensor:
     """Sliding-window attention with sink tokens; arguments and result as in `full_attention`.
 
-    Queries are processed in blocks. A block sees its own keys, the `window - 1` keys before them, and the sinks, so
-    the work per query depends on the window and not on the number of keys.
+    An SWA query sees `window` tokens, itself included, and the first `num_sink_tokens`. Queries are processed in
+    blocks: a block sees its own keys, the `window - 1` keys before them, and the sinks, so the work per query depends
+    on the window and not on the number of keys.
     """
     (B, HG, T, D), (_, H, S, _) = q.shape, k.shape
     if window + num_sink_tokens >= S:  # every query sees every earlier key
@@ -98,18 +101,7 @@ def hybrid_attention(
 ) -> Tensor:
     """`z * FA + (1 - z) * SWA` per row (ConSA, arXiv 2606.18056), computing only what each row needs.
 
-    Args:
-        q: `(batch, q_heads, queries, head_dim)`; the last query has the position of the last key.
-        k: `(batch, kv_heads, keys, head_dim)`, no padding.
-        v: as `k`.
-        rows: the sorted `batch * kv_heads` rows; some need FA and some SWA.
-        window: tokens an SWA query sees, itself included.
-        num_sink_tokens: first tokens that SWA heads always see.
-        scaling: factor on the scores.
-        softcap: tanh bound on the scores, or None.
-
-    Returns:
-        As `q`.
+    Of the sorted `batch * kv_heads` rows, some need FA and some SWA. Other arguments are as in `sliding_attention`.
     """
     sliding_options = {"window": window, "num_sink_tokens": num_sink_tokens, "scaling": scaling, "softcap": softcap}
     total = len(rows.order)
@@ -141,20 +133,8 @@ def _sliding_mask(
     query = start + torch.arange(block, device=device).repeat(group)[:, None]
     near = start - (window - 1) + torch.arange(block + window - 1, device=device)
     sink = torch.arange(num_sink_tokens, device=device)
-    return torch.cat(
-        [
-            masks.in_window(query, near, window) & (near >= 0),
-            masks.beyond_window_sink(query, sink, window, num_sink_tokens),
-        ],
-        dim=-1,
-    )
-
-
-def _attend_grouped(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """`attend` for `(B, H * G, T, D)` queries on `(B, H, S, D)` keys under one `(T, S)` mask."""
-    folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-    out = attend(folded, k, v, visible.repeat(q.shape[1] // k.shape[1], 1), scaling, softcap)
-    return out.reshape(q.shape)
+    in_window = masks.in_window(query, near, window) & (near >= 0)
+    return torch.cat([in_window, masks.beyond_window_sink(query, sink, window, num_sink_tokens)], dim=-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scaling: float, softcap: float | None) -> Tensor:

@@ -31,8 +31,8 @@ class Rows:
     def sort_layers(cls, values: Tensor, gates: Tensor) -> list[Rows]:
         """Sort the rows of each layer by `values`, `(layers, batch, kv_heads)`.
 
-        `values` is on the CPU, so that planning never waits for a device.        `gates` are the same numbers on the
-        model's device; gradients flow to them.
+        `values` is on the CPU, so that planning never waits for a device. `gates` are the same numbers on the model's
+        device; gradients flow to them.
         """
         values = values.flatten(1)
         kind = (values < 1).int() + (values <= 0).int()  # 0 full, 1 mixed, 2 sliding

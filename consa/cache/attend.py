@@ -17,17 +17,9 @@ from consa.cache.split import Heads, by_start, pick
 
 
 def cached_attention(q: Tensor, new: NewKeys, first: Tensor | None, *, scaling: float, softcap: float | None) -> Tensor:
-    """Attention of the newest tokens over the cache and themselves; also writes them to the cache.
+    """Attention of the newest tokens, `(batch, q_heads, tokens, head_dim)`, over the cache and themselves.
 
-    Args:
-        q: `(batch, q_heads, tokens, head_dim)`.
-        new: the cache, with keys and values of the new tokens.
-        first: `(batch,)` on the CPU, column of each sequence's first real token, or None without left padding.
-        scaling: factor on the scores.
-        softcap: tanh bound on the scores, or None.
-
-    Returns:
-        As `q`; zero for padding queries.
+    It also writes them to the cache. `first` is as in `Plan.attend`; the result is as `q`, zero for padding queries.
     """
     cache, k, v = new
     if cache.can_append(k, first):
@@ -45,6 +37,7 @@ def cached_attention(q: Tensor, new: NewKeys, first: Tensor | None, *, scaling: 
             sliding.append([torch.cat(parts, dim=2) for parts in zip(old_kv, new_kv, strict=True)])
     full = cache.write(k, v, first)
     out = torch.zeros_like(q)
+    limits = {"window": cache.split.window, "num_sink_tokens": cache.split.num_sink_tokens}
     for index, (rows, start, skipped) in enumerate(groups):
         heads = q[rows, :, skipped:].unflatten(1, (k.shape[1], -1))
         parts: list[tuple[Heads, Tensor]] = []
@@ -54,14 +47,8 @@ def cached_attention(q: Tensor, new: NewKeys, first: Tensor | None, *, scaling: 
             part = full_attention(part, keys, values, scaling=scaling, softcap=softcap)
             parts.append((cache.full_heads, part))
         if cache.split.sliding:
-            part = sliding_attention(
-                pick(heads, cache.sliding_heads).flatten(1, 2),
-                *sliding[index],
-                window=cache.split.window,
-                num_sink_tokens=cache.split.num_sink_tokens,
-                scaling=scaling,
-                softcap=softcap,
-            )
+            part = pick(heads, cache.sliding_heads).flatten(1, 2)
+            part = sliding_attention(part, *sliding[index], **limits, scaling=scaling, softcap=softcap)
             parts.append((cache.sliding_heads, part))
         out[rows, :, skipped:] = _merge(heads, parts)
     return out

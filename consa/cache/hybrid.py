@@ -18,14 +18,10 @@ from consa.cache.split import HeadSplit
 from consa.cache.static import StaticHybridLayer
 
 
-def dynamic_layer(allocation: Allocation, layer: int) -> CacheLayerMixin:
-    """A layer whose storage grows."""
-    return HybridLayer(HeadSplit.of(allocation, layer))
-
-
-def static_layer(allocation: Allocation, layer: int, max_cache_len: int) -> CacheLayerMixin:
-    """A layer with room for `max_cache_len` tokens."""
-    return StaticHybridLayer(HeadSplit.of(allocation, layer), max_cache_len)
+def hybrid_layer(allocation: Allocation, layer: int, max_length: int | None) -> CacheLayerMixin:
+    """One layer, with room for `max_length` tokens or growing storage."""
+    split = HeadSplit.of(allocation, layer)
+    return HybridLayer(split) if max_length is None else StaticHybridLayer(split, max_length)
 
 
 class HybridCache(Cache):
@@ -38,10 +34,7 @@ class HybridCache(Cache):
 
     def __init__(self, allocation: Allocation, *, max_length: int | None = None) -> None:
         layers = range(allocation.num_layers)
-        if max_length is None:
-            super().__init__(layers=[dynamic_layer(allocation, layer) for layer in layers])
-        else:
-            super().__init__(layers=[static_layer(allocation, layer, max_length) for layer in layers])
+        super().__init__(layers=[hybrid_layer(allocation, layer, max_length) for layer in layers])
 
 
 def cache_argument(model: PreTrainedModel | type[PreTrainedModel]) -> str:
@@ -51,10 +44,6 @@ def cache_argument(model: PreTrainedModel | type[PreTrainedModel]) -> str:
 
 def allocated_bytes(cache: Cache) -> int:
     """Bytes of memory allocated for keys and values by a cache of any kind: measured, not computed."""
-    storages = {}
-    for layer in cache.layers:
-        for value in vars(layer).values():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                storage = value.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    values = [value for layer in cache.layers for value in vars(layer).values()]
+    storages = [x.untyped_storage() for x in values if isinstance(x, Tensor) and x.is_floating_point()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -7,7 +7,7 @@ been seen, and the storage holds exactly what the next query sees, besides its o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -74,9 +74,10 @@ class HybridLayer(CacheLayerMixin):
         super().__init__()
         self.split = split
         self.record_past = False
-        self._forget()
+        self.reset()
 
-    def _forget(self) -> None:
+    def reset(self) -> None:
+        """Forget everything and free the memory."""
         self.full_keys = self.full_values = self.sliding_keys = self.sliding_values = None
         self.length = 0
         self._start(None)
@@ -93,16 +94,17 @@ class HybridLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype and device from the first keys, `(batch, kv_heads, any, head_dim)`."""
-        if len(self.split.full) + len(self.split.sliding) != key_states.shape[1]:
+        heads = (*self.split.full, *self.split.sliding)
+        if len(heads) != key_states.shape[1]:
             raise ConsaError(
-                f"the cache is for {len(self.split.full) + len(self.split.sliding)} KV heads per layer, the model has"
-                f" {key_states.shape[1]}; make the cache with the allocation of this model"
+                f"the cache is for {len(heads)} KV heads per layer, the model has {key_states.shape[1]}; make the cache"
+                " with the allocation of this model"
             )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.full_heads: Heads = selector(self.split.full, self.device)
         self.sliding_heads: Heads = selector(self.split.sliding, self.device)
         self._has_kernels = kernels_for(key_states, key_states, value_states, None) is not None
-        self._sorted_heads = torch.tensor((*self.split.full, *self.split.sliding), device=self.device)
+        self._sorted_heads = torch.tensor(heads, device=self.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, None]:
@@ -111,18 +113,17 @@ class HybridLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
-            self._leave_inference_mode()
+            # Storage made in inference mode cannot be written to outside of it; a copy can.
+            self._replace_storage(lambda x: x.clone() if x.is_inference() else x)
         if torch.is_grad_enabled() and key_states.requires_grad and self.length:
             raise ConsaError("no gradient flows through cached keys; use torch.no_grad(), or use_cache=False")
         self._waiting = True
         return NewKeys(self, key_states, value_states), None
 
-    def _leave_inference_mode(self) -> None:
-        """Replace storage made in inference mode by copies, which can be written to outside of it."""
+    def _replace_storage(self, change: Callable[[Tensor], Tensor]) -> None:
         for name in STORAGE:
-            storage = getattr(self, name)
-            if storage is not None and storage.is_inference():
-                setattr(self, name, storage.clone())
+            if (storage := getattr(self, name)) is not None:
+                setattr(self, name, change(storage))
 
     @property
     def is_empty(self) -> bool:
@@ -145,32 +146,25 @@ class HybridLayer(CacheLayerMixin):
         self._reserve(key, self.length + 1)
         parts = []
         if self.split.full:
-            here = slice(self.length, self.length + 1)
-            self.full_keys[:, :, here] = pick(key, self.full_heads)
-            self.full_values[:, :, here] = pick(value, self.full_heads)
-            filled = (x[:, :, : here.stop] for x in (self.full_keys, self.full_values))
-            visible = None
+            stored, visible = (self.full_keys, self.full_values), None
+            for storage, new in zip(stored, (key, value), strict=True):
+                storage[:, :, self.length] = pick(new, self.full_heads)[:, :, 0]
             if self._first_there is not None:
-                column = torch.arange(here.stop, device=self.device)
+                column = torch.arange(self.length + 1, device=self.device)
                 visible = column >= self._first_there[:, None, None, None]
-            parts.append((self.full_heads, *filled, visible))
+            parts.append((self.full_heads, *(x[:, :, : self.length + 1] for x in stored), visible))
         if self.split.sliding:
-            sliding_key, sliding_value = pick(key, self.sliding_heads), pick(value, self.sliding_heads)
-            count, visible = min(self.length + 1 - self._earliest, self.split.kept), None
-            if self._first_there is None:
-                slot = self._slot(self.length)
-                self.sliding_keys[:, :, slot : slot + 1] = sliding_key
-                self.sliding_values[:, :, slot : slot + 1] = sliding_value
-            else:
+            stored, visible = (self.sliding_keys, self.sliding_values), None
+            sequence, slot = slice(None), self._slot(self.length)
+            count = min(self.length + 1 - self._earliest, self.split.kept)
+            if self._first_there is not None:
                 position = self.length - self._first_there
-                slot = self._slots_of(position)
-                sequence = torch.arange(len(key), device=self.device)
-                self.sliding_keys[sequence, :, slot] = sliding_key[:, :, 0]
-                self.sliding_values[sequence, :, slot] = sliding_value[:, :, 0]
+                sequence, slot = torch.arange(len(key), device=self.device), self._slots_of(position)
                 if self.length - self._latest + 1 < self.split.kept:
                     visible = torch.arange(count, device=self.device) <= position[:, None, None, None]
-            filled = (x[:, :, :count] for x in (self.sliding_keys, self.sliding_values))
-            parts.append((self.sliding_heads, *filled, visible))
+            for storage, new in zip(stored, (key, value), strict=True):
+                storage[sequence, :, slot] = pick(new, self.sliding_heads)[:, :, 0]
+            parts.append((self.sliding_heads, *(x[:, :, :count] for x in stored), visible))
         self.length += 1
         self._done()
         return parts
@@ -180,17 +174,7 @@ class HybridLayer(CacheLayerMixin):
         return self._has_kernels and softcap is None and self.first is None
 
     def decode(self, q: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Write one token per sequence and attend to the whole cache, in the Triton kernels.
-
-        Args:
-            q: `(batch, q_heads, 1, head_dim)`.
-            key: `(batch, kv_heads, 1, head_dim)`.
-            value: as `key`.
-            scaling: factor on the scores.
-
-        Returns:
-            As `q`.
-        """
+        """Write one token per sequence, `(batch, heads, 1, head_dim)`, and attend to the whole cache with Triton."""
         self._reserve(key, self.length + 1)
         out = self._decode(q, key, value, torch.full((), self.length, device=self.device), scaling)
         self.length += 1
@@ -209,11 +193,8 @@ class HybridLayer(CacheLayerMixin):
         keys, values = self.sliding_keys[rows], self.sliding_values[rows]
         if seen <= self.split.kept:
             return keys[:, :, :seen], values[:, :, :seen]
-        oldest = sinks + (seen - sinks) % self.split.window
-        keys, values = (
-            torch.cat([x[:, :, :sinks], x[:, :, oldest : self.split.kept], x[:, :, sinks:oldest]], dim=2)
-            for x in (keys, values)
-        )
+        slots = (slice(sinks), slice(self._slot(seen), self.split.kept), slice(sinks, self._slot(seen)))
+        keys, values = (torch.cat([x[:, :, part] for part in slots], dim=2) for x in (keys, values))
         return keys, values
 
     def write(self, key: Tensor, value: Tensor, first: Tensor | None) -> list[Tensor]:
@@ -250,11 +231,7 @@ class HybridLayer(CacheLayerMixin):
                     storage[rows] = storage[rows].index_copy(2, slots, new[rows][:, :, newest])
 
     def _slots(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Slots of positions `begin <= p < end`, without padding and those that the same write would overwrite.
-
-        Returns:
-            Slots, and indices of the tokens to write, both `(written,)`.
-        """
+        """Slots of positions `begin <= p < end` that this write fills and keeps, and the indices of their tokens."""
         sinks = self.split.num_sink_tokens
         position = torch.arange(max(begin, 0), end, device=self.device)
         position = position[(position < sinks) | (position >= end - self.split.window)]
@@ -282,8 +259,7 @@ class HybridLayer(CacheLayerMixin):
         if num_heads == 0 or (old is not None and old.shape[2] >= capacity):
             return
         # Zeros where a mask hides unwritten slots: their weight is 0, but 0 times an arbitrary value may be NaN.
-        masked = kind == "sliding" or self.is_compileable
-        make = like.new_zeros if masked else like.new_empty
+        make = like.new_zeros if kind == "sliding" or self.is_compileable else like.new_empty
         for name in (f"{kind}_keys", f"{kind}_values"):
             old = getattr(self, name)
             new = make(like.shape[0], num_heads, capacity, like.shape[3])
@@ -325,14 +301,6 @@ class HybridLayer(CacheLayerMixin):
         """Maximum number of tokens; -1 means no limit."""
         return -1
 
-    def reset(self) -> None:
-        """Forget everything and free the memory."""
-        self._forget()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replace sequence i by sequence `beam_idx[i]`."""
-        self.batch_select_indices(beam_idx)
-
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
         self._each_sequence(lambda x: x.repeat_interleave(repeats, dim=0))
@@ -341,11 +309,12 @@ class HybridLayer(CacheLayerMixin):
         """Keep the sequences `indices`, in this order."""
         self._each_sequence(lambda x: x[indices.to(x.device)])
 
-    def _each_sequence(self, change: Any) -> None:
-        for name in STORAGE:
-            storage = getattr(self, name)
-            if storage is not None:
-                setattr(self, name, change(storage))
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Replace sequence i by sequence `beam_idx[i]`."""
+        self.batch_select_indices(beam_idx)
+
+    def _each_sequence(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._replace_storage(change)
         if self.first is not None:
             self._start(change(self.first))
         self._undo.clear()  # they belong to the former sequences
@@ -363,16 +332,15 @@ class HybridLayer(CacheLayerMixin):
             self._move(self.device)
 
     def _move(self, device: torch.device) -> None:
-        for name in STORAGE:
-            storage = getattr(self, name)
-            if storage is None:
-                continue
+        def moved(x: Tensor) -> Tensor:
             # Copies to the CPU are blocking: another stream may fetch them back.
-            moved = storage.to(device, non_blocking=device.type != "cpu")
-            if moved.is_cuda:
+            x = x.to(device, non_blocking=device.type != "cpu")
+            if x.is_cuda:
                 # The other stream must not reuse the memory while attention reads it on the default stream.
-                moved.record_stream(torch.cuda.default_stream(device))
-            setattr(self, name, moved)
+                x.record_stream(torch.cuda.default_stream(device))
+            return x
+
+        self._replace_storage(moved)
 
     def activate_past_recording(self) -> None:
         """From now on record overwritten tokens so that `crop` can restore them; each `crop` clears the record."""
@@ -417,8 +385,7 @@ class HybridLayer(CacheLayerMixin):
         self._undo.append(_Undo(self.length, slots, old[0], old[1], key, value))
 
 
-@dataclass(frozen=True)
-class _Undo:
+class _Undo(NamedTuple):
     """One write to the storage of SWA heads: length before it, slots, old and new tokens."""
 
     length: int

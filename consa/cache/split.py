@@ -16,17 +16,12 @@ Heads = slice | Tensor
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """What the cache of one layer keeps.
+    """What the cache of one layer keeps."""
 
-    Attributes:
-        full: KV heads that keep every token.
-        sliding: KV heads that keep the `num_sink_tokens` first tokens and the last `window` of the others.
-        window: tokens.
-        num_sink_tokens: tokens.
-    """
-
-    full: tuple[int, ...]
-    sliding: tuple[int, ...]
+    full: tuple[int, ...]  # KV heads that keep every token
+    sliding: tuple[
+        int, ...
+    ]  # KV heads that keep the `num_sink_tokens` first tokens and the last `window` of the others
     window: int
     num_sink_tokens: int
 
@@ -35,9 +30,8 @@ class HeadSplit:
         """The split of one layer. A layer with a native window is all SWA, without sinks."""
         full = tuple(allocation.full_attention[layer].nonzero()[0].tolist())
         sliding = tuple(head for head in range(allocation.num_kv_heads) if head not in full)
-        native_window = allocation.native_windows.get(layer)
-        if native_window is not None:
-            return cls(full, sliding, native_window, 0)
+        if layer in allocation.native_windows:
+            return cls(full, sliding, allocation.native_windows[layer], 0)
         return cls(full, sliding, allocation.window, allocation.num_sink_tokens)
 
     @property

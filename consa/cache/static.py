@@ -40,9 +40,10 @@ class StaticHybridLayer(HybridLayer):
     def length(self, value: int) -> None:
         self.cumulative_length.fill_(value)
 
-    def _forget(self) -> None:
+    def reset(self) -> None:
+        """Forget everything, and keep the memory."""
         if not self.is_initialized:
-            super()._forget()
+            super().reset()
         self.length = 0
         self._begun = False  # whether every sequence is known to have started
         self._start(None)

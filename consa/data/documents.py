@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from consa.errors import ConsaError, first_line, missing_extra
+from consa.files import sha256_of
 
 MAX_DOCUMENT_BYTES = 256 * 2**20
 """Largest document or JSONL line, in decompressed bytes, so that a small compressed file cannot fill the memory."""
@@ -50,11 +51,7 @@ def find_sources(data: str, text_field: str) -> list[Source]:
 
 
 def check_data(data: str) -> None:
-    """Check, without reading them, that every name in `data` has files.
-
-    Raises:
-        ConsaError: a name has no files.
-    """
+    """Raise a ConsaError if some name in `data` has no files; reads none."""
     try:
         for part in _parts(data):
             if not part.startswith("hf:"):
@@ -105,19 +102,15 @@ def _file_source(path: Path, text_field: str, *, is_named: bool) -> Source:
     if not path.is_file():
         raise ConsaError(f"{path} is not a regular file; write the text to a file first")
     kind = (path.with_suffix("") if path.suffix == ".zst" else path).suffix.removeprefix(".")
-    is_jsonl = kind == "jsonl"
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    read = partial(_read_jsonl, path, text_field) if is_jsonl else partial(_read_whole, path, kind, is_named)
-    return Source([digest, path.suffix == ".zst", kind, is_named], path.stat().st_size, read)
+    read = partial(_read_jsonl, path, text_field) if kind == "jsonl" else partial(_read_whole, path, kind, is_named)
+    return Source([sha256_of(path), path.suffix == ".zst", kind, is_named], path.stat().st_size, read)
 
 
 def _read_jsonl(path: Path, text_field: str, advance: Callable[[int], None]) -> Iterator[Document]:
     with open(path, "rb") as file:
         stream = io.BufferedReader(_ZstdStream(file, path)) if path.suffix == ".zst" else file
-        number = position = 0
-        while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
-            number += 1
+        position, read_line = 0, partial(stream.readline, MAX_DOCUMENT_BYTES + 1)
+        for number, line in enumerate(iter(read_line, b""), 1):
             place = f"{path}:{number}"
             if len(line) > MAX_DOCUMENT_BYTES:
                 raise ConsaError(f"{place}: a line of more than {MAX_DOCUMENT_BYTES} bytes; split the document")

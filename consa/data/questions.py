@@ -26,34 +26,21 @@ SPARE_TOKENS = 4
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the answers that its continuation should contain.
+    """A prompt and the answers that its continuation should contain."""
 
-    Attributes:
-        prompt: a long text that ends with the beginning of the answer.
-        answers: texts that must all appear in the continuation.
-    """
-
-    prompt: str
-    answers: tuple[str, ...]
+    prompt: str  # a long text that ends with the beginning of the answer
+    answers: tuple[str, ...]  # texts that must all appear in the continuation
 
 
 @dataclass(frozen=True)
 class Puzzle:
-    """An example whose length is not fixed yet.
+    """An example whose length is not fixed yet."""
 
-    Attributes:
-        opening: beginning of the text.
-        hidden: sentences to place in the text, in this order.
-        question: end of the text.
-        answers: as in `Example`.
-        filler: endless pieces of text to put around the hidden sentences.
-    """
-
-    opening: str
-    hidden: tuple[str, ...]
-    question: str
-    answers: tuple[str, ...]
-    filler: Iterator[str]
+    opening: str  # beginning of the text
+    hidden: tuple[str, ...]  # sentences to place in the text, in this order
+    question: str  # end of the text
+    answers: tuple[str, ...]  # as in `Example`
+    filler: Iterator[str]  # endless pieces of text to put around the hidden sentences
 
 
 def single(rng: random.Random) -> Puzzle:
@@ -229,58 +216,24 @@ THINGS = (
     "kitchen", "ladder", "monkey", "needle", "orange", "pillow", "quarry", "ribbon", "spider", "tunnel",
 )  # fmt: skip
 WHEN = (
-    "Early in the morning,",
-    "After the long winter,",
-    "On the day of the market,",
-    "When the rain had stopped,",
-    "Before anyone else was awake,",
-    "Towards the end of the summer,",
-    "As so often in those years,",
-    "Some weeks later,",
-    "In spite of the cold,",
-    "Without saying a word,",
-    "Once the bells had rung,",
+    "Early in the morning,", "After the long winter,", "On the day of the market,", "When the rain had stopped,",
+    "Before anyone else was awake,", "Towards the end of the summer,", "As so often in those years,",
+    "Some weeks later,", "In spite of the cold,", "Without saying a word,", "Once the bells had rung,",
     "To everybody's surprise,",
-)
+)  # fmt: skip
 WHO = (
-    "the old fisherman",
-    "a teacher from the next town",
-    "the two sisters",
-    "our neighbour's son",
-    "the young doctor",
-    "a group of travellers",
-    "the baker and his wife",
-    "the captain",
-    "one of the children",
-    "my grandmother",
-    "the new librarian",
-    "a quiet man in a grey coat",
-)
+    "the old fisherman", "a teacher from the next town", "the two sisters", "our neighbour's son", "the young doctor",
+    "a group of travellers", "the baker and his wife", "the captain", "one of the children", "my grandmother",
+    "the new librarian", "a quiet man in a grey coat",
+)  # fmt: skip
 DID = (
-    "walked slowly",
-    "carried a heavy box",
-    "waited for a letter",
-    "told a long story",
-    "looked for the lost dog",
-    "repaired a broken chair",
-    "sat and read the newspaper",
-    "sang an old song",
-    "bought bread and cheese",
-    "painted a small boat",
-    "talked about the weather",
-    "planted a row of trees",
-)
+    "walked slowly", "carried a heavy box", "waited for a letter", "told a long story", "looked for the lost dog",
+    "repaired a broken chair", "sat and read the newspaper", "sang an old song", "bought bread and cheese",
+    "painted a small boat", "talked about the weather", "planted a row of trees",
+)  # fmt: skip
 WHERE = (
-    "by the river.",
-    "in front of the church.",
-    "along the road to the coast.",
-    "at the edge of the forest.",
-    "behind the railway station.",
-    "under the stone bridge.",
-    "on the steps of the town hall.",
-    "near the empty mill.",
-    "in the shade of the wall.",
-    "beside the open window.",
-    "at the top of the hill.",
+    "by the river.", "in front of the church.", "along the road to the coast.", "at the edge of the forest.",
+    "behind the railway station.", "under the stone bridge.", "on the steps of the town hall.",
+    "near the empty mill.", "in the shade of the wall.", "beside the open window.", "at the top of the hill.",
     "not far from the harbour.",
-)
+)  # fmt: skip

@@ -22,7 +22,8 @@ import numpy as np
 
 from consa.data.documents import Document, Source, find_sources
 from consa.errors import ConsaError
-from consa.files import cache_dir, is_sealed, read_sealed, write_sealed
+from consa.files import cache_dir as default_cache_dir
+from consa.files import is_sealed, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,12 +120,12 @@ def load_sequences(
     try:
         sources = find_sources(data, text_field)
         options = [FORMAT_VERSION, seq_len, split, heldout_fraction, max_tokens, text_field]
-        entry = _entry_path(cache_dir, [encoder.identity, options, *(source.identity for source in sources)])
-        stored = _load_entry(entry)
-        if stored is None:
-            built = _cut(data, sources, encoder, seq_len, split, heldout_fraction, max_tokens, progress)
-            stored = _store_entry(entry, built)
-        return stored
+        identity = [encoder.identity, options, *(source.identity for source in sources)]
+        key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        entry = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "sequences" / key
+        return _load_entry(entry) or _store_entry(
+            entry, _cut(data, sources, encoder, seq_len, split, heldout_fraction, max_tokens, progress)
+        )
     except OSError as error:
         raise ConsaError(f"cannot read {error.filename or data}: {error.strerror or error}") from error
 
@@ -267,11 +268,6 @@ _BOUNDARY = re.compile(r"(?<=\S)(?:(?= \S)|\n(?=\S))")  # before a lone space, a
 
 
 # The cache: a sealed array and a sealed JSON file for each key; the JSON file is written last.
-
-
-def _entry_path(folder: Path | None, identity: list[Any]) -> Path:
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return (cache_dir() if folder is None else Path(folder)) / "sequences" / key
 
 
 def _load_entry(entry: Path) -> SequenceSet | None:

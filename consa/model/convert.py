@@ -7,13 +7,8 @@ layer-wise allocation without sinks in the config fields of the model's own fami
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from consa.allocation import Allocation
 from consa.errors import ConsaError, UnsupportedModelError, first_line
-from consa.files import check_writable, read_json, sha256_of
+from consa.files import JsonObject, check_writable, read_json, sha256_of
 from consa.model import interface
 from consa.model.layout import attention_layout, check_fits, inspect_attention
-from consa.model.load import check_device, quiet
+from consa.model.load import cannot_write, check_device, new_folder, quiet
 from consa.model.plan import Plan
 from consa.model.register import ARCHITECTURE_PREFIX, PREFIX, TAKEN
 
@@ -38,7 +33,7 @@ MAX_JSON_BYTES = 64 * 2**20
 # Families whose config can mix FA and SWA layers: model_type -> fields to write besides window and layer_types. Llama's
 # cannot: with layer_types it would use a sliding cache under a full mask. Ministral is the same network with these
 # fields. vLLM runs both under the name of Llama's class.
-PLAIN_FAMILIES: dict[str, dict[str, Any]] = {
+PLAIN_FAMILIES: dict[str, JsonObject] = {
     "llama": {"model_type": "ministral", "architectures": ["LlamaForCausalLM"]},
     "mistral": {"model_type": "ministral", "architectures": ["LlamaForCausalLM"]},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 0},
@@ -49,17 +44,11 @@ PLAIN_FAMILIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Converted:
-    """The result of `convert`.
+    """The result of `convert`."""
 
-    Attributes:
-        folder: the folder with the checkpoint.
-        kind: "hybrid", which needs consa, or "plain", which stock transformers reads.
-        reason: why `convert` chose this kind.
-    """
-
-    folder: Path
-    kind: Literal["hybrid", "plain"]
-    reason: str
+    folder: Path  # with the checkpoint
+    kind: Literal["hybrid", "plain"]  # "hybrid" needs consa, stock transformers reads "plain"
+    reason: str  # why `convert` chose this kind
 
 
 def convert(
@@ -101,9 +90,13 @@ def convert(
             " Other engines may silently run it as full attention: compare before use"
         )
     try:
-        with _new_folder(folder) as temporary, quiet():
-            with _without_allocation(model.config):
+        with new_folder(folder) as temporary, quiet():
+            record = vars(model.config).pop("consa", None)  # without it, a hybrid's config may be saved
+            try:
                 model.save_pretrained(temporary)
+            finally:
+                if record is not None:
+                    model.config.consa = record
             config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
             describe = _hybrid_config if kind == "hybrid" else _plain_config
             _write_json(temporary / "config.json", config | describe(model, config, allocation))
@@ -113,16 +106,10 @@ def convert(
             if kind == "plain":
                 _check_plain(temporary, allocation)
             files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
-            manifest = {
-                "schema": SCHEMA,
-                "kind": kind,
-                "files": {path.as_posix(): sha256_of(temporary / path) for path in files},
-            }
-            _write_json(temporary / MANIFEST, manifest)
+            digests = {path.as_posix(): sha256_of(temporary / path) for path in files}
+            _write_json(temporary / MANIFEST, {"schema": SCHEMA, "kind": kind, "files": digests})
     except (OSError, SafetensorError) as error:  # safetensors raises the latter if the disk is full
-        raise ConsaError(
-            f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; choose a folder with room"
-        ) from error
+        raise cannot_write(folder, error, "choose a folder with room") from error
     except ConsaError:
         raise
     except ValueError as error:  # checks of transformers, for example of the generation config
@@ -131,11 +118,7 @@ def convert(
 
 
 def check_wish(folder: Path, kind: str) -> None:
-    """Check the arguments of `convert` that need no model.
-
-    Raises:
-        ConsaError: no such kind, or a folder that is not empty or cannot be created.
-    """
+    """Raise a ConsaError for arguments of `convert` that are wrong with any model."""
     if kind not in ("auto", "hybrid", "plain"):
         raise ConsaError(f"kind must be auto, hybrid or plain, got {kind!r}")
     check_writable(folder)
@@ -183,48 +166,33 @@ def load(
 
 
 def verify(folder: str | Path) -> tuple[Literal["hybrid", "plain"], Allocation]:
-    """Check that a folder holds exactly what `convert` wrote.
-
-    Returns:
-        The folder's kind, and its allocation.
-
-    Raises:
-        ConsaError: a file is missing, truncated, edited or of another model; the message names it.
-    """
+    """The kind and allocation of a folder, after checking, as for `load`, that it holds what `convert` wrote."""
     folder = Path(folder)
-    if not os.path.isfile(folder / MANIFEST):  # unlike Path.is_file, accepts names that are too long
+    manifest_file, config_file = folder / MANIFEST, folder / "config.json"
+    if not os.path.isfile(manifest_file):  # unlike Path.is_file, accepts names that are too long
         raise ConsaError(f"{folder} holds no {MANIFEST}, so it is not a converted model; make one with consa convert")
-    manifest = _read_json(folder / MANIFEST)
+    manifest = _read_json(manifest_file)
     files = manifest.get("files")
     if manifest.get("schema") != SCHEMA or not isinstance(files, dict):
-        raise ConsaError(
-            f"{folder / MANIFEST}: schema must be {SCHEMA!r}, got {manifest.get('schema')!r}; convert the model again"
-        )
+        raise _damaged(f"{manifest_file}: schema must be {SCHEMA!r}, got {manifest.get('schema')!r}")
     for name in ("config.json", ALLOCATION):
         if name not in files:
-            raise ConsaError(f"{folder / MANIFEST} lists no {name}; convert the model again")
+            raise _damaged(f"{manifest_file} lists no {name}")
     for name, digest in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ConsaError(f"{folder / MANIFEST} lists {name!r}, outside its folder; convert the model again")
+            raise _damaged(f"{manifest_file} lists {name!r}, outside its folder")
         if not os.path.isfile(folder / name):
-            raise ConsaError(f"{folder / name} is missing; convert the model again")
+            raise _damaged(f"{folder / name} is missing")
         if sha256_of(folder / name) != digest:
-            raise ConsaError(
-                f"{folder / name} is truncated or edited: its hash differs from {MANIFEST}; convert the model again"
-            )
+            raise _damaged(f"{folder / name} is truncated or edited: its hash differs from {MANIFEST}")
     allocation = Allocation.load(folder / ALLOCATION)
-    config = _read_json(folder / "config.json")
+    config = _read_json(config_file)
     if manifest.get("kind") == "plain" and "consa" not in config:
         return "plain", allocation
     if manifest.get("kind") != "hybrid" or config.get("consa") != _record(allocation):
-        raise ConsaError(
-            f"{folder / 'config.json'} does not hold the allocation of {ALLOCATION}; convert the model again"
-        )
+        raise _damaged(f"{config_file} does not hold the allocation of {ALLOCATION}")
     if config.get("model_type") != interface.NAME:
-        raise ConsaError(
-            f"{folder / 'config.json'}: model_type must be {interface.NAME!r}, got {config.get('model_type')!r};"
-            " convert the model again"
-        )
+        raise _damaged(f"{config_file}: model_type must be {interface.NAME!r}, got {config.get('model_type')!r}")
     return "hybrid", allocation
 
 
@@ -245,7 +213,7 @@ def plain_obstacle(config: Any, allocation: Allocation) -> str | None:
     return None
 
 
-def _hybrid_config(model: PreTrainedModel, written: dict[str, Any], allocation: Allocation) -> dict[str, Any]:
+def _hybrid_config(model: PreTrainedModel, written: JsonObject, allocation: Allocation) -> JsonObject:
     """The changes to a config `written` by the family so that only `register.HybridConfig` can read it."""
     return {PREFIX + name: written[name] for name in TAKEN if name in written} | {
         "model_type": interface.NAME,  # read by AutoModel
@@ -255,12 +223,12 @@ def _hybrid_config(model: PreTrainedModel, written: dict[str, Any], allocation: 
     }
 
 
-def _record(allocation: Allocation) -> dict[str, Any]:
+def _record(allocation: Allocation) -> JsonObject:
     """The allocation as a config holds it."""
     return json.loads(allocation.to_json()) | {"scores": None, "provenance": {}}
 
 
-def _plain_config(model: PreTrainedModel, written: dict[str, Any], allocation: Allocation) -> dict[str, Any]:
+def _plain_config(model: PreTrainedModel, written: JsonObject, allocation: Allocation) -> JsonObject:
     """The changes that express the allocation in the config of the family."""
     config: Any = model.config
     kinds = ("sliding_attention", "full_attention")
@@ -269,20 +237,8 @@ def _plain_config(model: PreTrainedModel, written: dict[str, Any], allocation: A
         "layer_types": [kinds[int(full)] for full in allocation.full_attention[:, 0]],
     }
     if changes.get("model_type") == "ministral":
-        heads = config.num_attention_heads
-        changes["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // heads
+        changes["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return changes
-
-
-@contextmanager
-def _without_allocation(config: Any) -> Iterator[None]:
-    """Within the block, a hybrid's config is one of its family, which may be saved."""
-    record = vars(config).pop("consa", None)
-    try:
-        yield
-    finally:
-        if record is not None:
-            config.consa = record
 
 
 def _check_plain(folder: Path, allocation: Allocation) -> None:
@@ -302,26 +258,16 @@ def _check_plain(folder: Path, allocation: Allocation) -> None:
         )
 
 
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which is renamed to `folder` if the block succeeds and deleted if not."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.replace(temporary, folder)
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
+def _write_json(path: Path, record: JsonObject) -> None:
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> JsonObject:
     try:
         return read_json(path, max_bytes=MAX_JSON_BYTES)
     except ConsaError as error:
-        raise ConsaError(f"{error}; convert the model again") from error
+        raise _damaged(error) from error
+
+
+def _damaged(problem: object) -> ConsaError:
+    return ConsaError(f"{problem}; convert the model again")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -16,19 +16,10 @@ from consa.model.convert import load
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to choose the next token.
+    """How to choose the next token."""
 
-    Attributes:
-        temperature: 0 always takes the most likely token.
-        top_p: share of the probability to sample from, if temperature > 0.
-        seed: random seed.
-
-    Raises:
-        ConsaError: a value out of range.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
+    temperature: float = 0.0  # 0 always takes the most likely token
+    top_p: float = 1.0  # share of the probability to sample from, if temperature > 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,12 +80,12 @@ def generate_text(
     if chat and not tokenizer.chat_template:
         raise ConsaError("the tokenizer has no chat template; pass the prompt as plain text")
     if chat:
-        prompt = str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-        )
-    streamer = _Pieces(tokenizer, on_text) if on_text else None
+        messages = [{"role": "user", "content": prompt}]
+        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    streamer: Any = None
+    if on_text:
+        streamer = TextStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
+        streamer.on_finalized_text = lambda text, stream_end=False: text and on_text(text)  # instead of printing
     (text,) = generate_texts(model, tokenizer, [prompt], add_special_tokens=not chat, streamer=streamer, **options)
     return text
 
@@ -155,16 +146,3 @@ def generate_texts(
         **options,
     )
     return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-
-
-class _Pieces(TextStreamer):
-    """transformers' streamer, calling a function instead of printing."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Pass on text that is final."""
-        if text:
-            self.on_text(text)

@@ -18,34 +18,21 @@ from consa.model import register as _register  # noqa: F401 (the attention that 
 
 MAX_LAYERS = 4096  # a damaged config may hold any number, and a skeleton takes time and memory
 # Keywords that a model may pass to its attention function; others could change its meaning.
-KNOWN_KEYWORDS = {"scaling", "dropout", "softcap", "sliding_window", "is_causal"} | {
-    "position_ids",
-    "use_cache",
-    "cache_position",
-    "position_embeddings",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-}
+KNOWN_KEYWORDS = {
+    "scaling", "dropout", "softcap", "sliding_window", "is_causal", "position_ids", "use_cache", "cache_position",
+    "position_embeddings", "output_attentions", "output_hidden_states", "output_router_logits",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """The attention layers of a model and their shape.
+    """The attention layers of a model and their shape; every layer has the same."""
 
-    Attributes:
-        names: names of the attention modules, one per layer.
-        num_q_heads: query heads of each layer.
-        num_kv_heads: KV heads of each layer.
-        head_dim: elements per key of a head.
-        native_windows: layer -> window in tokens, for layers that already use a sliding window.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of the attention modules, one per layer
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
-    native_windows: dict[int, int] = field(default_factory=dict)
+    native_windows: dict[int, int] = field(default_factory=dict)  # layer -> tokens, if the model itself slides there
 
     @property
     def num_layers(self) -> int:
@@ -65,8 +52,7 @@ def decoder_layers(model: PreTrainedModel) -> list[Any]:
 
 def check_fits(allocation: Allocation, layout: AttentionLayout, model_name: str) -> None:
     """Raise InvalidAllocationError unless `allocation` has the model's shape and native windows."""
-    have = (allocation.num_layers, allocation.num_kv_heads)
-    want = layout.shape
+    have, want = (allocation.num_layers, allocation.num_kv_heads), layout.shape
     if have != want:
         raise InvalidAllocationError(
             f"the allocation is for {have[0]} layers x {have[1]} KV heads, but {model_name} has {want[0]} x {want[1]};"
@@ -123,11 +109,10 @@ def inspect_attention(model_class: type[PreTrainedModel], config: Any) -> Attent
     try:
         with torch.device("meta"):
             skeleton = model_class(config).eval()
-            for parent in list(skeleton.modules()):
-                children = list(parent.children())
-                if any(_is_attention(child) for child in children):
+            for parent in skeleton.modules():
+                if any(map(_is_attention, parent.children())):
                     # Feed-forward layers and norms keep the shape, and some cannot run on the meta device.
-                    for child in children:
+                    for child in parent.children():
                         if not _is_attention(child):
                             child.forward = _first_argument
             tokens = torch.zeros(1, 2, dtype=torch.long)
@@ -135,7 +120,7 @@ def inspect_attention(model_class: type[PreTrainedModel], config: Any) -> Attent
             skeleton(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     except Exception as error:  # model code may raise anything
         raise refuse(f"a forward pass of its skeleton failed: {type(error).__name__}: {error}") from error
-    modules: dict[str, Any] = {n: m for n, m in skeleton.named_modules() if hasattr(m, "consa_call")}
+    modules: Any = {n: m for n, m in skeleton.named_modules() if hasattr(m, "consa_call")}
     if [module.layer_idx for module in modules.values()] != list(range(num_layers)):
         raise refuse(f"{len(modules)} of its {num_layers} layers have attention that consa can take over")
     shapes, native_windows = set(), {}

@@ -6,10 +6,10 @@ import hashlib
 import importlib.util
 import logging
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,19 +34,12 @@ PACKAGED_MODELS = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its tokenizer, layout and identity.
+    """A model with its tokenizer, layout and identity."""
 
-    Attributes:
-        model: in evaluation mode, on its device.
-        tokenizer: the model's own.
-        layout: its attention layers.
-        identity: JSON-able `{"model": the source, "revision": commit or SHA-256 of the weights}`.
-    """
-
-    model: PreTrainedModel
+    model: PreTrainedModel  # in evaluation mode, on its device
     tokenizer: PreTrainedTokenizerBase
     layout: AttentionLayout
-    identity: dict[str, str]
+    identity: dict[str, str]  # {"model": the source, "revision": commit or SHA-256 of the weights}
 
 
 def check_device(device: str | None) -> None:
@@ -92,10 +85,8 @@ def load_model(
 
 def _whole(folder: str | Path, **options: Any) -> Any:
     """Load a model and refuse missing weights, which transformers would initialise at random."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=False, output_loading_info=True, **options
-    )
-    model, info = loaded
+    options |= {"trust_remote_code": False, "output_loading_info": True}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, **options)  # pyright: ignore[reportGeneralTypeIssues]
     if missing := sorted(info["missing_keys"]):
         raise ConsaError(f"its files lack {len(missing)} weights, the first {missing[0]}; get complete files")
     return model
@@ -156,36 +147,27 @@ def _convert_gguf(path: Path) -> tuple[str, str]:
         import accelerate  # noqa: F401  # transformers needs it to read GGUF
 
         check_header(path)
-        arguments: dict[str, Any] = {"gguf_file": path.name}
+        arguments: Any = {"gguf_file": path.name}
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **arguments)
             if hasattr(transformers, "GgufConfig"):  # newer versions may keep the file's quantisation
                 arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
             loaded = _whole(path.parent, dtype=torch.float32, **arguments)
-            config = type(loaded.config).from_dict(
-                {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
-            )
-            model = type(loaded)(config)  # models loaded from GGUF refuse to be saved
+            fields = loaded.config.to_dict()
+            fields.pop("quantization_config", None)
+            model = type(loaded)(type(loaded.config).from_dict(fields))  # models loaded from GGUF refuse to be saved
             model.load_state_dict(loaded.state_dict())
     except ImportError as error:
         raise missing_extra(f"reading {path.name}", "gguf", error) from error
     except Exception as error:  # gguf and numpy may raise anything for a damaged file
         raise ConsaError(f"cannot load {path}: damaged or not a GGUF file ({first_line(error)})") from error
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.mkdtemp(dir=folder.parent)
-        try:
-            with quiet():
-                model.save_pretrained(temporary)
-                tokenizer.save_pretrained(temporary)
-            os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with new_folder(folder) as temporary, quiet():
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
     except (OSError, SafetensorError) as error:  # safetensors raises the latter if the disk is full
         if not (folder / "config.json").is_file():  # otherwise another process was faster
-            raise ConsaError(
-                f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; set CONSA_CACHE elsewhere"
-            ) from error
+            raise cannot_write(folder, error, "set CONSA_CACHE elsewhere") from error
     return str(folder), digest
 
 
@@ -210,3 +192,22 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder, which is renamed to `folder` if the block succeeds and deleted if not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{folder.name}.{secrets.token_hex(8)}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, folder)
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cannot_write(folder: Path, error: Exception, fix: str) -> ConsaError:
+    """The error for a model that could not be saved."""
+    return ConsaError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; {fix}")

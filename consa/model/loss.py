@@ -42,6 +42,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 Objective = Callable[[Tensor, Tensor, slice], Tensor]
+"""(hidden states, logits, positions) of a chunk -> its summed loss."""
 
 
 def backward(model: PreTrainedModel, tokens: Tensor, *, scale: float, objective: Objective | None = None) -> Tensor:
@@ -50,14 +51,8 @@ def backward(model: PreTrainedModel, tokens: Tensor, *, scale: float, objective:
     Each chunk of positions goes through the output layer and back immediately, which leaves its gradient on the hidden
     states. One backward pass through the model then takes the gradients of all chunks. Nothing is computed twice.
 
-    Args:
-        model: attached or plain.
-        tokens: `(batch, seq)` int64.
-        scale: factor on the loss, for accumulation.
-        objective: (hidden states, logits, positions) of a chunk -> its summed loss; None is the cross-entropy.
-
-    Returns:
-        The mean loss per predicted token, times `scale`: a float32 scalar without gradient.
+    Returns the mean loss per predicted token of `(batch, seq)` int64 `tokens`, times `scale`, as a float32 scalar
+    without gradient. Without an `objective`, the loss is the cross-entropy.
     """
     hidden = hidden_states(model, tokens)
     factor = scale / tokens[:, 1:].numel()

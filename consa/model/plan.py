@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,24 +61,15 @@ class Plan:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scaling: float, softcap: float | None
     ) -> Tensor:
-        """Attention of one layer.
+        """Attention of one layer, as `ops.hybrid_attention`; zero for padding queries.
 
-        Args:
-            layer: index of the layer.
-            q: `(batch, q_heads, queries, head_dim)`; the last query has the position of the last key.
-            k: `(batch, kv_heads, keys, head_dim)`.
-            v: as `k`.
-            first: `(batch,)` on the CPU, index of each sequence's first real key, or None without left padding.
-            scaling: factor on the scores.
-            softcap: tanh bound on the scores, or None.
-
-        Returns:
-            As `q`; zero for padding queries.
+        `first`, `(batch,)` on the CPU, is the index of each sequence's first real key, or None without left padding.
         """
         if self._observer:
             self._observer(layer, q, k, scaling, softcap)
+        scores = {"scaling": scaling, "softcap": softcap}
         if first is None:
-            return self._attend(layer, None, q, k, v, scaling, softcap)
+            return self._attend(layer, None, q, k, v, **scores)
         # Padding is cut off, not masked: sequences of equal length are computed together.
         out = torch.zeros_like(q)
         for sequences, start in by_start(first):
@@ -85,9 +77,8 @@ class Plan:
             skipped = max(0, start - (k.shape[2] - q.shape[2]))  # number of padding queries
             if skipped >= q.shape[2]:
                 continue
-            part = self._attend(
-                layer, sequences, q[there, :, skipped:], k[there, :, start:], v[there, :, start:], scaling, softcap
-            )
+            real_kv = (x[there, :, start:] for x in (k, v))
+            part = self._attend(layer, sequences, q[there, :, skipped:], *real_kv, **scores)
             out = out.index_put((there,), torch.nn.functional.pad(part, (0, 0, skipped, 0)))
         return out
 
@@ -110,29 +101,12 @@ class Plan:
             return out
         return cached_attention(q, new, first, scaling=scaling, softcap=softcap)
 
-    def _attend(
-        self,
-        layer: int,
-        sequences: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scaling: float,
-        softcap: float | None,
-    ) -> Tensor:
-        native_window = self.allocation.native_windows.get(layer)
-        if native_window is not None:
-            return sliding_attention(q, k, v, window=native_window, num_sink_tokens=0, scaling=scaling, softcap=softcap)
-        return hybrid_attention(
-            q,
-            k,
-            v,
-            self._sorted_rows(layer, sequences, q.shape[0], q.device),
-            window=self.allocation.window,
-            num_sink_tokens=self.allocation.num_sink_tokens,
-            scaling=scaling,
-            softcap=softcap,
-        )
+    def _attend(self, layer: int, sequences: Tensor | None, q: Tensor, k: Tensor, v: Tensor, **scores: Any) -> Tensor:
+        if native_window := self.allocation.native_windows.get(layer):
+            return sliding_attention(q, k, v, window=native_window, num_sink_tokens=0, **scores)
+        rows = self._sorted_rows(layer, sequences, q.shape[0], q.device)
+        limits = {"window": self.allocation.window, "num_sink_tokens": self.allocation.num_sink_tokens}
+        return hybrid_attention(q, k, v, rows, **limits, **scores)
 
     def _sorted_rows(self, layer: int, sequences: Tensor | None, batch: int, device: torch.device) -> Rows:
         if self._gates is not None:

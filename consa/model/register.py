@@ -25,8 +25,9 @@ from transformers import (
 from transformers.cache_utils import CacheLayerMixin
 
 from consa.allocation import Allocation
-from consa.cache.hybrid import dynamic_layer, static_layer
+from consa.cache.hybrid import hybrid_layer
 from consa.errors import ConsaError
+from consa.files import JsonObject
 from consa.model import interface
 
 # A hybrid's config.json replaces these fields and keeps the original values under prefixed names. A nested object would
@@ -46,12 +47,8 @@ class HybridConfig(PreTrainedConfig):
     model_type = interface.NAME
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config of the family, with unused `kwargs` if they are requested.
-
-        Raises:
-            ConsaError: another attention implementation is requested.
-        """
+    def from_dict(cls, config_dict: JsonObject, **kwargs: Any) -> Any:
+        """The config of the family, with unused `kwargs` if requested; no attention implementation but consa's."""
         asked = kwargs.pop("attn_implementation", None)
         if asked not in (None, interface.NAME):
             raise ConsaError(_another_attention(asked))
@@ -59,39 +56,27 @@ class HybridConfig(PreTrainedConfig):
         return CONFIG_MAPPING[own["model_type"]].from_dict(own, **kwargs)
 
 
-def family_config(config_dict: dict[str, Any]) -> dict[str, Any]:
+def family_config(config_dict: JsonObject) -> JsonObject:
     """A hybrid's config.json with the original fields of its family; allocation and architecture stay."""
     return {name.removeprefix(PREFIX): x for name, x in config_dict.items() if name not in TAKEN}
 
 
 def save_config(config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-    """transformers' `save_pretrained`, which would silently write a hybrid as a full-attention model of its family.
-
-    Raises:
-        ConsaError: the config holds an allocation.
-    """
+    """transformers' `save_pretrained`, refusing hybrids: it would silently write them as full-attention models."""
     if interface.allocation_of(config) is not None:
         raise ConsaError("save_pretrained cannot write a hybrid; use consa.convert(model, allocation, folder)")
     _stock_save(config, *args, **kwargs)
 
 
 def set_attention(model: PreTrainedModel, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-    """transformers' `set_attn_implementation`, which would silently turn a hybrid into a full-attention model.
-
-    Raises:
-        ConsaError: the model's config holds an allocation, and another attention implementation is requested.
-    """
+    """transformers' `set_attn_implementation`, refusing what would silently make a hybrid a full-attention model."""
     if attn_implementation != interface.NAME and interface.allocation_of(model.config) is not None:
         raise ConsaError(_another_attention(attn_implementation))
     _stock_set_attention(model, attn_implementation, *args, **kwargs)
 
 
 def layer_types_and_kwargs(config: Any) -> tuple[list[str], Any]:
-    """transformers' `get_layer_types_and_kwargs`, with consa's layers for a config that holds an allocation.
-
-    Raises:
-        ConsaError: the config holds an allocation, but selects another attention implementation.
-    """
+    """transformers' `get_layer_types_and_kwargs`, with consa's layers for a config that holds an allocation."""
     allocation = interface.allocation_of(config)
     stock = _stock_layer_types(config)
     if allocation is None:
@@ -112,20 +97,16 @@ def _another_attention(name: Any) -> str:
     )
 
 
-def _dynamic(allocation: Allocation, layers: Iterator[int]) -> CacheLayerMixin:
-    return dynamic_layer(allocation, next(layers))
-
-
-def _static(allocation: Allocation, layers: Iterator[int], max_cache_len: int) -> CacheLayerMixin:
-    return static_layer(allocation, next(layers), max_cache_len)
+def _cache_layer(allocation: Allocation, layers: Iterator[int], max_cache_len: int | None = None) -> CacheLayerMixin:
+    return hybrid_layer(allocation, next(layers), max_cache_len)
 
 
 AttentionInterface.register(interface.NAME, interface.consa_attention)
 AttentionMaskInterface.register(interface.NAME, interface.consa_mask)
 AttentionInterface.register(interface.INSPECT_NAME, interface.record_call)
 AttentionMaskInterface.register(interface.INSPECT_NAME, lambda *args, **kwargs: None)
-cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[interface.NAME] = _dynamic
-cache_utils.STATIC_LAYER_TYPE_MAPPING[interface.NAME] = _static
+cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[interface.NAME] = _cache_layer
+cache_utils.STATIC_LAYER_TYPE_MAPPING[interface.NAME] = _cache_layer
 cache_utils.get_layer_types_and_kwargs = layer_types_and_kwargs
 AutoConfig.register(interface.NAME, HybridConfig)
 PreTrainedConfig.save_pretrained = save_config  # pyright: ignore[reportAttributeAccessIssue]

@@ -3,8 +3,12 @@
 `ops.kernels_for` imports this module on devices that run the kernels.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportMissingImports=false
+# (The arguments of a launch differ from those of the Python function.)
+
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +16,9 @@ from torch import Tensor
 
 from consa.attention.portable import full_attention, must_repeat
 from consa.attention.rows import Rows
-from consa.attention.triton import kernels, launch
+from consa.attention.triton import kernels
 from consa.attention.triton.decode import decode
-from consa.attention.triton.launch import Problem
+from consa.attention.triton.launch import SINK_BLOCK, Problem, blocks_for, cdiv, heads_of, strides, tma_blocks
 
 __all__ = ["decode", "hybrid_attention", "sliding_attention"]
 
@@ -76,16 +80,24 @@ class _Hybrid(torch.autograd.Function):
         problem: Problem,
     ) -> Tensor:
         q, k, v = (_dense(x) for x in (q, k, v))
-        out = torch.empty_like(q)
+        out, p, swa_rows = torch.empty_like(q), problem, order[num_full:]
         if given is not None and num_full:
-            _Places.of(order[:num_full], problem.kv_heads).put(out, given[:num_full])
+            _Places.of(order[:num_full], p.kv_heads).put(out, given[:num_full])
         ctx.mode = kernels.SLIDING if gates is None else kernels.ONE_PASS if given is None else kernels.GIVEN_FULL
         mixed = None if given is None else given[num_full:]
-        state = launch.forward(
-            q, k, v, out, order[num_full:], num_open - num_full, gates, mixed, problem, ctx.mode.value,
-            training=any(ctx.needs_input_grad),
+        # log-sum-exps: near, and with ONE_PASS full; FA minus SWA of the open rows
+        lse = q.new_empty((1 + (ctx.mode is kernels.ONE_PASS), len(swa_rows), p.group, p.queries), dtype=torch.float32)
+        difference = None
+        if gates is not None and any(ctx.needs_input_grad):
+            difference = q.new_empty((num_open - num_full, p.packed, p.head_dim))
+        blocks = blocks_for("forward", q)
+        kernels.forward[cdiv(p.packed, blocks.queries), len(swa_rows)](
+            q, *tma_blocks(blocks.keys, k, v), *tma_blocks(SINK_BLOCK, k, v), out, difference, lse, mixed, swa_rows,
+            gates, *map(strides, (q, out, mixed)), p.kv_heads, heads_of(mixed, p), p.queries, p.keys, p.window,
+            p.num_sink_tokens, p.scaling / math.log(2), SINK_KEYS=SINK_BLOCK, TRAINING=difference is not None,
+            **p.settings(q, blocks, ctx.mode.value),
         )  # fmt: skip
-        ctx.save_for_backward(q, k, v, gates, order, out, *state)
+        ctx.save_for_backward(q, k, v, gates, order, out, lse, difference)
         ctx.num_full, ctx.problem = num_full, problem
         ctx.given = None if given is None else torch.empty_like(given, device="meta")
         return out
@@ -96,16 +108,35 @@ class _Hybrid(torch.autograd.Function):
         dout = _dense(dout)
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         dgiven = mixed = None
-        num_full = ctx.num_full
+        num_full, p = ctx.num_full, ctx.problem
+        swa_rows = order[num_full:]
         if ctx.given is not None:
             dgiven = torch.empty_like(ctx.given, device=q.device)
             if num_full:
-                dgiven[:num_full] = _Places.of(order[:num_full], ctx.problem.kv_heads).take(dout)
+                dgiven[:num_full] = _Places.of(order[:num_full], p.kv_heads).take(dout)
             mixed = dgiven[num_full:]
-        dgates = launch.backward(
-            q, k, v, out, dout, dq, dk, dv, order[num_full:], gates, mixed, lse, difference, ctx.problem,
-            ctx.mode.value,
+        padded = cdiv(p.queries, kernels.TERM_BLOCK.value) * kernels.TERM_BLOCK.value
+        terms = lse.new_empty((4 if ctx.mode is kernels.ONE_PASS else 2, len(swa_rows), p.group, padded))
+        scale, blocks = p.scaling / math.log(2), blocks_for("backward_q", q)
+        num_blocks = cdiv(p.packed, blocks.queries)
+        dgates = None if gates is None else lse.new_zeros((len(gates), num_blocks))
+        sink_parts = lse.new_empty((num_blocks, 2, len(swa_rows), p.num_sink_tokens, p.head_dim))
+        kernels.backward_q[num_blocks, len(swa_rows)](
+            q, *tma_blocks(blocks.keys, k, v), *tma_blocks(SINK_BLOCK, k, v), out, difference, dout, dq, mixed, dgates,
+            lse, terms, sink_parts, swa_rows, gates, *map(strides, (q, out, dout, dq, mixed)), p.kv_heads,
+            heads_of(mixed, p), p.queries, p.keys, p.window, p.num_sink_tokens, p.scaling, scale, SINK_KEYS=SINK_BLOCK,
+            **p.settings(q, blocks, ctx.mode.value),
         )  # fmt: skip
+        sink_sums = sink_parts.sum(0) if p.num_sink_tokens else sink_parts
+        blocks = blocks_for("backward_kv", q)
+        (q_blocks, dout_blocks), kv_blocks = tma_blocks(blocks.queries, q, dout), tma_blocks(blocks.keys, k, v)
+        kernels.backward_kv[cdiv(p.keys, blocks.keys), len(swa_rows)](
+            q_blocks, *kv_blocks, dout_blocks, dk, dv, terms, sink_sums, swa_rows, gates, *map(strides, (dk, dv)),
+            p.kv_heads, p.queries, p.keys, p.window, p.num_sink_tokens, p.scaling, scale,
+            **p.settings(q, blocks, ctx.mode.value),
+        )  # fmt: skip
+        if dgates is not None:
+            dgates = dgates.sum(1)
         return dq, dk, dv, dgates, dgiven, None, None, None, None
 
 
@@ -118,16 +149,17 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, num_alone: int):
-        ctx.rows, ctx.num_alone = _Places.of(rows, k.shape[1]), num_alone
-        return *(ctx.rows.take(x) for x in (q, k, v)), *(x.view_as(x) for x in (q, k, v))
+        ctx.alone, ctx.shared = (_Places.of(x, k.shape[1]) for x in (rows[:num_alone], rows[num_alone:]))
+        places = _Places.of(rows, k.shape[1])
+        return *(places.take(x) for x in (q, k, v)), *(x.view_as(x) for x in (q, k, v))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor):
-        alone, shared = ctx.rows.split(ctx.num_alone)
+        num_alone = len(ctx.alone.heads)
         for taken, whole in zip(gradients[:3], gradients[3:], strict=True):
-            alone.put(whole, taken[: ctx.num_alone])
-            if len(taken) > ctx.num_alone:
-                shared.put(whole, shared.take(whole) + taken[ctx.num_alone :])
+            ctx.alone.put(whole, taken[:num_alone])
+            if len(taken) > num_alone:
+                ctx.shared.put(whole, ctx.shared.take(whole) + taken[num_alone:])
         return *gradients[3:], None, None
 
 
@@ -141,14 +173,6 @@ class _Places(NamedTuple):
     @classmethod
     def of(cls, rows: Tensor, kv_heads: int) -> _Places:
         return cls(rows // kv_heads, rows % kv_heads, kv_heads)
-
-    def split(self, count: int) -> tuple[_Places, _Places]:
-        """The first `count` rows and the others."""
-        first, rest = slice(count), slice(count, None)
-        return self._some(first), self._some(rest)
-
-    def _some(self, rows: slice) -> _Places:
-        return _Places(self.sequences[rows], self.heads[rows], self.kv_heads)
 
     def take(self, x: Tensor) -> Tensor:
         """The rows as `(rows, heads per row, tokens, head_dim)`."""
