@@ -357,7 +357,7 @@ def test_learn_from_the_shell(tmp_path: Path, tiny_model_folder: Path, text_fold
         "Found",
         "Learning",
         "Refining",
-        "100%",
+        "Undecided:",
         "Measuring",
     }
     for part in ("loss", "sparsity", "target", "multiplier", "tokens/s", "GiB", "left"):
