@@ -121,9 +121,10 @@ def test_heads_that_do_one_thing_are_seen_to_do_it():
     p = attention.softmax(-1)
     observer._add(0, torch.arange(len(drawn)), p, torch.zeros(3, 1, len(drawn)))
     only = 1 / (len(drawn) - 1)  # what token 1 can look at but itself is token 0
-    assert means["previous_token"][0] == pytest.approx([1, only, only])
-    assert means["copy"][0].round(3).tolist() == [0, 1, 0]
-    assert means["induction"][0].round(3).tolist() == [0, 0, 1]
+    seen = means.means()
+    assert seen["previous_token"][0] == pytest.approx([1, only, only])
+    assert seen["copy"][0].round(3).tolist() == [0, 1, 0]
+    assert seen["induction"][0].round(3).tolist() == [0, 0, 1]
 
 
 def test_causal_effect_is_the_rise_of_the_loss():
