@@ -61,7 +61,7 @@ def bench(
         str,
         typer.Option(
             metavar="transformers|vllm",
-            help="Engine that is measured. With vllm, the KV cache is the one that vLLM plans.",
+            help="Engine that is measured. With vllm, KV cache is the bytes in use while all requests decode.",
         ),
     ] = "transformers",
     out: Annotated[
