@@ -149,7 +149,8 @@ def model_folder(name: str, options: argparse.Namespace, positions: int) -> Path
         return folder
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    config = Qwen3Config(**(TINY if options.tiny else QWEN3_06B) | {"max_position_embeddings": positions})
+    shape: dict[str, Any] = (TINY if options.tiny else QWEN3_06B) | {"max_position_embeddings": positions}
+    config = Qwen3Config(**shape)
     torch.manual_seed(0)
     model, tokenizer = Qwen3ForCausalLM(config).bfloat16(), _tokenizer(config.vocab_size)
     convert(model, _allocation(name, config, options), folder, kind="hybrid", tokenizer=tokenizer)
@@ -201,12 +202,7 @@ def _keep(record: dict[str, Any], out: Path, name: str, row: dict[str, Any]) -> 
 def serve(
     folder: Path, engine: dict[str, Any], *, context: list[int], requests: int, output_tokens: int, stock: bool
 ) -> dict[str, Any]:
-    """Measure the OpenAI-compatible server with requests of `context[0]` to `context[1]` tokens, all sent at once.
-
-    Returns:
-        Seconds until the last answer, tokens generated per second, seconds until the first token (median and 99th
-        percentile), seconds between tokens (median over requests), requests at once, preemptions.
-    """
+    """Measure the OpenAI-compatible server with requests of `context[0]` to `context[1]` tokens, all sent at once."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -228,7 +224,7 @@ def serve(
                     raise ConsaError(f"the server of {folder} failed: {bench.last_line(Path(log.name))}")
                 time.sleep(0.5)
             started = time.perf_counter() - start
-            lengths = np.random.default_rng(0).integers(*context, requests, endpoint=True).tolist()
+            lengths = np.random.default_rng(0).integers(context[0], context[1], requests, endpoint=True).tolist()
             asyncio.run(_send(address, str(folder), lengths[:2], output_tokens))  # compiles kernels
             return {"start_seconds": started} | asyncio.run(_send(address, str(folder), lengths, output_tokens))
         finally:
