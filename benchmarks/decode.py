@@ -109,13 +109,8 @@ def step_of(
 def dense_sdpa(model: PreTrainedModel, context: int, batch: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """The library's attention over a full cache of fixed size; each step overwrites its last token."""
     shape = (batch, KV_HEADS, context, HEAD_DIM)
-    storage = [
-        (
-            torch.randn(shape, device=DEVICE, dtype=torch.bfloat16),
-            torch.randn(shape, device=DEVICE, dtype=torch.bfloat16),
-        )
-        for _ in range(LAYERS)
-    ]
+    # Per layer, keys and values.
+    storage: Any = [[torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)] for _ in range(LAYERS)]
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
         keys, values = storage[module.layer_idx]

@@ -24,6 +24,7 @@ from consa.model.layout import AttentionLayout
 from consa.model.load import load_model
 from consa.rules import RULES
 
+TAKEN_BY_RULES = ("granularity", "window", "num_sink_tokens")
 COLUMNS = ["allocation", "sparsity", "context", "prefill", "decode", "KV cache", "peak MB dense", "hybrid"]
 
 
@@ -74,21 +75,10 @@ def main() -> None:
 def _allocations(options: argparse.Namespace, layout: AttentionLayout) -> list[tuple[str, Allocation]]:
     if options.allocation:
         return [(path.stem, Allocation.load(path)) for path in options.allocation]
-    return [
-        (
-            options.rule,
-            RULES[options.rule](
-                layout.num_layers,
-                layout.num_kv_heads,
-                sparsity=float(sparsity),
-                granularity=options.granularity,
-                window=options.window,
-                num_sink_tokens=options.num_sink_tokens,
-                native_windows=layout.native_windows,
-            ),
-        )
-        for sparsity in options.sparsity.split(",")
-    ]
+    rule, settings = RULES[options.rule], {name: getattr(options, name) for name in TAKEN_BY_RULES}
+    settings["native_windows"] = layout.native_windows
+    sparsities = map(float, options.sparsity.split(","))
+    return [(options.rule, rule(*layout.shape, sparsity=sparsity, **settings)) for sparsity in sparsities]
 
 
 def _rows(name: str, result: Benchmark) -> list[list[Any]]:

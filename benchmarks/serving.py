@@ -25,25 +25,24 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import environment, parser_of, print_table, write_json
+from common import QWEN3_06B, environment, parser_of, print_table, write_json
 
 from consa import Allocation, ConsaError, convert
 from consa.bench import vllm as bench
 from consa.serving.limits import vllm_version
 from consa.serving.server import command
 
-SHAPE = {"layers": 28, "kv_heads": 8, "head_dim": 128, "hidden": 1024, "intermediate": 3072, "vocabulary": 151_936}
-TINY = {"layers": 3, "kv_heads": 4, "head_dim": 32, "hidden": 64, "intermediate": 64, "vocabulary": 512}
+TINY = QWEN3_06B | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "head_dim": 32}
+TINY |= {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4}
 WORKLOADS = ("long", "short", "saturated", "server")
 MODELS = ("dense", "heads-sinks4", "heads-sinks0", "layers-sinks4")
 COLUMNS = ["workload", "model", "prefill s", "of dense", "decode ms/step", "of dense", "tokens/s", "x dense"]
@@ -56,8 +55,8 @@ def main() -> None:
     options = _options()
     workloads = _workloads(options)
     engine = {"max_num_batched_tokens": bench.CHUNK, "dtype": "bfloat16"} | options.engine
-    longest = (_longest(workload, engine["max_num_batched_tokens"]) for workload in workloads.values())
-    engine.setdefault("max_model_len", max(longest))
+    lengths = (work | {"context": int(np.max(work["context"]))} for work in workloads.values())
+    engine.setdefault("max_model_len", max(bench.tokens_of(work, engine["max_num_batched_tokens"]) for work in lengths))
     kept = ("model", "allocation", "sparsity", "window", "tiny")
     settings = {name: getattr(options, name) for name in kept} | {"engine": engine, "workloads": workloads}
     record = environment() | {"settings": settings, "columns": COLUMNS, "rows": [], "runs": {}}
@@ -67,25 +66,27 @@ def main() -> None:
         if before["settings"] != settings:
             raise SystemExit(f"{options.out} was measured with {before['settings']}; choose another --out")
         record |= {"runs": before["runs"], "rows": before["rows"]}
-    with _folder(options.folder) as folder:
-        models = Models(folder, options, engine["max_model_len"])
+    with nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory() as folder:
+        options.folder = Path(folder)
         if options.prepare:
-            folders = {name: models(name) for name in options.models}
-            if options.prepare == "write":
-                return
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(lambda name: _compile(name, folders[name], engine), options.models))
+            folders = [model_folder(name, options, engine["max_model_len"]) for name in options.models]
+            if options.prepare == "compile":
+                with ThreadPoolExecutor() as pool:
+                    list(pool.map(lambda name, folder: _compile(name, folder, engine), options.models, folders))
             return
         for name in options.models:
             missing = [key for key in options.workloads if f"{key} {name}" not in record["runs"]]
-            offline = [key for key in missing if key != "server"]
+            if not missing:
+                continue
+            offline, stock = [key for key in missing if key != "server"], name == "dense"
             try:
+                folder = model_folder(name, options, engine["max_model_len"])
                 jobs = [workloads[key] for key in offline]
-                rows = bench.run_job(models(name), engine, jobs, stock=name == "dense") if jobs else ()
+                rows = bench.run_job(folder, engine, jobs, stock=stock) if jobs else ()
                 for key, row in zip(offline, rows, strict=True):
                     _keep(record, options.out, f"{key} {name}", row)
                 if "server" in missing:
-                    row = serve(models(name), engine, stock=name == "dense", **workloads["server"])
+                    row = serve(folder, engine, stock=stock, **workloads["server"])
                     _keep(record, options.out, f"server {name}", row)
             except ConsaError as error:  # the other models go on
                 print(f"{name}: {error}", flush=True)
@@ -134,93 +135,51 @@ def _workloads(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return dict(zip(WORKLOADS, (long, short, saturated, server), strict=True))
 
 
-def _longest(workload: dict[str, Any], chunk: int) -> int:
-    if isinstance(workload["context"], list):
-        return max(workload["context"]) + workload["output_tokens"]
-    return bench.tokens_of(workload, chunk)
-
-
-@contextmanager
-def _folder(kept: Path | None) -> Any:
-    if kept:
-        kept.mkdir(parents=True, exist_ok=True)
-        yield kept
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            yield Path(temporary)
-
-
-class Models:
-    """Folders by the names of models; written when they are asked for."""
-
-    def __init__(self, folder: Path, options: argparse.Namespace, positions: int) -> None:
-        self.folder, self.options, self.positions = folder, options, positions
-        self._model: Any = None
-
-    def __call__(self, name: str) -> Path:
-        """The folder of a model."""
-        folder = self.folder / name
-        if folder.exists():
-            return folder
-        if name == "dense":
-            return bench.dense_folder(self("given" if self.options.model else MODELS[1]), folder)
-        if name == "given":
-            model, allocation = self.options.model, self.options.allocation
-            words = [sys.executable, "-m", "consa", "convert", model, "--allocation", allocation]
-            subprocess.run([*words, "--kind", "hybrid", "--out", folder], check=True)
-            return folder
-        convert(self._random(), self._allocation(name), folder, kind="hybrid", tokenizer=self._tokenizer())
+def model_folder(name: str, options: argparse.Namespace, positions: int) -> Path:
+    """The folder of a model in `options.folder`, written when it is first asked for."""
+    folder = options.folder / name
+    if folder.exists():
         return folder
+    if name == "dense":
+        hybrid = model_folder("given" if options.model else MODELS[1], options, positions)
+        return bench.dense_folder(hybrid, folder)
+    if name == "given":
+        words = [sys.executable, "-m", "consa", "convert", options.model, "--allocation", options.allocation]
+        subprocess.run([*words, "--kind", "hybrid", "--out", folder], check=True)
+        return folder
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    @property
-    def shape(self) -> dict[str, int]:
-        """Sizes of the random model."""
-        return TINY if self.options.tiny else SHAPE
+    shape: dict[str, Any] = (TINY if options.tiny else QWEN3_06B) | {"max_position_embeddings": positions}
+    config = Qwen3Config(**shape)
+    torch.manual_seed(0)
+    model, tokenizer = Qwen3ForCausalLM(config).bfloat16(), _tokenizer(config.vocab_size)
+    convert(model, _allocation(name, config, options), folder, kind="hybrid", tokenizer=tokenizer)
+    return folder
 
-    def _random(self) -> Any:
-        from transformers import Qwen3Config, Qwen3ForCausalLM
 
-        if self._model is None:
-            shape = self.shape
-            config = Qwen3Config(
-                num_hidden_layers=shape["layers"],
-                num_key_value_heads=shape["kv_heads"],
-                num_attention_heads=2 * shape["kv_heads"],
-                head_dim=shape["head_dim"],
-                hidden_size=shape["hidden"],
-                intermediate_size=shape["intermediate"],
-                vocab_size=shape["vocabulary"],
-                tie_word_embeddings=True,
-                max_position_embeddings=self.positions,
-            )
-            torch.manual_seed(0)
-            self._model = Qwen3ForCausalLM(config).bfloat16()
-        return self._model
+def _allocation(name: str, config: Any, options: argparse.Namespace) -> Allocation:
+    """FA heads anywhere, or FA layers anywhere, drawn with seed 0."""
+    granularity, sinks = name.split("-sinks")
+    layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    units = layers * heads if granularity == "heads" else layers
+    full = np.zeros(units, bool)
+    full[np.random.default_rng(0).permutation(units)[: round(units * (1 - options.sparsity))]] = True
+    return Allocation(
+        full_attention=full.reshape(layers, -1).repeat(layers * heads // units, axis=1),
+        granularity="kv_head" if granularity == "heads" else "layer",
+        window=options.window,
+        num_sink_tokens=int(sinks),
+    )
 
-    def _allocation(self, name: str) -> Allocation:
-        """FA heads anywhere, or FA layers anywhere, drawn with seed 0."""
-        granularity, sinks = name.split("-sinks")
-        layers, heads = self.shape["layers"], self.shape["kv_heads"]
-        units = layers * heads if granularity == "heads" else layers
-        full = np.zeros(units, bool)
-        full[np.random.default_rng(0).permutation(units)[: round(units * (1 - self.options.sparsity))]] = True
-        full = full.reshape(layers, -1).repeat(layers * heads // units, axis=1)
-        return Allocation(
-            full_attention=full,
-            granularity="kv_head" if granularity == "heads" else "layer",
-            window=self.options.window,
-            num_sink_tokens=int(sinks),
-        )
 
-    def _tokenizer(self) -> Any:
-        """A word for each token; the server wants a tokenizer."""
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
+def _tokenizer(vocabulary: int) -> Any:
+    """A word for each token; the server wants a tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
-        words = {f"t{token}": token for token in range(self.shape["vocabulary"])}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0", eos_token="t1")
+    tokenizer = Tokenizer(models.WordLevel({f"t{token}": token for token in range(vocabulary)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0", eos_token="t1")
 
 
 def _compile(name: str, folder: Path, engine: dict[str, Any]) -> None:
@@ -243,40 +202,31 @@ def _keep(record: dict[str, Any], out: Path, name: str, row: dict[str, Any]) -> 
 def serve(
     folder: Path, engine: dict[str, Any], *, context: list[int], requests: int, output_tokens: int, stock: bool
 ) -> dict[str, Any]:
-    """Measure the OpenAI-compatible server with requests of `context[0]` to `context[1]` tokens, all sent at once.
-
-    Returns:
-        Seconds until the last answer, tokens generated per second, seconds until the first token (median and 99th
-        percentile), seconds between tokens (median over requests), requests at once, preemptions.
-    """
+    """Measure the OpenAI-compatible server with requests of `context[0]` to `context[1]` tokens, all sent at once."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = ["--host", "127.0.0.1", "--port", str(port), "--no-enable-prefix-caching"]
     for key, value in engine.items():
-        words += [f"--{key.replace('_', '-')}"] if value is True else []
+        words += [f"--{key.replace('_', '-')}"] if value is not False else []
         if not isinstance(value, bool):
-            words += [f"--{key.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)]
+            words.append(value if isinstance(value, str) else json.dumps(value))
     stock_server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     program = [*stock_server, *words] if stock else command(folder, words)
     address = f"http://127.0.0.1:{port}"
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as temporary:
-        log = Path(temporary, "log")
-        with log.open("w") as output:
-            options: dict[str, Any] = {"env": bench.environment(stock), "stdout": output, "stderr": subprocess.STDOUT}
-            server = subprocess.Popen(program, start_new_session=True, **options)
+    with tempfile.NamedTemporaryFile() as log:
+        options: dict[str, Any] = {"env": bench.environment(stock), "stdout": log, "stderr": subprocess.STDOUT}
+        server = subprocess.Popen(program, start_new_session=True, **options)
         try:
             while not _answers(address):
                 if server.poll() is not None:
-                    raise ConsaError(f"the server of {folder} failed: {bench.last_line(log)}")
+                    raise ConsaError(f"the server of {folder} failed: {bench.last_line(Path(log.name))}")
                 time.sleep(0.5)
             started = time.perf_counter() - start
-            lengths = np.random.default_rng(0).integers(context[0], context[1], requests, endpoint=True)
-            asyncio.run(_send(address, str(folder), lengths[:2].tolist(), output_tokens))  # compiles kernels
-            return {"start_seconds": started} | asyncio.run(
-                _send(address, str(folder), lengths.tolist(), output_tokens)
-            )
+            lengths = np.random.default_rng(0).integers(context[0], context[1], requests, endpoint=True).tolist()
+            asyncio.run(_send(address, str(folder), lengths[:2], output_tokens))  # compiles kernels
+            return {"start_seconds": started} | asyncio.run(_send(address, str(folder), lengths, output_tokens))
         finally:
             _end(server)
 
@@ -304,37 +254,32 @@ async def _send(address: str, model: str, lengths: list[int], output_tokens: int
 
     generator = np.random.default_rng(len(lengths))
     running: list[float] = []
-    stop = threading.Event()
 
-    def watch() -> None:
-        while not stop.is_set():
-            running.append(_metric(address, "vllm:num_requests_running"))
-            stop.wait(0.25)
+    async def watch() -> None:
+        while True:
+            running.append(await asyncio.to_thread(_metric, address, "vllm:num_requests_running"))
+            await asyncio.sleep(0.25)
 
     async def answer(length: int) -> tuple[float, float]:
-        prompt = generator.integers(2, 256, length).tolist()
-        body = {"model": model, "prompt": prompt, "max_tokens": output_tokens, "temperature": 0}
+        body = {"model": model, "prompt": generator.integers(2, 256, length).tolist(), "max_tokens": output_tokens}
+        body |= {"temperature": 0, "ignore_eos": True, "stream": True}
         first, last = 0.0, 0.0
-        async with session.post(
-            f"{address}/v1/completions", json=body | {"ignore_eos": True, "stream": True}
-        ) as answer:
-            answer.raise_for_status()
-            async for line in answer.content:
+        async with session.post(f"{address}/v1/completions", json=body) as lines:
+            lines.raise_for_status()
+            async for line in lines.content:
                 if line.startswith(b"data:") and b"[DONE]" not in line:
                     last = time.perf_counter()
                     first = first or last
         return first, last
 
-    watcher = threading.Thread(target=watch)
     preempted = _metric(address, "vllm:num_preemptions_total")
     limits = {"connector": aiohttp.TCPConnector(limit=0), "timeout": aiohttp.ClientTimeout(total=None)}
     async with aiohttp.ClientSession(**limits) as session:
-        watcher.start()
+        watcher = asyncio.create_task(watch())
         start = time.perf_counter()
         times = await asyncio.gather(*map(answer, lengths))
         seconds = time.perf_counter() - start
-        stop.set()
-        watcher.join()
+        watcher.cancel()
     firsts = [first - start for first, _ in times]
     return {
         "requests": len(lengths),
@@ -345,7 +290,7 @@ async def _send(address: str, model: str, lengths: list[int], output_tokens: int
         "first_token_seconds": statistics.median(firsts),
         "first_token_seconds_p99": float(np.quantile(firsts, 0.99)),
         "seconds_per_token": statistics.median((last - first) / max(output_tokens - 1, 1) for first, last in times),
-        "running_max": int(max(running)),
+        "running_max": int(max(running, default=0)),
         "preemptions": _metric(address, "vllm:num_preemptions_total") - preempted,
     }
 
@@ -362,19 +307,13 @@ def _table(runs: dict[str, dict[str, Any]]) -> list[list[str]]:
     rows = []
     for key in sorted(runs, key=lambda key: WORKLOADS.index(key.split()[0])):
         workload, name = key.split()
-        run, dense = runs[key], runs.get(f"{workload} dense")
+        run, numbers, dense = runs[key], _numbers(runs[key]), _numbers(runs.get(f"{workload} dense", {}))
+        ratios = {kind: f"{numbers[kind] / dense[kind]:.3f}" for kind in dense}
         cells = [workload, name]
-        for times, unit, digits in (("prefill_seconds", 1, 2), ("decode_seconds", 1e3, 2)):
-            if times in run:
-                cells.append(bench.interval([unit * value for value in run[times]], digits))
-                cells.append(_ratio(run, dense, lambda run, times=times: statistics.median(run[times])))
-            else:
-                cells += ["", ""]
-
-        def speed(run: dict[str, Any]) -> float:
-            return run.get("tokens_per_second") or run["requests"] / statistics.median(run["decode_seconds"])
-
-        cells += [f"{speed(run):,.0f}", _ratio(run, dense, speed)]
+        for times, unit in (("prefill_seconds", 1), ("decode_seconds", 1e3)):
+            cells.append(bench.interval([unit * value for value in run[times]], 2) if times in run else "")
+            cells.append(ratios.get(times, ""))
+        cells += [f"{numbers['speed']:,.0f}", ratios.get("speed", "")]
         median = run.get("running_median")
         cells.append(f"{run['running_max']}" + ("" if median is None else f" (median {median:.0f})"))
         cells.append(f"{run['preemptions']:.0f}")
@@ -384,8 +323,12 @@ def _table(runs: dict[str, dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def _ratio(run: dict[str, Any], dense: dict[str, Any] | None, value: Any) -> str:
-    return "" if dense is None else f"{value(run) / value(dense):.3f}"
+def _numbers(run: dict[str, Any]) -> dict[str, float]:
+    """What of a run is compared with the dense model's, which may not have been measured."""
+    numbers = {times: statistics.median(run[times]) for times in ("prefill_seconds", "decode_seconds") if times in run}
+    if run:
+        numbers["speed"] = run.get("tokens_per_second") or run["requests"] / numbers["decode_seconds"]
+    return numbers
 
 
 if __name__ == "__main__":

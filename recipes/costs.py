@@ -113,24 +113,17 @@ def memory(model: Qwen3ForCausalLM, config: LearnConfig | AdaptConfig, gpus: int
     shape, tokens = model.config, config.seq_len * config.micro_batch
     sharded = isinstance(config, AdaptConfig) and config.parallel == "fsdp" and gpus > 1
     parts: dict[str, float] = {}
-    if isinstance(config, LearnConfig):
-        parts["weights"] = total * 2
-    elif not sharded:
-        parts["weights"] = total * 2
-        parts["masters, gradients, Adam"] = total * (4 + 4 + 8)
-    else:
-        whole = total - layers
-        parts["weights"] = whole * 2
-        parts["masters, gradients, Adam"] = whole * (4 + 4 + 8) + layers * (4 + 4 + 8) / gpus
-        parts["the model before training"] = total * 2
+    whole, split = (total - layers, layers) if sharded else (total, 0)
+    parts["weights"] = whole * 2
+    if isinstance(config, AdaptConfig):
+        parts["masters, gradients, Adam"] = (whole + split / gpus) * (4 + 4 + 8)
+        if sharded or config.distillation or config.hidden_loss:
+            parts["the model before training"] = total * 2
+    if sharded:
         parts["two layers gathered"] = 2 * layers / shape.num_hidden_layers * 2
-    if isinstance(config, AdaptConfig) and (config.distillation or config.hidden_loss) and not sharded:
-        parts["the model before training"] = total * 2
     parts["inputs of layers"] = shape.num_hidden_layers * tokens * shape.hidden_size * 2
     parts["one layer, recomputed"] = layer_bytes(shape) * tokens
-    parts["one chunk of logits"] = (
-        CHUNK_TOKENS * shape.vocab_size * (2 + 2 + 4 + 4)
-    )  # and gradients, in both precisions
+    parts["one chunk of logits"] = CHUNK_TOKENS * shape.vocab_size * (2 + 2 + 4 + 4)  # with gradients, both precisions
     return parts
 
 
@@ -169,7 +162,7 @@ def layer_bytes(config: Any) -> float:
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
-    layer, hidden = (model.model.layers[0], torch.zeros(1, SAMPLE_TOKENS, config.hidden_size, dtype=torch.bfloat16))
+    layer, hidden = model.model.layers[0], torch.zeros(1, SAMPLE_TOKENS, config.hidden_size, dtype=torch.bfloat16)
     places = torch.arange(SAMPLE_TOKENS)[None]
     position_embeddings = model.model.rotary_emb(hidden, places)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):

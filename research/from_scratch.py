@@ -34,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from benchmarks.common import environment, parser_of, write_json
 from consa.data.questions import THINGS, examples
 from consa.model.layout import decoder_layers
+from research.adaptation import Questions
 
 VOCABULARY = 16_384
 END = "<|endoftext|>"
@@ -46,12 +47,8 @@ HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
 NEEDLE_SHARE = 4  # one of so many sequences
 TOKENS_PER_MENTION = 56  # of a sequence of needles: 72 in 4,096
 LEARNING_RATE = {"30m": 1.5e-3, "60m": 1.0e-3}
-ATTENTION = [  # the fastest first
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+FASTEST_FIRST = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+ATTENTION = [getattr(SDPBackend, name) for name in FASTEST_FIRST]
 WARM_UP_STEPS, MIN_RATE, WEIGHT_DECAY, MAX_NORM = 100, 0.1, 0.1, 1.0
 
 
@@ -184,7 +181,7 @@ def train(options: argparse.Namespace) -> None:
     num_steps = max(1, int(options.tokens) // (options.sequences_per_step * text.shape[1]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True)
     stream = batches(text, hidden, tokenizer, options)
-    asked = questions(tokenizer, text.shape[1])
+    asked = Questions.make(tokenizer, text.shape[1], 20)
     record: dict[str, Any] = environment() | {"parameters": model.num_parameters(), "steps": num_steps, "measured": []}
     began = time.perf_counter()
     for step in range(num_steps):
@@ -252,32 +249,20 @@ def batches(
         yield torch.from_numpy(np.stack(rows))
 
 
-def questions(tokenizer: PreTrainedTokenizerFast, seq_len: int, number: int = 20) -> list[tuple[Tensor, int]]:
-    """Single needles with their answers behind them, and how many tokens those take."""
-    asked = []
-    for example in examples("single", tokenizer, length=seq_len, count=number, seed=1):
-        prompt = tokenizer(example.prompt)["input_ids"]
-        answer = tokenizer(" " + example.answers[0])["input_ids"]
-        asked.append((torch.tensor(prompt + answer), len(answer)))
-    return asked
-
-
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # each question has a length of its own
-def measure(
-    model: PreTrainedModel, heldout: np.ndarray, asked: list[tuple[Tensor, int]], rows: int = 32
-) -> dict[str, float]:
+def measure(model: PreTrainedModel, heldout: np.ndarray, asked: Questions, rows: int = 32) -> dict[str, float]:
     """Held-out loss, nats, and the share of needles that the greedy continuation names."""
     losses, right = [], 0
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         for row in heldout[:rows]:
             tokens = torch.from_numpy(row.astype(np.int64))[None].to(model.device)
             losses.append(float(model(input_ids=tokens, labels=tokens, use_cache=False).loss))
-        for tokens, answer in asked:
+        for tokens, answer in zip(asked.tokens, asked.num_answer, strict=True):
             tokens = tokens.to(model.device)
             logits = model(input_ids=tokens[None], logits_to_keep=answer + 1, use_cache=False).logits[0, :-1]
             right += bool((logits.argmax(-1) == tokens[-answer:]).all())
-    return {"heldout_loss": round(float(np.mean(losses)), 4), "needles": round(right / len(asked), 3)}
+    return {"heldout_loss": round(float(np.mean(losses)), 4), "needles": round(right / len(asked.tokens), 3)}
 
 
 if __name__ == "__main__":

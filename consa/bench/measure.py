@@ -25,6 +25,8 @@ from consa.model import interface
 from consa.model.attach import make_dense
 from consa.provenance import hardware, versions
 
+MEASURED = ("prefill_seconds", "decode_tokens_per_second", "cache_bytes", "peak_bytes")
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -68,10 +70,6 @@ class Benchmark:
         """(dense, hybrid) for each context and batch size."""
         return list(zip(self.measurements[::2], self.measurements[1::2], strict=True))
 
-    def to_json(self) -> str:
-        """The benchmark as JSON."""
-        return json.dumps(asdict(self), indent=1) + "\n"
-
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Heading and rows of text; ratios are hybrid / dense."""
         rows = []
@@ -80,13 +78,8 @@ class Benchmark:
                 row = [f"{m.prefill_seconds:.3f}", f"{m.decode_tokens_per_second:.1f}"]
                 row += [f"{m.cache_bytes / 1e6:.2f}", f"{m.peak_bytes / 1e6:.0f}"]
                 rows.append([str(m.context), str(m.batch_size), m.model, *row])
-            ratios = (
-                hybrid.prefill_seconds / dense.prefill_seconds,
-                hybrid.decode_tokens_per_second / dense.decode_tokens_per_second,
-                hybrid.cache_bytes / dense.cache_bytes,
-                hybrid.peak_bytes / dense.peak_bytes,
-            )
-            rows.append(["", "", "ratio", *(f"{ratio:.3f}" for ratio in ratios)])
+            ratios = (f"{getattr(hybrid, name) / getattr(dense, name):.3f}" for name in MEASURED)
+            rows.append(["", "", "ratio", *ratios])
         return ["context", "batch", "model", "prefill s", "decode tok/s", "KV cache MB", "peak MB"], rows
 
 
@@ -117,9 +110,8 @@ def benchmark(
         raise ConsaError(
             "there is nothing to compare: the model is not a hybrid; make one with consa convert --kind hybrid"
         )
-    check_settings(
-        contexts, batch_sizes, decode_tokens, repeats, getattr(model.config, "max_position_embeddings", None)
-    )
+    longest = getattr(model.config, "max_position_embeddings", None)
+    check_settings(contexts, batch_sizes, decode_tokens, repeats, longest)
     models = {"dense": dense_twin(model), "hybrid": model}
     measurements, done = [], 0
     for context in contexts:
@@ -133,23 +125,12 @@ def benchmark(
                         on_run(done, f"{name}, {context} tokens, batch {batch_size}")
             for name in models:
                 steps = [seconds for run in runs[name] for seconds in run.steps]
-                measurement = Measurement(
-                    name,
-                    context,
-                    batch_size,
-                    statistics.median(run.prefill for run in runs[name]),
-                    batch_size / statistics.median(steps),
-                    max(run.cache_bytes for run in runs[name]),
-                    max(run.peak_bytes for run in runs[name]),
-                )
-                measurements.append(measurement)
-    where = {
-        "hardware": hardware(),
-        "versions": versions(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "decode_tokens": decode_tokens,
-        "repeats": repeats,
-    }
+                prefill = statistics.median(run.prefill for run in runs[name])
+                speed = batch_size / statistics.median(steps)
+                cache, peak = (max(getattr(run, kind) for run in runs[name]) for kind in ("cache_bytes", "peak_bytes"))
+                measurements.append(Measurement(name, context, batch_size, prefill, speed, cache, peak))
+    where = {"hardware": hardware(), "versions": versions(), "dtype": str(model.dtype).removeprefix("torch.")}
+    where |= {"decode_tokens": decode_tokens, "repeats": repeats}
     return Benchmark(allocation.sparsity, tuple(measurements), where)
 
 
@@ -177,7 +158,7 @@ def dense_twin(model: PreTrainedModel) -> PreTrainedModel:
 def write(result: Benchmark, folder: Path) -> tuple[Path, Path]:
     """Write bench.json and bench.png, and return their paths."""
     paths = folder / "bench.json", folder / "bench.png"
-    write_atomically(paths[0], result.to_json().encode())
+    write_atomically(paths[0], (json.dumps(asdict(result), indent=1) + "\n").encode())
     write_atomically(paths[1], figure(result))
     return paths
 
@@ -196,14 +177,9 @@ def figure(result: Benchmark) -> bytes:
         for kind, colour in (("dense", "#888888"), ("hybrid", "#1f6fb4")):
             for batch_size in sorted({m.batch_size for m in result.measurements}):
                 rows = [m for m in result.measurements if (m.model, m.batch_size) == (kind, batch_size)]
-                axes.plot(
-                    [m.context for m in rows],
-                    [getattr(m, name) / unit for m in rows],
-                    color=colour,
-                    marker="o",
-                    linewidth=1 + 0.5 * batch_size**0.5,
-                    label=f"{kind}, batch {batch_size}",
-                )
+                style: dict[str, Any] = {"color": colour, "marker": "o", "linewidth": 1 + 0.5 * batch_size**0.5}
+                values = [getattr(m, name) / unit for m in rows]
+                axes.plot([m.context for m in rows], values, label=f"{kind}, batch {batch_size}", **style)
         axes.set(xlabel="context, tokens", ylabel=label, ylim=(0, None))
         axes.set_xscale("log", base=2)
     drawing.axes[0].legend(frameon=False, fontsize="small")
@@ -222,8 +198,7 @@ class _Run:
 @torch.no_grad()
 def _measure(model: PreTrainedModel, context: int, batch_size: int, decode_tokens: int) -> _Run:
     generator = torch.Generator().manual_seed(context)
-    tokens = torch.randint(model.config.vocab_size, (batch_size, context), generator=generator)
-    tokens = tokens.to(model.device)
+    tokens = torch.randint(model.config.vocab_size, (batch_size, context), generator=generator).to(model.device)
     cache = DynamicCache(config=model.config)
     _reset_peak(model.device)
 

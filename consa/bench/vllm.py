@@ -82,7 +82,8 @@ def benchmark(
         raise ConsaError(f"cannot measure {folder}: {reason}")
     settings: dict[str, Any] = {"contexts": contexts, "batch_sizes": batch_sizes}
     settings |= {"decode_tokens": decode_tokens, "repeats": repeats}
-    check_settings(**settings, longest=config.get("max_position_embeddings"))
+    longest = config.get("max_position_embeddings")
+    check_settings(**settings, longest=longest)
     workloads: list[dict[str, Any]] = [
         {"context": context, "requests": size, "decode_tokens": decode_tokens, "repeats": repeats}
         for context in contexts
@@ -90,7 +91,6 @@ def benchmark(
     ]
     engine = {"max_num_batched_tokens": CHUNK} | (options or {})
     engine.setdefault("max_model_len", max(tokens_of(job, engine["max_num_batched_tokens"]) for job in workloads))
-    longest = config.get("max_position_embeddings")
     if longest is not None and engine["max_model_len"] > longest:
         raise ConsaError(
             f"a request needs {engine['max_model_len']:,} tokens, because early ones decode while later prompts are"
@@ -123,8 +123,8 @@ def benchmark(
         for name, row in zip(rows, pair, strict=True)
     ]
     where = {name: rows["hybrid"][0][name] for name in ("hardware", "dtype", "pool_bytes")}
-    where |= {"engine": f"vLLM {vllm_version()}", "versions": versions(), **settings, **engine}
-    return Benchmark(allocation.sparsity, tuple(measurements), where | {"workloads": rows})
+    where |= {"engine": f"vLLM {vllm_version()}", "versions": versions(), **settings, **engine, "workloads": rows}
+    return Benchmark(allocation.sparsity, tuple(measurements), where)
 
 
 def requests_line(result: Benchmark) -> str:
@@ -132,9 +132,7 @@ def requests_line(result: Benchmark) -> str:
     lines = []
     for name, rows in result.where["workloads"].items():
         for row in rows:
-            prefill, decode = (
-                interval(row[key], digits) for key, digits in (("prefill_seconds", 3), ("decode_seconds", 5))
-            )
+            prefill, decode = interval(row["prefill_seconds"], 3), interval(row["decode_seconds"], 5)
             lines.append(
                 f"{name}, {row['requests']} x {row['context']:,} tokens: prefill {prefill} s, a decode step {decode} s,"
                 f" {row['running_max']} requests at once, {row['preemptions']} preemptions."
@@ -207,10 +205,8 @@ def run_job(
                 running = True
                 while running:
                     running = process.poll() is None
-                    for line in rows:
-                        yield json.loads(line)
-                    if running:
-                        time.sleep(POLL)
+                    yield from map(json.loads, rows)
+                    time.sleep(POLL if running else 0)
             finally:
                 process.kill()
                 process.wait()
@@ -230,10 +226,8 @@ def environment(stock: bool) -> dict[str, str]:
     return variables | {"VLLM_PLUGINS": ""} if stock else variables
 
 
-def measure(
-    folder: str, options: dict[str, Any], workloads: list[dict[str, Any]], write: Callable[[dict[str, Any]], None]
-) -> None:
-    """Measure workloads in this process; calls `write` with each row."""
+def measure(result: Path, *, folder: str, options: dict[str, Any], workloads: list[dict[str, Any]]) -> None:
+    """Measure workloads in this process; adds a line to the file `result` for each."""
     from vllm import LLM, ModelRegistry
     from vllm.platforms import current_platform
 
@@ -258,7 +252,9 @@ def measure(
         Generation(llm, context=min(longest, 2 * shared["chunk"]), requests=3, max_tokens=4).finish()
     for workload in workloads:
         row = (saturate if "output_tokens" in workload else generations)(llm, **workload)
-        write(workload | row | shared | {"peak_bytes": peak_bytes(engine.device_config.device)})
+        row = workload | row | shared | {"peak_bytes": peak_bytes(engine.device_config.device)}
+        with result.open("a", encoding="utf-8") as rows:
+            rows.write(json.dumps(row) + "\n")
     llm.llm_engine.engine_core.shutdown()
 
 
@@ -383,16 +379,10 @@ def generations(llm: Any, *, context: int, requests: int, decode_tokens: int, re
         For each generation, seconds until every request has a token and seconds of a decode step; bytes of the KV cache
         in use while all decode; the most requests at once; preemptions; what `fit` says.
     """
-    chunk = llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
     workload = {"context": context, "requests": requests, "decode_tokens": decode_tokens}
-    tokens = tokens_of(workload, chunk)
-    row: dict[str, Any] = {
-        "prefill_seconds": [],
-        "decode_seconds": [],
-        "preemptions": 0,
-        "running_max": 0,
-        "kv_bytes": 0,
-    }
+    tokens = tokens_of(workload, llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens)
+    row: dict[str, Any] = {"prefill_seconds": [], "decode_seconds": [], "preemptions": 0}
+    row |= {"running_max": 0, "kv_bytes": 0}
     for seed in range(repeats):
         generation = Generation(llm, context=context, requests=requests, max_tokens=tokens - context, seed=seed)
         row["prefill_seconds"].append(generation.prefill())
@@ -400,8 +390,8 @@ def generations(llm: Any, *, context: int, requests: int, decode_tokens: int, re
         generation.kv_bytes = 0  # count decoding alone
         row["decode_seconds"].append(generation.decode(decode_tokens))
         row["preemptions"] += generation.preemptions
-        for name, value in (("running_max", max(generation.running)), ("kv_bytes", generation.kv_bytes)):
-            row[name] = max(row[name], value)
+        row["running_max"] = max(row["running_max"], *generation.running)
+        row["kv_bytes"] = max(row["kv_bytes"], generation.kv_bytes)
         generation.abort()
     return row | fit(llm, tokens)
 
@@ -428,11 +418,8 @@ def saturate(
     generation = Generation(llm, context=context, requests=requests, max_tokens=output_tokens)
     generation.finish()
     seconds = generation.seconds
-    steady = [
-        running
-        for running, waiting, finished in zip(generation.running, generation.waiting, generation.finished, strict=True)
-        if waiting and finished
-    ]
+    steps = zip(generation.running, generation.waiting, generation.finished, strict=True)
+    steady = [running for running, waiting, finished in steps if waiting and finished]
     return limits | {
         "requests": requests,
         "seconds": seconds,
@@ -462,11 +449,4 @@ def fit(llm: Any, num_tokens: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    job, result = map(Path, sys.argv[1:])
-
-    def append(row: dict[str, Any]) -> None:
-        """Add a line to the results."""
-        with result.open("a", encoding="utf-8") as rows:
-            rows.write(json.dumps(row) + "\n")
-
-    measure(**json.loads(job.read_text(encoding="utf-8")), write=append)
+    measure(Path(sys.argv[2]), **json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -64,7 +64,11 @@ def bench(
     decode_tokens: Annotated[int, number(help="Decoding steps after each prefill.")] = 32,
     repeats: Annotated[int, number(help="Repeats of each measurement. The median counts.")] = 3,
     engine: Annotated[
-        str, text("transformers|vllm", "Engine that is measured. With vllm, the KV cache is the one that vLLM plans.")
+        str,
+        text(
+            "transformers|vllm",
+            "Engine that is measured. With vllm, KV cache is the bytes in use while all requests decode.",
+        ),
     ] = "transformers",
     out: Annotated[Path | None, text("FOLDER", "Folder for bench.json and bench.png. Default: FOLDER-bench.")] = None,
 ) -> None:

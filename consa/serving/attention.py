@@ -42,18 +42,11 @@ PAGE_TOKENS = 16  # what FlashAttention's pages are a multiple of
 
 @dataclass(frozen=True)
 class LayerHeads:
-    """KV heads of a layer, numbered as on this rank.
-
-    Attributes:
-        full: heads of full attention, in order.
-        sliding: the others.
-        window: tokens that a query of these sees, itself included.
-        num_sink_tokens: first tokens of a request that stay visible to them.
-    """
+    """KV heads of a layer, numbered as on this rank: those of full attention, and the others with what these see."""
 
     full: tuple[int, ...]
     sliding: tuple[int, ...]
-    window: int
+    window: int  # tokens, the query included
     num_sink_tokens: int
 
     @property
@@ -71,27 +64,16 @@ class LayerHeads:
 
 @dataclass
 class HybridMetadata(AttentionMetadata):
-    """What a layer has to know of a batch; of one cache group. Tensors are vLLM's own, which CUDA graphs can capture.
+    """What a layer has to know of a batch, for one cache group. Tensors are vLLM's own: CUDA graphs can hold them."""
 
-    Attributes:
-        query_starts: int32 `(requests + 1,)`, rows at which requests begin; the last is their number.
-        seq_lens: int32 `(requests,)`, tokens of each request, new ones included.
-        table: int32 `(requests, pages)`.
-        slots: int64 `(tokens,)`, where new tokens go, counted through all pages; negative for padding.
-        num_tokens: new tokens, padding included.
-        max_query_len: the most new tokens of a request.
-        max_seq_len: the most tokens of a request, or more.
-        num_splits: chunks of keys that FlashAttention may divide a request into; 0 lets it choose.
-    """
-
-    query_starts: Tensor
-    seq_lens: Tensor
-    table: Tensor
-    slots: Tensor
-    num_tokens: int
-    max_query_len: int
-    max_seq_len: int
-    num_splits: int
+    query_starts: Tensor  # int32 (requests + 1,): rows at which requests begin; the last is their number
+    seq_lens: Tensor  # int32 (requests,): tokens of each request, new ones included
+    table: Tensor  # int32 (requests, pages)
+    slots: Tensor  # int64 (tokens,): where new tokens go, counted through all pages; negative for padding
+    num_tokens: int  # new tokens, padding included
+    max_query_len: int  # the most new tokens of a request
+    max_seq_len: int  # the most tokens of a request, or more
+    num_splits: int  # chunks of keys that FlashAttention may divide a request into; 0 lets it choose
 
 
 class HybridBuilder(AttentionMetadataBuilder[HybridMetadata]):
@@ -109,7 +91,6 @@ class HybridBuilder(AttentionMetadataBuilder[HybridMetadata]):
         self.graph_splits = vllm_config.attention_config.flash_attn_max_num_splits_for_cuda_graph
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> HybridMetadata:
-        """See `HybridMetadata`."""
         common = common_attn_metadata
         return HybridMetadata(
             query_starts=common.query_start_loc,
@@ -131,27 +112,22 @@ class HybridBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        """One of vLLM's names."""
         return "CUSTOM"
 
     @staticmethod
     def get_impl_cls() -> type[HybridImpl]:
-        """What computes."""
         return HybridImpl
 
     @staticmethod
     def get_builder_cls() -> type[HybridBuilder]:
-        """What describes a batch."""
         return HybridBuilder
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        """Tokens of a page."""
         return [MultipleOf(PAGE_TOKENS)]
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
-        """It does."""
         return True
 
 
@@ -209,18 +185,10 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Write keys and values to their pages and attention to `output`.
+        """Write `key` and `value`, `(tokens, kv_heads, head_dim)`, to their pages and attention of `query` to `output`.
 
-        Args:
-            layer: the attention module.
-            query: `(tokens, heads, head_dim)`.
-            key: `(tokens, kv_heads, head_dim)`.
-            value: as `key`.
-            kv_cache: the pages of the layer's first place.
-            attn_metadata: of that place's cache group, or None while vLLM measures memory.
-            output: as `query`.
-            output_scale: never given, since this backend supports no quantised output.
-            output_block_scale: as `output_scale`.
+        The pages and metadata given are those of the layer's first place; vLLM gives no metadata while it measures
+        memory.
         """
         if attn_metadata is None:
             return output.fill_(0)
@@ -244,7 +212,14 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
         addresses = self._address_table(places)
         kernels.write(key, value, first.cache, addresses, first.slots, num_tokens=batch.num_tokens)
 
-        def attend(rows: Tensor, window: int, num_sink_tokens: int) -> None:
+        num_full = len(heads.full)
+        full, sliding = addresses[:num_full], addresses[num_full:]
+        if heads.full and self.flash_version:
+            self._by_flash_attention(query, places[:num_full], batch, output)
+            full = full[:0]
+        for rows, window, sinks in (full, kernels.FULL_WINDOW, 0), (sliding, heads.window, heads.num_sink_tokens):
+            if not len(rows):
+                continue
             kernels.attention(
                 query,
                 output,
@@ -257,17 +232,9 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
                 num_tokens=batch.num_tokens,
                 decoding=batch.max_query_len == 1,
                 window=window,
-                num_sink_tokens=num_sink_tokens,
+                num_sink_tokens=sinks,
                 scaling=self.scale,
             )
-
-        num_full = len(heads.full)
-        if heads.full and self.flash_version:
-            self._by_flash_attention(query, places[:num_full], batch, output)
-        elif heads.full:
-            attend(addresses[:num_full], kernels.FULL_WINDOW, 0)
-        if heads.sliding:
-            attend(addresses[num_full:], heads.window, heads.num_sink_tokens)
 
     def _address_table(self, places: list[Place]) -> Tensor:
         """Where the kernels find the heads; made again when vLLM has other buffers, for instance to measure memory.
@@ -321,10 +288,9 @@ class HybridImpl(AttentionImpl[HybridMetadata]):
         page = places[0].cache.shape[2]
         for head, place in zip(self.heads.order, places, strict=True):
             slots = place.slots[: batch.num_tokens]
-            new = torch.cat([key[: len(slots), head], value[: len(slots), head]], dim=-1)
             there = slots >= 0
-            slots, new = slots[there], new[there]
-            place.cache[slots // page, 0, slots % page] = new
+            new = torch.cat([key[: len(slots), head], value[: len(slots), head]], dim=-1)[there]
+            place.cache[slots[there] // page, 0, slots[there] % page] = new
         heads, num_full = self.heads, len(self.heads.full)
         starts = batch.query_starts.tolist()
         for request, length in enumerate(batch.seq_lens.tolist()):
@@ -403,21 +369,15 @@ class HybridAttention(Attention):
         )
 
     def get_kv_cache_spec(self, vllm_config: Any) -> FullAttentionSpec | SinkSpec:
-        """What the first head keeps."""
         return self.head_spec(vllm_config, sliding=not self.heads.full)
 
     def head_spec(self, vllm_config: Any, *, sliding: bool) -> FullAttentionSpec | SinkSpec:
         """What one head keeps."""
-        known: dict[str, Any] = {
-            "block_size": vllm_config.cache_config.block_size,
-            "num_kv_heads": 1,
-            "head_size": self.head_size,
-            "dtype": self.kv_cache_torch_dtype,
-        }
+        known: dict[str, Any] = {"block_size": vllm_config.cache_config.block_size, "num_kv_heads": 1}
+        known |= {"head_size": self.head_size, "dtype": self.kv_cache_torch_dtype}
         if not sliding:
             return FullAttentionSpec(**known)
-        window, sinks = self.heads.window, self.heads.num_sink_tokens
-        return SinkSpec(**known, sliding_window=window, num_sink_tokens=sinks)
+        return SinkSpec(**known, sliding_window=self.heads.window, num_sink_tokens=self.heads.num_sink_tokens)
 
 
 class HeadPlace(nn.Module, AttentionLayerBase):
@@ -434,9 +394,7 @@ class HeadPlace(nn.Module, AttentionLayerBase):
         names[name] = self
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        """That of the layer."""
         return HybridBackend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> FullAttentionSpec | SinkSpec:
-        """What the head keeps."""
         return self.head_spec(vllm_config, sliding=self.sliding)

@@ -64,8 +64,3 @@ def hybrid_obstacle(architecture: str, allocation: Allocation, *, tensor_paralle
     if lacking := violation(allocation, Constraint(tensor_parallel=tensor_parallel)):
         return f"{lacking}; learn with --tensor-parallel {tensor_parallel}, or serve on fewer ranks"
     return None
-
-
-def plain_needs_transformers(model_type: str) -> bool:
-    """Whether vLLM reads a plain folder right only through transformers: its own class would not slide its layers."""
-    return model_type != NATIVE_PLAIN

@@ -1,6 +1,6 @@
 """vLLM's own model classes with each layer's attention made hybrid.
 
-A class is made when it is asked for: `ConSALlamaForCausalLM` is vLLM's `LlamaForCausalLM` after `make_hybrid`.
+A class is made when it is asked for: `ConSALlamaForCausalLM` is vLLM's `LlamaForCausalLM` after `_Hybrid`.
 """
 
 # pyright: reportMissingImports=false
@@ -32,31 +32,22 @@ def __getattr__(name: str) -> Any:
 
 
 class _Hybrid(nn.Module):
-    """Comes before a class of vLLM's."""
+    """Comes before a class of vLLM's: each `Attention` becomes a `HybridAttention` with the heads of the allocation."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # pyright: ignore[reportCallIssue]
-        make_hybrid(self, vllm_config)
-
-
-def make_hybrid(model: nn.Module, vllm_config: Any) -> None:
-    """Replace every `Attention` of a model by a `HybridAttention` with the heads that its allocation asks for.
-
-    Args:
-        model: as vLLM made it, without weights.
-        vllm_config: the engine's settings; the model's config holds the allocation.
-    """
-    allocation: Any = interface.allocation_of(vllm_config.model_config.hf_config)
-    per_rank = allocation.num_kv_heads // vllm_config.parallel_config.tensor_parallel_size
-    first = get_tensor_model_parallel_rank() * per_rank
-    rows = allocation.full_attention[:, first : first + per_rank]
-    for name, stock in list(model.named_modules()):
-        if isinstance(stock, Attention):
+        allocation: Any = interface.allocation_of(vllm_config.model_config.hf_config)
+        per_rank = allocation.num_kv_heads // vllm_config.parallel_config.tensor_parallel_size
+        first = get_tensor_model_parallel_rank() * per_rank
+        rows = allocation.full_attention[:, first : first + per_rank]
+        for name, stock in list(self.named_modules()):
+            if not isinstance(stock, Attention):
+                continue
             layer = extract_layer_index(stock.layer_name)
             full, sliding = (tuple(part.nonzero()[0].tolist()) for part in (rows[layer], ~rows[layer]))
             heads = LayerHeads(full, sliding, allocation.window, allocation.num_sink_tokens)
             attention = HybridAttention(stock, heads, vllm_config)
-            model.set_submodule(name, attention)
+            self.set_submodule(name, attention)
             if layer == len(rows) - 1:
                 for unused in range(unused_places(int(rows.sum()), int((~rows).sum()))):
                     place = f"{stock.layer_name}.unused_{unused}"

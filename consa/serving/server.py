@@ -10,9 +10,8 @@ from pathlib import Path
 from consa.errors import ConsaError
 from consa.model.convert import verify
 from consa.model.register import ARCHITECTURE_PREFIX
-from consa.serving.limits import engine_obstacle, hybrid_obstacle, plain_needs_transformers
+from consa.serving.limits import NATIVE_PLAIN, engine_obstacle, hybrid_obstacle
 
-TENSOR_PARALLEL = ("--tensor-parallel-size", "-tp")
 IMPLEMENTATION = "--model-impl"
 
 
@@ -32,15 +31,17 @@ def command(folder: Path, options: list[str]) -> list[str]:
     """
     kind, allocation = verify(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    ranks = _number(options, *TENSOR_PARALLEL) or 1
+    ranks = _value(options, "--tensor-parallel-size", "-tp") or ""
     chosen: list[str] = []
     if reason := engine_obstacle(plugin=kind == "hybrid"):
         raise ConsaError(f"cannot serve {folder}: {reason}")
     if kind == "hybrid":
         architecture = config["architectures"][0].removeprefix(ARCHITECTURE_PREFIX)
-        if reason := hybrid_obstacle(architecture, allocation, tensor_parallel=ranks):
+        if reason := hybrid_obstacle(
+            architecture, allocation, tensor_parallel=int(ranks) if ranks.isdecimal() and int(ranks) else 1
+        ):
             raise ConsaError(f"cannot serve {folder}: {reason}")
-    elif plain_needs_transformers(config["model_type"]):
+    elif config["model_type"] != NATIVE_PLAIN:  # its own class would not slide its layers
         given = _value(options, IMPLEMENTATION)
         if given not in (None, "transformers"):
             raise ConsaError(
@@ -59,9 +60,3 @@ def _value(options: list[str], *names: str) -> str | None:
         if name.replace("_", "-") in names:
             found = value if equals else following
     return found
-
-
-def _number(options: list[str], *names: str) -> int | None:
-    """The same as a number; None if it is none, for vLLM to judge."""
-    value = _value(options, *names)
-    return int(value) if value is not None and value.isdecimal() else None

@@ -16,7 +16,7 @@ def test_paged_kernels_equal_the_reference():
     """In a process of its own: whether kernels are compiled or interpreted is decided at the import of triton."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore:::triton", "-m", "tests.serving.kernel_cases"],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

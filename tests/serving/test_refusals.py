@@ -21,7 +21,7 @@ from consa.serving import limits, server
 from tests.cli.test_cli import apart, refused  # noqa: F401 (apart is a fixture, for every test)
 from tests.models import allocate, tiny, tokens
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 UNEVEN = Allocation(full_attention=np.eye(4, dtype=bool), window=7)
 LAYERS = Allocation(
     full_attention=np.array([[1], [0], [0], [1]], dtype=bool).repeat(3, axis=1),
