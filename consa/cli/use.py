@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from consa.cli.options import Converted, Kept, number, text
+from consa.cli.options import Converted, Kept, number, text, was_given
 from consa.errors import ConsaError
 from consa.files import read_text
 
@@ -58,17 +58,28 @@ def generate(
     ] = 0.0,
     top_p: Annotated[float, number(kind=float, help="Nucleus sampling: share of probability to sample from.")] = 1.0,
     seed: Annotated[int, number(help="Random seed of the sampling.")] = 0,
+    model_sampling: Annotated[
+        bool,
+        typer.Option(
+            "--model-sampling",
+            help="Follow the sampling settings and penalties of the model's generation_config.json, instead of"
+            " --temperature and --top-p.",
+        ),
+    ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
+    ctx: typer.Context,
 ) -> None:
     """Continue a prompt with a converted model, and print the text as it is generated."""
     if (prompt is None) == (file is None):
         raise ConsaError("give either --prompt or --file")
+    if model_sampling and (was_given(ctx, "temperature") or was_given(ctx, "top_p")):
+        raise ConsaError("--model-sampling replaces --temperature and --top-p; give one or the other")
     if file is not None:
         prompt = read_text(file, max_bytes=2**28)
     assert prompt is not None
     from consa.model.generate import Sampling, generate_text, load_with_tokenizer
 
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, of_model=model_sampling)
     model, tokenizer = load_with_tokenizer(folder)
     generate_text(
         model,
