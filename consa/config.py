@@ -212,9 +212,9 @@ class RunConfig(Settings):
         "Training text: file, folder, glob, hf:owner/name, or stdlib (Python's own sources). Separated by commas.",
     )
     heldout_data: str | None = _data(
-        None, "Text to measure on. Default: a tenth of the documents of --data, which are kept out of training."
+        None, "Text to measure on. Default: a tenth of the documents of --data (of a single one its end), kept out of training."
     )
-    text_field: str = _data("text", "Field that holds the text in a JSONL record or dataset row.")
+    text_field: str = _data("text", "Field that holds the text in a record of JSON, JSONL, CSV or Parquet, or in a dataset row.")
     max_tokens: int | None = _data(
         None, "Maximum number of tokens to read of training and of held-out text. Default: all.", ge=1
     )

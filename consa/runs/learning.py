@@ -57,7 +57,7 @@ def run_learning(
     inputs.check(where)
     settings = {"run": asdict(where), "learn": asdict(config)}
     with opened(where, config, folder, settings):
-        loaded = inputs.load(where)
+        loaded = inputs.load(where, seq_len=config.seq_len)
         units = units_of(loaded.layout, config.granularity)
         sparsity = 1 - target_units(loaded.layout, config) / units.count  # raises for a budget that is too small
         train = inputs.training_text(where, config.seq_len, loaded)

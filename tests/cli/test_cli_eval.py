@@ -120,3 +120,15 @@ def test_what_does_not_fit_the_model_is_refused(
     given: list[Any] = ["eval", tiny_model_folder, *SMALL, "--data", text_folder, "--out", tmp_path / "out"]
     line = refused(*given, *(argument.format(tmp_path) for argument in arguments))
     assert all(part in line for part in named), line
+
+
+@pytest.mark.parametrize("verb", ["learn", "adapt", "eval", "sweep", "behaviour"])
+def test_longer_sequences_than_positions_are_refused_before_a_model_is_loaded(
+    verb: str, tmp_path: Path, tiny_model_folder: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(inputs, "load_model", None)
+    rules.top(4, 3, sparsity=0.25, window=8).save(tmp_path / "allocation.json")
+    own = {"adapt": ["--allocation", tmp_path / "allocation.json"], "sweep": ["--methods", "top"]}.get(verb, [])
+    out = tmp_path / ("out.safetensors" if verb == "behaviour" else "out")
+    line = refused(verb, tiny_model_folder, "--data", text_folder, "--seq-len", 5000, *own, "--out", out)
+    assert "--seq-len must be at most the 4096 positions" in line and "5000" in line
