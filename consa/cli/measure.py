@@ -12,6 +12,7 @@ from consa.cli.options import (
     Converted,
     Out,
     command_line,
+    existing,
     from_options,
     model_name,
     number,
@@ -113,6 +114,7 @@ def behaviour(
             "FOLDER",
             "Folder of a run of MODEL. Its window and sink tokens are used, and the measures are compared with its"
             " allocation.",
+            callback=existing,
         ),
     ] = None,
     out: Annotated[

@@ -9,15 +9,24 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from consa.cli.options import Converted, Kept, number, text, was_given
+from consa.cli.options import Converted, number, text, was_given, with_fields_of
+from consa.config import EvalConfig
 from consa.errors import ConsaError
 from consa.files import read_text
 
 
+@with_fields_of(EvalConfig, only=("sparsity", "granularity", "window", "num_sink_tokens", "seed"))
 def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model, as for `consa learn`.")],
     *,
-    allocation: Kept,
+    allocation: Annotated[
+        str,
+        text(
+            "NAME",
+            "Allocation: an allocation.json, the folder of a run, the name of a published allocation or of a rule,"
+            " dense, all_swa, or a .tsv of DuoAttention or PruLong.",
+        ),
+    ],
     out: Annotated[Path, text("FOLDER", "New folder for the checkpoint.")],
     kind: Annotated[
         str,
@@ -27,18 +36,21 @@ def convert(
             " without sink tokens. auto writes a plain checkpoint whenever it is equivalent.",
         ),
     ] = "auto",
+    **options: Any,
 ) -> None:
     """Write MODEL with an allocation as a checkpoint that generates with a small KV cache."""
-    from consa.allocation import Allocation
-
-    chosen = Allocation.load(allocation)
+    config = EvalConfig(**options)
+    from consa import rules
+    from consa.evaluation.suite import file_of, named
     from consa.model import convert
-    from consa.model.layout import check_fits
     from consa.model.load import load_model, read_layout
     from consa.progress import note
 
     convert.check_wish(out, kind)
-    check_fits(chosen, read_layout(model), model)
+    file_of(allocation)
+    layout = read_layout(model)
+    chosen = named(allocation, model, layout, config)
+    chosen = chosen or rules.dense(*layout.shape, native_windows=layout.native_windows)
     loaded = load_model(model, device="cpu", dtype="auto")
     match chosen.provenance.get("config"):
         case {"mode": "joint"}:

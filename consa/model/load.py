@@ -151,6 +151,8 @@ def _resolve(source: str) -> tuple[str, str | None]:
     path = Path(source)
     if path.suffix == ".gguf":
         return _convert_gguf(path)
+    if not os.path.exists(path) and (source.startswith((".", "/", "~")) or source.count(os.sep) > 1):
+        raise ConsaError(f"cannot load model {source!r}: there is no such folder or file")
     if os.path.isdir(path) and not (path / "config.json").is_file():
         raise ConsaError(f"cannot load model {source!r}: the folder holds no config.json")
     return source, None

@@ -99,7 +99,7 @@ def test_bad_settings_are_refused_before_any_work(
         (["--allocation", "{0}/cut.json"], ["cut.json", "JSON"]),
         (["--allocation", "{0}/other.json"], ["other.json", "5 layers x 3 KV heads"]),
         (["--allocation", "{0}/other.tsv"], ["other.tsv"]),
-        (["--seq-len", "5000"], ["seq_len", "4096", "5000"]),
+        (["--seq-len", "5000"], ["--seq-len", "4096", "5000"]),
         (["--retrieval", "single", "--lengths", "5000"], ["lengths", "4096", "5000"]),
         (["--window", "96"], ["window", "96"]),
     ],
