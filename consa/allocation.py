@@ -118,6 +118,14 @@ class Allocation:
         return [layer for layer in range(self.num_layers) if layer not in self.native_windows]
 
     @property
+    def margin(self) -> float | None:
+        """Lowest score of an FA unit minus the highest of an SWA unit; None without scores, or units of one kind."""
+        if self.scores is None:
+            return None
+        full, scores = self.full_attention[self.layers], self.scores[self.layers]
+        return float(scores[full].min() - scores[~full].max()) if full.any() and not full.all() else None
+
+    @property
     def sparsity(self) -> float:
         """Achieved share of the decided KV heads that use SWA, in [0, 1]."""
         num_units = len(self.layers) * self.num_kv_heads

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -23,6 +23,8 @@ SEQ_LEN_HELP = "Length of a training sequence, in tokens."
 BATCH_HELP = "Global batch size: sequences of one optimizer step, over all processes."
 MICRO_BATCH_HELP = "Micro-batch size: sequences computed at once. Gradients of the others are accumulated."
 RECOMPUTE_HELP = "Gradient checkpointing: recompute layers in the backward pass to save memory."
+FULL_LEARNING_RATE, MEASURED_PARAMETERS = 5e-4, 135_000_000
+"""The peak learning rate of full adaptation that was best, and the size of the one model it was measured on."""
 COMPILE_HELP = "Compile the layers with torch.compile. Takes seconds to start and makes steps faster."
 
 
@@ -149,7 +151,10 @@ class AdaptConfig(Settings):
     micro_batch: int = _speed(1, MICRO_BATCH_HELP, ge=1)
     seed: int = option(0, "Random seed of the order of the text and of LoRA's initial weights.", ge=0)
     learning_rate: float | None = option(
-        None, "Peak learning rate of AdamW. Default: 1e-5 for full, 2e-4 for lora.", gt=0
+        None,
+        "Peak learning rate of AdamW. Default: 2e-4 for lora. For full 5e-4 up to 135M parameters, where it was measured,"
+        " and beyond that less by 1/sqrt(parameters), which was not: 6.5e-5 at 8B.",
+        gt=0,
     )
     warmup: float = _solver(
         0.05, "Share of the steps over which the learning rate rises. It then falls as a cosine.", ge=0, le=1
@@ -180,9 +185,15 @@ class AdaptConfig(Settings):
         if not words_of(self.lora_targets):
             raise ConsaError(f"lora_targets must name linear layers, got {self.lora_targets!r}")
 
+    def for_size(self, num_parameters: int) -> AdaptConfig:
+        """These settings with the peak learning rate of a model of that size, unless they have one."""
+        full = FULL_LEARNING_RATE * min(1.0, math.sqrt(MEASURED_PARAMETERS / num_parameters))
+        return replace(self, learning_rate=self.learning_rate or {"full": full, "lora": 2e-4}[self.method])
+
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0: linear warm-up, then a cosine that ends at 0 after the last."""
-        peak = self.learning_rate or {"full": 1e-5, "lora": 2e-4}[self.method]
+        peak = self.learning_rate or self.for_size(MEASURED_PARAMETERS).learning_rate
+        assert peak is not None
         rising = math.ceil(self.warmup * self.num_steps)
         if step < rising:
             return peak * (step + 1) / rising
@@ -212,9 +223,9 @@ class RunConfig(Settings):
         "Training text: file, folder, glob, hf:owner/name, or stdlib (Python's own sources). Separated by commas.",
     )
     heldout_data: str | None = _data(
-        None, "Text to measure on. Default: a tenth of the documents of --data, which are kept out of training."
+        None, "Text to measure on. Default: a tenth of the documents of --data (of a single one its end), kept out of training."
     )
-    text_field: str = _data("text", "Field that holds the text in a JSONL record or dataset row.")
+    text_field: str = _data("text", "Field that holds the text in a record of JSON, JSONL, CSV or Parquet, or in a dataset row.")
     max_tokens: int | None = _data(
         None, "Maximum number of tokens to read of training and of held-out text. Default: all.", ge=1
     )

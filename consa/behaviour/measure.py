@@ -6,6 +6,7 @@ Shape suffixes: H KV heads, G query heads per KV head, Q queries of a block, K k
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,11 +23,13 @@ from consa import rules
 from consa.allocation import NUM_SINK_TOKENS, Allocation
 from consa.attention import masks
 from consa.behaviour.record import Behaviour
+from consa.data.prompts import for_prompts
 from consa.data.questions import examples
 from consa.errors import ConsaError
 from consa.model import loss
 from consa.model.attach import attached
 from consa.model.layout import attention_layout
+from consa.model.load import num_positions
 from consa.provenance import environment
 
 MAX_BLOCK_SCORES = 2**22  # scores of one layer that exist at once; 16 MiB fit a CPU's caches
@@ -75,7 +78,7 @@ def measure(
         raise ConsaError(f"num_sink_tokens must be an integer >= 0, got {num_sink_tokens}")
     if not 0 <= causal_sequences <= len(sequences):
         raise ConsaError(f"causal_sequences must lie in 0..{len(sequences)}, got {causal_sequences}")
-    longest = model.config.get_text_config().max_position_embeddings
+    longest = num_positions(model.config) or sys.maxsize
     if seq_len > longest:
         raise ConsaError(f"seq_len must be at most the {longest} positions of the model, got {seq_len}")
     needles = _needles(tokenizer, min(longest, NEEDLE_TOKENS), seed) if tokenizer is not None else []
@@ -259,6 +262,7 @@ def _repeated_sequence(vocab_size: int, seed: int) -> np.ndarray:
 def _needles(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> list[tuple[np.ndarray, Tensor, Tensor]]:
     """Tokens of a text with its answer, positions that predict the answer, and positions where the text states it."""
     needles = []
+    tokenizer = for_prompts(tokenizer)
     for example in examples("single", tokenizer, length=length, count=NUM_NEEDLES, seed=seed):
         (answer,) = example.answers
         text = f"{example.prompt} {answer}"

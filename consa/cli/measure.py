@@ -12,6 +12,7 @@ from consa.cli.options import (
     Converted,
     Out,
     command_line,
+    existing,
     from_options,
     model_name,
     number,
@@ -37,6 +38,7 @@ def evaluate(
         ),
     ] = None,
     out: Out = None,
+    ctx: typer.Context,
     **options: Any,
 ) -> None:
     """Measure allocations of MODEL beside dense and all-SWA: held-out loss, retrieval, lm-eval tasks."""
@@ -44,10 +46,19 @@ def evaluate(
     command = command_line("eval", run_config, config)
     for name in allocation or ():
         command += f" --allocation {shlex.quote(name)}"
+    from consa.rules import RULES
     from consa.runs.evaluation import run_evaluation
 
+    for name in ("sparsity", "granularity"):
+        if was_given(ctx, name) and not set(allocation or ()) & RULES.keys():
+            raise ConsaError(f"{name} applies to rules, and no --allocation is one; files keep their own")
     table, paths = run_evaluation(
-        run_config, config, allocation or [], out or Path("runs") / f"eval-{model_name(run_config)}", command=command
+        run_config,
+        config,
+        allocation or [],
+        out or Path("runs") / f"eval-{model_name(run_config)}",
+        command=command,
+        follow_files=not (was_given(ctx, "window") or was_given(ctx, "num_sink_tokens")),
     )
     for title, columns, rows in table.sections():
         print(f"{title}:")
@@ -117,6 +128,7 @@ def behaviour(
             "FOLDER",
             "Folder of a run of MODEL. Its window and sink tokens are used, and the measures are compared with its"
             " allocation.",
+            callback=existing,
         ),
     ] = None,
     out: Annotated[

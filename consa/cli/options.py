@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ import typer
 from typer.models import ArgumentInfo
 
 from consa.config import FORMER_NAMES, RunConfig
+from consa.errors import ConsaError
 from consa.settings import Kind, help_of, kinds
 
 FORMER_OPTIONS = {
@@ -133,16 +135,25 @@ def command_line(verb: str, *configs: Any) -> str:
     return shlex.join(words)
 
 
-def text(metavar: str, help: str, *names: str) -> Any:
+def text(metavar: str, help: str, *names: str, **details: Any) -> Any:
     """An option for text or a path."""
-    return typer.Option(*names, metavar=metavar, help=help)
+    return typer.Option(*names, metavar=metavar, help=help, **details)
 
 
 Out = Annotated[Path | None, text("FOLDER", "Folder for the results. Default: a folder under runs/.")]
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Also write the metrics for TensorBoard.")]
 KEPT_HELP = "Allocation: an allocation.json, the folder of a run, or the name of a published one."
 Kept = Annotated[Path, text("FILE", KEPT_HELP, "--allocation")]
-Converted = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that `consa convert` wrote.")]
+def existing(path: Path | None) -> Path | None:
+    """Return a path that the user named, or refuse one that does not exist."""
+    if path is not None and not os.path.exists(path):
+        raise ConsaError(f"{path} does not exist; check the path")
+    return path
+
+
+Converted = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Folder that `consa convert` wrote.", callback=existing)
+]
 
 
 def was_given(ctx: typer.Context, name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from typing import Any
@@ -86,7 +87,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except ConsaError as error:
-            raise typer.Exit(fail(str(error), 2)) from None
+            raise typer.Exit(fail(_as_typed(str(error), self.commands.get(ctx.invoked_subcommand)), 2)) from None
         except KeyboardInterrupt:
             self._interrupted = ctx.invoked_subcommand
             raise typer.Exit(INTERRUPTED) from None
@@ -100,6 +101,17 @@ class Commands(TyperGroup):
                 raise
             advice = LIGHTER.get(ctx.invoked_subcommand, "use a machine with more")
             raise typer.Exit(fail(f"out of memory; {advice}", 2)) from None
+
+
+def _as_typed(message: str, command: Any) -> str:
+    """The message with options in place of the settings that it names; a name of one word only where it begins it."""
+    for parameter in command.params if command else ():
+        if parameter.param_type_name == "option":
+            name, typed = parameter.name, parameter.opts[0]
+            # Not within values, which stand in quotes or are paths.
+            pattern = rf"(?<![\w./'\"-]){name}(?![\w./'\"-])" if "_" in name else rf"^{name}(?= must| is | \+| ')"
+            message = re.sub(pattern, typed, message)
+    return message
 
 
 def fail(message: str, status: int) -> int:

@@ -9,15 +9,24 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from consa.cli.options import Converted, Kept, number, text
+from consa.cli.options import Converted, number, text, was_given, with_fields_of
+from consa.config import EvalConfig
 from consa.errors import ConsaError
 from consa.files import read_text
 
 
+@with_fields_of(EvalConfig, only=("sparsity", "granularity", "window", "num_sink_tokens", "seed"))
 def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model, as for `consa learn`.")],
     *,
-    allocation: Kept,
+    allocation: Annotated[
+        str,
+        text(
+            "NAME",
+            "Allocation: an allocation.json, the folder of a run, the name of a published allocation or of a rule,"
+            " dense, all_swa, or a .tsv of DuoAttention or PruLong.",
+        ),
+    ],
     out: Annotated[Path, text("FOLDER", "New folder for the checkpoint.")],
     kind: Annotated[
         str,
@@ -27,18 +36,21 @@ def convert(
             " without sink tokens. auto writes a plain checkpoint whenever it is equivalent.",
         ),
     ] = "auto",
+    **options: Any,
 ) -> None:
     """Write MODEL with an allocation as a checkpoint that generates with a small KV cache."""
-    from consa.allocation import Allocation
-
-    chosen = Allocation.load(allocation)
+    config = EvalConfig(**options)
+    from consa import rules
+    from consa.evaluation.suite import file_of, named
     from consa.model import convert
-    from consa.model.layout import check_fits
     from consa.model.load import load_model, read_layout
     from consa.progress import note
 
     convert.check_wish(out, kind)
-    check_fits(chosen, read_layout(model), model)
+    file_of(allocation)
+    layout = read_layout(model)
+    chosen = named(allocation, model, layout, config)
+    chosen = chosen or rules.dense(*layout.shape, native_windows=layout.native_windows)
     loaded = load_model(model, device="cpu", dtype="auto")
     match chosen.provenance.get("config"):
         case {"mode": "joint"}:
@@ -58,17 +70,28 @@ def generate(
     ] = 0.0,
     top_p: Annotated[float, number(kind=float, help="Nucleus sampling: share of probability to sample from.")] = 1.0,
     seed: Annotated[int, number(help="Random seed of the sampling.")] = 0,
+    model_sampling: Annotated[
+        bool,
+        typer.Option(
+            "--model-sampling",
+            help="Follow the sampling settings and penalties of the model's generation_config.json, instead of"
+            " --temperature and --top-p.",
+        ),
+    ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
+    ctx: typer.Context,
 ) -> None:
     """Continue a prompt with a converted model, and print the text as it is generated."""
     if (prompt is None) == (file is None):
         raise ConsaError("give either --prompt or --file")
+    if model_sampling and (was_given(ctx, "temperature") or was_given(ctx, "top_p")):
+        raise ConsaError("--model-sampling replaces --temperature and --top-p; give one or the other")
     if file is not None:
         prompt = read_text(file, max_bytes=2**28)
     assert prompt is not None
     from consa.model.generate import Sampling, generate_text, load_with_tokenizer
 
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, of_model=model_sampling)
     model, tokenizer = load_with_tokenizer(folder)
     generate_text(
         model,

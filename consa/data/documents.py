@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import csv
 import glob
+import gzip
 import hashlib
 import io
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from consa.errors import ConsaError, first_line, missing_extra
 from consa.files import sha256_of
 
 MAX_DOCUMENT_BYTES = 256 * 2**20
 """Largest document or JSONL line, in decompressed bytes, so that a small compressed file cannot fill the memory."""
+
+
+COMPRESSED = (".zst", ".gz")
+LINES = ("jsonl", "ndjson")
+OTHER_FORMATS = ("arrow", "bz2", "docx", "epub", "feather", "gguf", "h5", "npy", "pdf", "pkl", "xlsx", "xz", "zip")
+"""Formats that hold no plain text: refused by that name rather than for their bytes."""
+MAX_CHECKED_FILES = 100
 
 
 class Document(NamedTuple):
@@ -50,12 +62,14 @@ def find_sources(data: str, text_field: str) -> list[Source]:
     return list(sources.values())
 
 
-def check_data(data: str) -> None:
-    """Raise a ConsaError if some name in `data` has no files; reads none."""
+def check_data(data: str, text_field: str = "text") -> None:
+    """Raise a ConsaError if some name in `data` has no files, or its first files do not begin with a document."""
     try:
         for part in _parts(data):
             if not part.startswith("hf:"):
-                _find_paths(part)
+                for path in islice(_find_paths(part), MAX_CHECKED_FILES):
+                    is_named = path == Path(os.path.expanduser(part))
+                    next(_read(path, text_field, is_named, lambda count: None), None)
     except OSError as error:
         raise ConsaError(f"cannot read {error.filename or data}: {error.strerror or error}") from error
 
@@ -99,21 +113,114 @@ def _walk(path: Path, left_out: tuple[str, ...] = ()) -> list[Path]:
 
 
 def _file_source(path: Path, text_field: str, *, is_named: bool) -> Source:
+    read = partial(_read, path, text_field, is_named)
+    return Source([*_format(path), is_named, sha256_of(path)], path.stat().st_size, read)
+
+
+def _format(path: Path) -> tuple[str, str]:
+    """The compression and the format of a file, by its name."""
     if not path.is_file():
         raise ConsaError(f"{path} is not a regular file; write the text to a file first")
-    kind = (path.with_suffix("") if path.suffix == ".zst" else path).suffix.removeprefix(".")
-    read = partial(_read_jsonl, path, text_field) if kind == "jsonl" else partial(_read_whole, path, kind, is_named)
-    return Source([sha256_of(path), path.suffix == ".zst", kind, is_named], path.stat().st_size, read)
+    compression = path.suffix.lower() if path.suffix.lower() in COMPRESSED else ""
+    return compression, (path.with_suffix("") if compression else path).suffix.removeprefix(".").lower()
+
+
+def _read(path: Path, text_field: str, is_named: bool, advance: Callable[[int], None]) -> Iterator[Document]:
+    """The documents of a file, by its format."""
+    compression, kind = _format(path)
+    if kind in LINES:
+        return _read_jsonl(path, text_field, advance)
+    if kind in ("csv", "tsv"):
+        return _read_csv(path, text_field, "," if kind == "csv" else "\t", advance)
+    if kind == "parquet" and not compression:
+        return _read_parquet(path, text_field, advance)
+    if is_named and kind in OTHER_FORMATS:
+        raise ConsaError(f"{path} is a .{kind} file, not text; convert it to .txt, .jsonl, .csv or .parquet")
+    if kind == "json":
+        return _read_json(path, text_field, is_named, advance)
+    return _read_whole(path, kind, is_named, advance)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """A file and its decompressed content."""
+    with open(path, "rb") as file:
+        match _format(path)[0]:
+            case ".zst":
+                yield file, cast(BinaryIO, io.BufferedReader(_ZstdStream(file, path)))
+            case ".gz":
+                try:
+                    yield file, cast(BinaryIO, gzip.GzipFile(fileobj=file))
+                except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                    raise ConsaError(f"cannot decompress {path}: {error}; download or create it again") from error
+            case _:
+                yield file, file
+
+
+def _read_json(path: Path, text_field: str, is_named: bool, advance: Callable[[int], None]) -> Iterator[Document]:
+    """An array of records, one record, or records in lines; in a folder, other JSON is a text like any other."""
+    try:
+        with _opened(path) as (_, stream):
+            value = json.loads(stream.read(MAX_DOCUMENT_BYTES + 1).decode("utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        with _opened(path) as (_, stream):
+            first = stream.readline(MAX_DOCUMENT_BYTES)
+        if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"{") and _is_json(first):
+            yield from _read_jsonl(path, text_field, advance)
+            return
+        if is_named and first.lstrip(b"\xef\xbb\xbf \t\n\r")[:1] in (b"{", b"["):
+            raise ConsaError(f"{path} is neither JSON nor JSON lines; fix it, or name it .txt to read it as text") from None
+        yield from _read_whole(path, "json", is_named, advance)
+        return
+    records: list[Any] = value if isinstance(value, list) else [value]
+    if not is_named and not all(isinstance(record, dict) and text_field in record for record in records):
+        yield from _read_whole(path, "json", is_named, advance)
+        return
+    for number, record in enumerate(records, 1):
+        yield _from_record(record, text_field, f"{path}, record {number}")
+    advance(path.stat().st_size)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _read_csv(path: Path, text_field: str, delimiter: str, advance: Callable[[int], None]) -> Iterator[Document]:
+    with _opened(path) as (_, stream):
+        csv.field_size_limit(MAX_DOCUMENT_BYTES)
+        try:
+            rows = csv.DictReader((line.decode("utf-8-sig") for _, line in _lines(stream, path)), delimiter=delimiter)
+            for number, row in enumerate(rows, 1):
+                yield _from_record(row, text_field, f"{path}, row {number}")
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ConsaError(f"{path} is not a table in UTF-8: {error}; fix it") from error
+        advance(path.stat().st_size)
+
+
+def _read_parquet(path: Path, text_field: str, advance: Callable[[int], None]) -> Iterator[Document]:
+    try:
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise missing_extra(f"reading {path}", "datasets") from error
+    try:
+        table: Any = pyarrow.parquet.ParquetFile(path)
+        rows = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(batch_size=256))
+        for number, row in enumerate(rows, 1):
+            yield _from_record(row, text_field, f"{path}, row {number}")
+    except pyarrow.ArrowException as error:
+        raise ConsaError(f"cannot read {path}: {first_line(error)}; download or create it again") from error
+    advance(path.stat().st_size)
 
 
 def _read_jsonl(path: Path, text_field: str, advance: Callable[[int], None]) -> Iterator[Document]:
-    with open(path, "rb") as file:
-        stream = io.BufferedReader(_ZstdStream(file, path)) if path.suffix == ".zst" else file
-        position, read_line = 0, partial(stream.readline, MAX_DOCUMENT_BYTES + 1)
-        for number, line in enumerate(iter(read_line, b""), 1):
+    with _opened(path) as (file, stream):
+        position = 0
+        for number, line in _lines(stream, path):
             place = f"{path}:{number}"
-            if len(line) > MAX_DOCUMENT_BYTES:
-                raise ConsaError(f"{place}: a line of more than {MAX_DOCUMENT_BYTES} bytes; split the document")
             if line.strip():
                 try:
                     record = json.loads(line.decode("utf-8-sig"))
@@ -124,10 +231,17 @@ def _read_jsonl(path: Path, text_field: str, advance: Callable[[int], None]) -> 
             position = file.tell()
 
 
+def _lines(stream: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines of a file with their numbers, from 1 on."""
+    for number, line in enumerate(iter(partial(stream.readline, MAX_DOCUMENT_BYTES + 1), b""), 1):
+        if len(line) > MAX_DOCUMENT_BYTES:
+            raise ConsaError(f"{path}:{number}: a line of more than {MAX_DOCUMENT_BYTES} bytes; split the document")
+        yield number, line
+
+
 def _read_whole(path: Path, kind: str, is_named: bool, advance: Callable[[int], None]) -> Iterator[Document]:
     content = bytearray()
-    with open(path, "rb") as file:
-        stream = io.BufferedReader(_ZstdStream(file, path)) if path.suffix == ".zst" else file
+    with _opened(path) as (file, stream):
         while block := stream.read(2**20):
             content += block
             if len(content) > MAX_DOCUMENT_BYTES:
@@ -167,6 +281,11 @@ def _hub_source(name: str, text_field: str) -> Source:
 
 def _from_record(record: Any, text_field: str, place: str) -> Document:
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+        if isinstance(record, dict) and {"messages", "conversations"} & record.keys():
+            raise ConsaError(
+                f"{place}: holds chat messages and no field {text_field!r}; put them into text with the model's chat"
+                f" template (tokenizer.apply_chat_template), and write that to {text_field!r}"
+            )
         raise ConsaError(f"{place}: no field {text_field!r} that is a string; set text_field, or fix the data")
     text, domain = record[text_field], record.get("domain")
     try:

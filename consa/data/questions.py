@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from consa.data.prompts import for_prompts
 from consa.errors import ConsaError
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ def examples(task: str, tokenizer: PreTrainedTokenizerBase, *, length: int, coun
     """
     if task not in TASKS:
         raise ConsaError(f"retrieval task must be one of {', '.join(TASKS)}, got {task!r}")
+    tokenizer = for_prompts(tokenizer)
     if count < 1:
         raise ConsaError(f"the number of examples must be at least 1, got {count}")
     return [

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Split = Literal["all", "train", "heldout"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of every cache key: raise it when the same input should give other sequences or other files."""
 
 PIECE_CHARS = 2**20
@@ -46,7 +46,7 @@ class SequenceSet:
             memory-mapped when it comes from the cache. Convert a batch to int64 before embedding it.
         domains: (num_sequences,) the `domain` field of the document, or "", or the extension of a whole file.
         documents: (num_sequences,) int64, index of the source document among all documents of both splits: train and
-            held-out sequences of the same data never share an index.
+            held-out sequences of the same data never share an index, unless the data is a single document.
         num_documents: documents of the split that were read.
         num_skipped: those that gave no sequence, because they are shorter than `seq_len` tokens or not text.
     """
@@ -92,11 +92,12 @@ def load_sequences(
     Args:
         data: A file, a folder (read recursively, without hidden files), a glob, `stdlib` (the sources of the
             running Python's standard library), `hf:owner/name[:config][:split]` (a Hugging Face dataset), or
-            several of these separated by commas. A `.jsonl` file holds one document per line, any other file is
-            one document; both may be compressed (`.zst`).
+            several of these separated by commas. Records of `.jsonl`, `.json`, `.csv`, `.tsv` and `.parquet` files
+            are documents, any other file is one document. All but parquet may be compressed (`.zst`, `.gz`).
         tokenizer: A transformers tokenizer.
         seq_len: Tokens per sequence.
-        split: `train` or `heldout` selects documents by a hash of their text; `all` selects every document.
+        split: `train` or `heldout` selects documents by a hash of their text, at least one each; the end of a single
+            document is held out. `all` selects every document.
         heldout_fraction: Expected share of the documents that are held out.
         max_tokens: Maximum tokens of all sequences together, in reading order; None means no limit.
         text_field: Field of a JSONL record or dataset row that holds the text.
@@ -143,9 +144,10 @@ def _cut(
     from rich.console import Console
     from rich.progress import Progress
 
+    limit = 0 if split == "all" else _limit(sources, heldout_fraction, seq_len)
+
     def in_split(document: Document) -> bool:
-        is_heldout = int.from_bytes(document.digest[:8], "big") < heldout_fraction * 2**64
-        return split == "all" or is_heldout == (split == "heldout")
+        return split == "all" or limit is None or (_place(document) < limit) == (split == "heldout")
 
     text_len = seq_len - len(encoder.prefix)
     max_sequences = sys.maxsize if max_tokens is None else max_tokens // seq_len
@@ -164,10 +166,12 @@ def _cut(
                 if pieces is None:
                     continue
                 ids = np.concatenate([piece.result() for piece in pieces])
+                longest = max(longest, len(ids))
+                if limit is None:
+                    ids = _part(ids, split, heldout_fraction, text_len)
                 count = min(len(ids) // text_len, max_sequences - len(indices))
                 num_documents += 1
                 num_skipped += count == 0
-                longest = max(longest, len(ids))
                 rows = np.empty((count, seq_len), encoder.dtype)
                 rows[:, :-text_len] = encoder.prefix
                 rows[:, -text_len:] = ids[: count * text_len].reshape(count, text_len)
@@ -183,6 +187,11 @@ def _cut(
         )
     if not longest:
         raise ConsaError(f"data {data!r} holds no text; name files with text in UTF-8")
+    if not indices and longest >= text_len:
+        raise ConsaError(
+            f"data {data!r} is a single document of {longest} tokens, of which one sequence of seq_len {seq_len} is held"
+            f" out and none is left; lower seq_len to {longest // 2}, or add documents"
+        )
     if not indices:
         raise ConsaError(
             f"seq_len {seq_len} is longer than each of the {num_documents} documents in split {split!r} of {data!r} "
@@ -197,6 +206,35 @@ def _cut(
         num_documents=num_documents,
         num_skipped=num_skipped,
     )
+
+
+def _place(document: Document) -> int:
+    """A document's place in [0, 2**64), by a hash of its text; those below a limit are held out."""
+    return int.from_bytes(document.digest[:8], "big")
+
+
+def _limit(sources: list[Source], heldout_fraction: float, seq_len: int) -> int | None:
+    """The limit of places that are held out; None if there is a single document, whose end is.
+
+    It is `heldout_fraction` of all places, and moves just so far that both splits have a document. Documents of fewer
+    bytes than `seq_len` do not count, since they give no sequence.
+    """
+    limit, places = int(heldout_fraction * 2**64), set[int]()
+    for document in (document for source in sources for document in source.read(lambda count: None)):
+        if len(document.text.encode()) >= seq_len:
+            places.add(_place(document))
+            if min(places) < limit <= max(places):  # seldom after more than a few documents
+                return limit
+    if len(places) == 1:
+        return None
+    return max(min(limit, max(places)), min(places) + 1) if places else limit
+
+
+def _part(ids: np.ndarray, split: Split, heldout_fraction: float, text_len: int) -> np.ndarray:
+    """The tokens of a single document in a split: whole sequences at its end are held out, at least one."""
+    count = len(ids) // text_len
+    first = (count - max(1, min(count - 1, round(heldout_fraction * count)))) * text_len
+    return ids[max(0, first) : count * text_len] if split == "heldout" else ids[: max(0, first)]
 
 
 # Tokenising.

@@ -13,9 +13,11 @@ from typing import Any
 
 from consa.allocation import Allocation
 from consa.config import EvalConfig
+from consa.data.prompts import for_prompts
 from consa.errors import ConsaError, first_line, missing_extra
 from consa.evaluation.cells import Advance, Measure
 from consa.model.attach import attached
+from consa.model.generate import own_settings
 from consa.model.load import LoadedModel
 from consa.progress import note
 
@@ -106,8 +108,9 @@ def run_task(
         ConsaError: the task cannot be run, for example because its data is missing.
     """
     lm_eval, huggingface = import_module("lm_eval"), import_module("lm_eval.models.huggingface")
-    with _as_converted(loaded, allocation):
-        model = huggingface.HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+    tokenizer = for_prompts(loaded.tokenizer)
+    with _as_converted(loaded, allocation), own_settings(loaded.model, eos_token_id=tokenizer.eos_token_id):
+        model = huggingface.HFLM(pretrained=loaded.model, tokenizer=tokenizer, batch_size=batch_size)
         try:
             results = lm_eval.simple_evaluate(
                 model=model,

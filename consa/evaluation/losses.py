@@ -22,6 +22,8 @@ from consa.training import gates
 
 LOSSES = "losses"
 SAMPLED = "losses of sampled gates"
+MIN_GAP = 1e-4
+"""Smallest difference of dense and all-SWA, in nats, that tables show and that sums in another order do not move."""
 
 
 def heldout(loaded: LoadedModel, tokens: np.ndarray, *, start: int, batch_size: int) -> Measure:
@@ -146,5 +148,8 @@ def buckets_of(positions: int) -> tuple[tuple[int, int], ...]:
 
 
 def recovered(loss: float, *, dense: float, floor: float) -> float:
-    """Share of the gap from the loss of all-SWA (`floor`) to the dense model's that is closed; NaN without a gap."""
-    return float((floor - loss) / (floor - dense)) if floor > dense else math.nan
+    """Share of the gap from the loss of all-SWA (`floor`) to the dense model's that is closed.
+
+    NaN for a gap below `MIN_GAP`: its share would be noise.
+    """
+    return float((floor - loss) / (floor - dense)) if floor - dense >= MIN_GAP else math.nan

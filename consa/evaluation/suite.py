@@ -55,10 +55,8 @@ def named(name: str, model: str, layout: AttentionLayout, config: EvalConfig) ->
         return rules.all_swa(*shape, **options)
     if name in rules.RULES:
         return rules.by_name(name, *shape, sparsity=config.sparsity, seed=config.seed, **options)
-    path = published.resolve(name)
-    if not os.path.isfile(path):
-        known = (DENSE, ALL_SWA, *rules.RULES, *published.names())
-        raise ConsaError(f"allocation {name!r} is neither a file nor one of {', '.join(known)}")
+    path = file_of(name)
+    assert path is not None
     if path.suffix == ".tsv":
         allocation = read_tsv(path, num_layers=shape[0], num_kv_heads=shape[1], **limits)
     else:
@@ -68,6 +66,17 @@ def named(name: str, model: str, layout: AttentionLayout, config: EvalConfig) ->
     except ConsaError as error:
         raise ConsaError(f"{name}: {error}") from error
     return allocation
+
+
+def file_of(name: str) -> Path | None:
+    """The file of a named allocation; None for rules, dense and all-SWA; ConsaError if there is no such file."""
+    if name in (DENSE, ALL_SWA, *rules.RULES):
+        return None
+    path = published.resolve(name)
+    if not os.path.isfile(path):
+        known = (DENSE, ALL_SWA, *rules.RULES, *published.names())
+        raise ConsaError(f"allocation {name!r} is neither a file nor one of {', '.join(known)}")
+    return path
 
 
 def start_of(where: RunConfig, config: EvalConfig, allocations: Allocations) -> int:

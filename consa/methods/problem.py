@@ -14,6 +14,7 @@ from torch import Tensor
 from consa.allocation import Allocation, num_full_units
 from consa.config import ChoiceConfig
 from consa.data import questions
+from consa.data.prompts import for_prompts
 from consa.errors import ConsaError
 from consa.model import loss
 from consa.model.attach import attached
@@ -71,7 +72,7 @@ class Problem:
 
     def questions(self, number: int, length: int | None = None) -> list[Text]:
         """Questions about what lies in a text of `length` tokens (by default as long as the sequences), answered."""
-        tokenizer: Any = self.loaded.tokenizer
+        tokenizer = for_prompts(self.loaded.tokenizer)
         texts = []
         for example in questions.examples(
             QUESTIONS, tokenizer, length=length or self.sequences.shape[1], count=number, seed=self.config.seed

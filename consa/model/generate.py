@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from consa.data.prompts import for_prompts
 from consa.errors import ConsaError
 from consa.model.convert import load
+from consa.model.load import num_positions
+
+SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Settings of generation_config.json that decide how a token is drawn, besides penalties."""
+PENALTIES = ("repetition_penalty", "no_repeat_ngram_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +28,7 @@ class Sampling:
     temperature: float = 0.0  # 0 always takes the most likely token
     top_p: float = 1.0  # share of the probability to sample from, if temperature > 0
     seed: int = 0
+    of_model: bool = False  # follow the model's generation_config.json instead of `temperature` and `top_p`
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -30,11 +38,27 @@ class Sampling:
         if not 0 <= self.seed < 2**63:
             raise ConsaError(f"seed must be an integer >= 0 and below 2**63, got {self.seed!r}")
 
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments for `model.generate`."""
-        if self.temperature == 0:  # None: sampling settings of the model would cause warnings
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    def options(self, model: PreTrainedModel) -> dict[str, Any]:
+        """The settings for a `GenerationConfig`."""
+        if self.of_model:
+            return {name: getattr(model.generation_config, name, None) for name in (*SAMPLING, *PENALTIES)}
+        if self.temperature == 0:
+            return {"do_sample": False}
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+@contextmanager
+def own_settings(model: PreTrainedModel, **settings: Any) -> Iterator[None]:
+    """Within the block `model.generate` follows these settings alone, and nothing that the model's files say.
+
+    `generate` fills whatever a caller leaves open from the model's own settings, so they are set aside.
+    """
+    before: Any = model.generation_config
+    model.generation_config = GenerationConfig(**settings)
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def load_with_tokenizer(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -61,7 +85,7 @@ def generate_text(
     on_text: Callable[[str], None] | None = None,
     **options: Any,
 ) -> str:
-    """Continue a prompt.
+    """Continue a prompt, up to a token that ends a text by the tokenizer or by the model's generation_config.json.
 
     Args:
         model: any causal language model.
@@ -86,7 +110,10 @@ def generate_text(
     if on_text:
         streamer = TextStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
         streamer.on_finalized_text = lambda text, stream_end=False: text and on_text(text)  # instead of printing
-    (text,) = generate_texts(model, tokenizer, [prompt], add_special_tokens=not chat, streamer=streamer, **options)
+    ends: Any = getattr(model.generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    options |= {"add_special_tokens": not chat, "streamer": streamer, "eos_token_id": sorted(ends) or None}
+    (text,) = generate_texts(model, tokenizer, [prompt], **options)
     return text
 
 
@@ -100,7 +127,7 @@ def generate_texts(
     add_special_tokens: bool = True,
     **options: Any,
 ) -> list[str]:
-    """Continue several prompts at once, shorter ones padded on the left.
+    """Continue several prompts at once, shorter ones padded on the left; no setting of the model's files applies.
 
     Args:
         model: any causal language model.
@@ -121,11 +148,18 @@ def generate_texts(
         raise ConsaError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if any(prompt.encode(errors="replace").decode() != prompt for prompt in prompts):
         raise ConsaError("a prompt must be text in UTF-8; it contains other bytes")
-    texts = [tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in prompts]
+    encode = for_prompts(tokenizer)
+    texts = [encode(prompt, add_special_tokens=add_special_tokens)["input_ids"] for prompt in prompts]
     if not all(texts):
         raise ConsaError("the prompt is empty; pass some text")
     length = max(map(len, texts))
-    longest = getattr(model.config, "max_position_embeddings", None)
+    known = model.get_input_embeddings().num_embeddings
+    if (largest := max(map(max, texts))) >= known:
+        raise ConsaError(
+            f"the prompt holds {tokenizer.convert_ids_to_tokens(largest)!r}, token {largest} of the tokenizer, but the"
+            f" model has embeddings for {known} tokens; remove it from the prompt"
+        )
+    longest = num_positions(model.config)
     if longest is not None and length + max_new_tokens > longest:
         raise ConsaError(
             f"the prompt's {length} tokens and {max_new_tokens} new tokens exceed the {longest} positions of the model;"
@@ -133,16 +167,16 @@ def generate_texts(
         )
     sampling = sampling or Sampling()
     torch.manual_seed(sampling.seed)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    padding = next((token for token in candidates if token is not None and token < known), 0)
     missing = torch.tensor([[length - len(text)] for text in texts])
-    ids = torch.tensor([[padding or 0] * (length - len(text)) + text for text in texts])
+    ids = torch.tensor([[padding] * (length - len(text)) + text for text in texts])
     generate: Any = model.generate  # a Module's attributes have a broad type
-    output = generate(
-        ids.to(model.device),
-        attention_mask=(torch.arange(length) >= missing).long().to(model.device),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=padding,
-        **sampling.options(),
-        **options,
-    )
+    settings = {"max_new_tokens": max_new_tokens, "pad_token_id": padding, "eos_token_id": tokenizer.eos_token_id}
+    with own_settings(model, **settings | sampling.options(model)):
+        output = generate(
+            ids.to(model.device),
+            attention_mask=(torch.arange(length) >= missing).long().to(model.device),
+            **options,
+        )
     return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)

@@ -102,6 +102,25 @@ def read_layout(source: str) -> AttentionLayout:
     return _inspect_source(source)[3]
 
 
+def read_positions(source: str) -> int | None:
+    """The positions of the model that `load_model` would load; raises as `read_layout`."""
+    return num_positions(_inspect_source(source)[2])
+
+
+def num_positions(config: Any) -> int | None:
+    """How many positions a model has, those included that RoPE scaling adds; None if its config says nothing."""
+    config = config.get_text_config()
+    longest: int | None = getattr(config, "max_position_embeddings", None)
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    for scaling in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        original = scaling.get("original_max_position_embeddings")
+        if scaling.get("rope_type") == "dynamic":
+            original = original or longest
+        if longest and original and scaling.get("factor"):
+            longest = max(longest, int(original * scaling["factor"]))
+    return longest
+
+
 def _inspect_source(source: str) -> tuple[str, str | None, Any, AttentionLayout]:
     """The folder or name that transformers can load, its revision if known, config and layout."""
     folder, revision = _resolve(source)
@@ -132,6 +151,8 @@ def _resolve(source: str) -> tuple[str, str | None]:
     path = Path(source)
     if path.suffix == ".gguf":
         return _convert_gguf(path)
+    if not os.path.exists(path) and (source.startswith((".", "/", "~")) or source.count(os.sep) > 1):
+        raise ConsaError(f"cannot load model {source!r}: there is no such folder or file")
     if os.path.isdir(path) and not (path / "config.json").is_file():
         raise ConsaError(f"cannot load model {source!r}: the folder holds no config.json")
     return source, None

@@ -61,6 +61,8 @@ class Run:
             path = published.resolve(path)
         if os.path.isfile(path):
             return cls(name=path.stem, allocation=Allocation.load(path))
+        if not os.path.exists(path):
+            raise ConsaError(f"{path} does not exist; name {WANTED}")
         if not any(os.path.exists(path / name) for name in FILES):
             raise ConsaError(f"{path} holds none of {', '.join(FILES)}; name {WANTED}")
         name = path.resolve().name

@@ -67,7 +67,7 @@ def run_adaptation(
         with distributed.main_first():
             layout = read_layout(where.model)
         check_fits(allocation, layout, where.model)
-        loaded = inputs.load(where)
+        loaded = inputs.load(where, seq_len=config.seq_len)
         check_lora(loaded.model, config)
         train = inputs.training_text(where, config.seq_len, loaded)
         heldout = inputs.heldout_text(where, config.seq_len, loaded)

@@ -32,7 +32,7 @@ def run_behaviour(
     if num_sequences < 1:
         raise ConsaError(f"num_sequences must be at least 1, got {num_sequences}")
     inputs.check(where)
-    loaded = inputs.load(where)
+    loaded = inputs.load(where, seq_len=seq_len)
     heldout = inputs.heldout_text(replace(where, num_heldout=num_sequences), seq_len, loaded)
     if len(heldout.tokens) < num_sequences:
         note(f"The text has {len(heldout.tokens)} held-out sequences of {seq_len} tokens; all of them are measured")

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from consa.allocation import Allocation
 from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig
-from consa.errors import ConsaError
 from consa.evaluation import harness
-from consa.evaluation.suite import Suite, named, start_of
+from consa.evaluation.suite import Suite, file_of, named, start_of
 from consa.evaluation.table import Table
 from consa.files import JsonObject, write_json
 from consa.model.load import LoadedModel, read_layout
+from consa.progress import note
 from consa.runs import inputs
 from consa.runs.folder import CONFIG, check_free
 
@@ -21,7 +21,13 @@ SETTINGS = "eval-config.json"
 
 
 def run_evaluation(
-    where: RunConfig, config: EvalConfig, names: Sequence[str], folder: Path, *, command: str
+    where: RunConfig,
+    config: EvalConfig,
+    names: Sequence[str],
+    folder: Path,
+    *,
+    command: str,
+    follow_files: bool = False,
 ) -> tuple[Table, list[Path]]:
     """Measure allocations beside dense and all-SWA, and write the table; an interrupted run resumes when called again.
 
@@ -31,6 +37,7 @@ def run_evaluation(
         names: of allocations, as `suite.named` takes them.
         folder: for the results.
         command: the command line that does the same again, for the record.
+        follow_files: measure rules at window and sinks of the allocations' files, if these agree.
 
     Returns:
         The table and the files it was written to.
@@ -40,6 +47,13 @@ def run_evaluation(
     """
     inputs.check(replace(where, data=where.heldout_data or where.data))  # no training text is needed
     layout = read_layout(where.model)
+    files = [named(name, where.model, layout, config) for name in names if (file_of(name) or Path()).suffix == ".json"]
+    limits = {(one.window, one.num_sink_tokens) for one in files if one}
+    if follow_files and len(limits) == 1:
+        ((window, sinks),) = limits
+        config = replace(config, window=window, num_sink_tokens=sinks)
+    elif len(limits | {(config.window, config.num_sink_tokens)}) > 1:
+        note("Windows or sink tokens differ: compare only rows whose names end in the same ones")
     allocations = {name: named(name, where.model, layout, config) for name in dict.fromkeys(names)}
     start = start_of(where, config, allocations)
     if not any((folder / name).exists() for name in (SETTINGS, CONFIG)):  # the folder of a run is fine
@@ -77,12 +91,7 @@ def as_measured(config: LearnConfig | AdaptConfig, limits: LearnConfig | Allocat
 
 def load(where: RunConfig, config: EvalConfig) -> LoadedModel:
     """Load the model, and check that it has enough positions for what is measured."""
-    loaded = inputs.load(where)
-    longest = loaded.model.config.get_text_config().max_position_embeddings
     asked = {"seq_len": config.seq_len}
     if config.retrieval_tasks or any(task.startswith(("niah", "ruler")) for task in config.harness_tasks):
         asked["lengths"] = max(config.retrieval_lengths)
-    for name, tokens in asked.items():
-        if tokens > longest:
-            raise ConsaError(f"{name} must be at most the {longest} positions of {where.model}, got {tokens}")
-    return loaded
+    return inputs.load(where, **asked)

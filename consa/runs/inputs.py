@@ -7,25 +7,38 @@ import torch
 from consa.config import AdaptConfig, LearnConfig, RunConfig
 from consa.data.documents import check_data
 from consa.data.sequences import SequenceSet, Split, load_sequences
+from consa.errors import ConsaError
 from consa.model.attach import make_dense
-from consa.model.load import LoadedModel, check_device, load_model
+from consa.model.load import LoadedModel, check_device, load_model, read_positions
 from consa.progress import note
 from consa.training import distributed
 
 
 def check(where: RunConfig) -> None:
-    """Raise ConsaError for a device or text that does not exist, before anything is loaded."""
+    """Raise ConsaError for a device or text that does not exist or cannot be read, before anything is loaded."""
     check_device(where.device)
     for data in filter(None, (where.data, where.heldout_data)):
-        check_data(data)
+        check_data(data, where.text_field)
 
 
-def load(where: RunConfig) -> LoadedModel:
-    """Load the model; a converted hybrid becomes the dense model of its weights."""
-    if distributed.is_main():
-        note(f"Loading {where.model}")
+def load(where: RunConfig, **asked: int) -> LoadedModel:
+    """Load the model; a converted hybrid becomes the dense model of its weights.
+
+    Args:
+        where: names it.
+        asked: settings in tokens, by name, that the model must have positions for.
+
+    Raises:
+        ConsaError: it has too few, or as `load_model`.
+    """
     dtype = getattr(torch, where.dtype) if where.dtype else None
     with distributed.main_first():
+        longest = read_positions(where.model)
+        for name, tokens in asked.items():
+            if longest is not None and tokens > longest:
+                raise ConsaError(f"{name} must be at most the {longest} positions of {where.model}, got {tokens}")
+        if distributed.is_main():
+            note(f"Loading {where.model}")
         loaded = load_model(where.model, device=where.device, dtype=dtype)
     make_dense(loaded.model)
     return loaded

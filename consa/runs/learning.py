@@ -28,6 +28,7 @@ from consa.training import distributed
 from consa.training.learning import LearnResult, learn, target_units, units_of
 
 LEARNED = "learned"  # name of the result in the table
+MIN_MARGIN = 0.1  # of log_alpha, below which a warning is shown
 MAX_FRACTIONAL = 0.2  # share of undecided gates above which a warning is shown
 
 
@@ -57,7 +58,7 @@ def run_learning(
     inputs.check(where)
     settings = {"run": asdict(where), "learn": asdict(config)}
     with opened(where, config, folder, settings):
-        loaded = inputs.load(where)
+        loaded = inputs.load(where, seq_len=config.seq_len)
         units = units_of(loaded.layout, config.granularity)
         sparsity = 1 - target_units(loaded.layout, config) / units.count  # raises for a budget that is too small
         train = inputs.training_text(where, config.seq_len, loaded)
@@ -88,12 +89,19 @@ def run_learning(
         last = result.history[-1] if result.history else {}
         if last.get("fractional", 0) > MAX_FRACTIONAL:
             note(f"Undecided: {last['fractional']:.0%} of the gates; take more steps, or read the result with care")
+        margin = result.allocation.margin
+        if margin is not None and result.history and margin < MIN_MARGIN:
+            note(
+                f"Not separated: the last FA and the first SWA unit are {margin:.2f} of log_alpha apart; another seed may"
+                " choose others. Take more steps, or read the result with care"
+            )
         seconds = summary.seconds_since("learning", began, learned)
         whole = summary.summarise(loaded.identity, result.allocation, config, heldout, table, seconds, record)
         dense, final = table.lines[0].loss.mean, table.line(LEARNED).loss.mean
         whole["losses"] = {"dense": dense, "stochastic": stochastic, "final": final}
         whole["expected_sparsity"] = last.get("expected_sparsity")
         whole["fractional"] = last.get("fractional")
+        whole["margin"] = margin
         summary.write(whole, summary.of_learning(whole), folder)
         if config.mode == "joint" and not (folder / "model").exists():
             convert(loaded.model, result.allocation, folder / "model", tokenizer=loaded.tokenizer, kind="hybrid")

@@ -28,7 +28,8 @@ class Summary(TypedDict):
         seconds: that this process took for training and for evaluation.
         run: the settings of the run; "learn", or "adapt" and "allocation", hold the others.
         losses: of learning, in nats: "dense", "stochastic" with gates drawn for each sequence (None if none were
-            learned), "final" with the decision. "expected_sparsity" and "fractional" are of learning's last step.
+            learned), "final" with the decision. "expected_sparsity" and "fractional" are of learning's last step;
+            "margin" is the distance of the lowest score of FA from the highest of SWA.
     """
 
     model: dict[str, str]
@@ -53,6 +54,7 @@ class Summary(TypedDict):
     losses: NotRequired[dict[str, float | None]]
     expected_sparsity: NotRequired[float | None]
     fractional: NotRequired[float | None]
+    margin: NotRequired[float | None]
     adapt: NotRequired[JsonObject]
     allocation: NotRequired[JsonObject]
 
@@ -124,12 +126,14 @@ def of_learning(summary: Summary) -> str:
     }
     rows = [[text, f"{loss:.4f}"] for key, text in kinds.items() if (loss := summary["losses"][key]) is not None]
     fractional = "none learned" if summary["fractional"] is None else f"{summary['fractional']:.1%}"
+    margin = "none" if summary.get("margin") is None else f"{summary['margin']:.2f}"
     joint = summary["learn"]["mode"] == "joint"
     return f"""{_measured(summary, "learned allocation")}
 {JOINT if joint else ""}\
 ## From gates to a decision
 
-Losses on the same text and positions. Share of gates that were still fractional at the end: {fractional}.
+Losses on the same text and positions. Share of gates that were still fractional at the end: {fractional}. \
+Margin between the last FA and the first SWA unit, in log_alpha: {margin}.
 
 {_table(["", "loss"], rows)}
 

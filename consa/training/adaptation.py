@@ -57,6 +57,7 @@ def adapt(
     Raises:
         ConsaError: unusable settings or text, a loss that is not finite, or a folder that cannot be written.
     """
+    config = config.for_size(model.num_parameters())
     loop.check(config, sequences, window=allocation.window, num_sink_tokens=allocation.num_sink_tokens)
     decided = loop.described(objective) | {"allocation": allocation.decision()}
     checkpoint = loop.checkpoint_of(run_dir, config, sequences, identity, **decided)

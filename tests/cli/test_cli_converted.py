@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from consa import Allocation, attached, load
+from consa import Allocation, attached, load, rules
 from consa.model.convert import verify
 from tests.cli.test_cli import apart, consa_cli, refused  # noqa: F401 (apart is a fixture, for every test)
 
@@ -193,11 +193,11 @@ def test_generate(kind: str, converted: Path, tmp_path: Path):
         ("hybrid", ["--prompt", ""], ["the prompt is empty"]),
         ("hybrid", ["--prompt", "a", "--chat"], ["no chat template"]),
         ("hybrid", ["--prompt", "a", "--temperature", "-1"], ["temperature", "-1"]),
-        ("hybrid", ["--prompt", "a", "--top-p", "0"], ["top_p", "got 0"]),
-        ("hybrid", ["--prompt", "a", "--max-new-tokens", "0"], ["max_new_tokens", "got 0"]),
+        ("hybrid", ["--prompt", "a", "--top-p", "0"], ["--top-p", "got 0"]),
+        ("hybrid", ["--prompt", "a", "--max-new-tokens", "0"], ["--max-new-tokens", "got 0"]),
         ("hybrid", ["--prompt", "a", "--max-new-tokens", "9999"], ["9999", "4096 positions"]),
         ("mute", ["--prompt", "a"], ["holds no tokenizer"]),
-        ("nowhere", ["--prompt", "a"], ["nowhere", "consa.json", "consa convert"]),
+        ("nowhere", ["--prompt", "a"], ["nowhere", "does not exist"]),
     ],
 )
 def test_what_cannot_be_generated_is_refused(folder: str, arguments: list[str], named: list[str], converted: Path):
@@ -237,13 +237,13 @@ def test_bench(converted: Path, tmp_path: Path):
     ("folder", "arguments", "named"),
     [
         ("hybrid", ["--contexts", "many"], ["contexts", "'many'"]),
-        ("hybrid", ["--batch-sizes", "1;2"], ["batch_sizes", "'1;2'"]),
+        ("hybrid", ["--batch-sizes", "1;2"], ["--batch-sizes", "'1;2'"]),
         ("hybrid", ["--contexts", "0"], ["at least 1"]),
         ("hybrid", ["--decode-tokens", "0"], ["at least 1"]),
         ("hybrid", ["--repeats", "0"], ["at least 1"]),
         ("hybrid", ["--contexts", "4096"], ["4096", "4096 positions"]),
         ("plain", [], ["not a hybrid", "--kind hybrid"]),
-        ("nowhere", [], ["nowhere", "consa convert"]),
+        ("nowhere", [], ["nowhere", "does not exist"]),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
@@ -275,3 +275,28 @@ def test_nothing_is_measured_in_vain(converted: Path, tmp_path: Path, monkeypatc
     (tmp_path / "file").touch()
     line = refused("bench", converted / "hybrid", "--out", tmp_path / "file" / "out")
     assert "cannot write" in line and "file/out" in line
+
+
+@pytest.mark.parametrize("name", ["top", "dense", "all_swa", "{0}/a.tsv", "{0}/a.json", "{0}"])
+def test_convert_takes_the_allocations_that_eval_takes(name: str, tiny_model_folder: Path, tmp_path: Path):
+    (tmp_path / "a.tsv").write_text("1\t0\t1\n" * 4)
+    for file in ("a.json", "allocation.json"):
+        rules.top(4, 3, sparsity=0.5, window=8).save(tmp_path / file)
+    options = ["--sparsity", 0.5, "--window", 9, "--allocation", name.format(tmp_path)]
+    result = consa_cli("convert", tiny_model_folder, *options, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    written = Allocation.load(tmp_path / "out" / "allocation.json")
+    wanted = {"dense": 0.0, "all_swa": 1.0, "{0}/a.tsv": 1 / 3}.get(name, 0.5)
+    assert written.sparsity == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("verb", ["generate", "bench", "serve"])
+def test_a_folder_that_does_not_exist_is_called_that(verb: str, tmp_path: Path):
+    assert f"{tmp_path}/none does not exist" in refused(verb, tmp_path / "none")
+    assert f"{tmp_path}/none does not exist" in refused("report", tmp_path / "none")
+    line = refused("convert", tmp_path / "none", "--allocation", "top", "--out", tmp_path / "out")
+    assert "there is no such folder" in line
+
+
+def test_h_is_help():
+    assert consa_cli("generate", "-h").stdout == consa_cli("generate", "--help").stdout

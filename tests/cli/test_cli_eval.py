@@ -99,7 +99,7 @@ def test_bad_settings_are_refused_before_any_work(
         (["--allocation", "{0}/cut.json"], ["cut.json", "JSON"]),
         (["--allocation", "{0}/other.json"], ["other.json", "5 layers x 3 KV heads"]),
         (["--allocation", "{0}/other.tsv"], ["other.tsv"]),
-        (["--seq-len", "5000"], ["seq_len", "4096", "5000"]),
+        (["--seq-len", "5000"], ["--seq-len", "4096", "5000"]),
         (["--retrieval", "single", "--lengths", "5000"], ["lengths", "4096", "5000"]),
         (["--window", "96"], ["window", "96"]),
     ],
@@ -120,3 +120,36 @@ def test_what_does_not_fit_the_model_is_refused(
     given: list[Any] = ["eval", tiny_model_folder, *SMALL, "--data", text_folder, "--out", tmp_path / "out"]
     line = refused(*given, *(argument.format(tmp_path) for argument in arguments))
     assert all(part in line for part in named), line
+
+
+@pytest.mark.parametrize("verb", ["learn", "adapt", "eval", "sweep", "behaviour"])
+def test_longer_sequences_than_positions_are_refused_before_a_model_is_loaded(
+    verb: str, tmp_path: Path, tiny_model_folder: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(inputs, "load_model", None)
+    rules.top(4, 3, sparsity=0.25, window=8).save(tmp_path / "allocation.json")
+    own = {"adapt": ["--allocation", tmp_path / "allocation.json"], "sweep": ["--methods", "top"]}.get(verb, [])
+    out = tmp_path / ("out.safetensors" if verb == "behaviour" else "out")
+    line = refused(verb, tiny_model_folder, "--data", text_folder, "--seq-len", 5000, *own, "--out", out)
+    assert "--seq-len must be at most the 4096 positions" in line and "5000" in line
+
+
+def test_rules_are_measured_at_the_window_of_the_files_beside_them(
+    tmp_path: Path, tiny_model_folder: Path, text_folder: Path
+):
+    rules.top(4, 3, sparsity=0.25, window=8, num_sink_tokens=2).save(tmp_path / "a.json")
+    names = ["--allocation", "middle", "--allocation", tmp_path / "a.json"]
+    command = ["eval", tiny_model_folder, "--seq-len", "96", "--num-heldout", "3", "--data", text_folder, *names]
+    result = consa_cli(*command, "--device", "cpu", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert [line["name"] for line in record["lines"]] == ["dense", "all_swa", "middle", str(tmp_path / "a.json")]
+    result = consa_cli(*command, "--device", "cpu", "--window", 9, "--out", tmp_path / "other")
+    assert "all_swa 9+4" in result.stdout and "all_swa 8+2" in result.stdout
+    assert "Windows or sink tokens differ" in result.stderr
+
+
+def test_a_sparsity_that_no_rule_takes_is_refused(tmp_path: Path):
+    rules.top(4, 3, sparsity=0.25, window=8).save(tmp_path / "a.json")
+    line = refused("eval", "m", "--sparsity", 0.5, "--allocation", tmp_path / "a.json", "--out", tmp_path / "out")
+    assert "sparsity applies to rules" in line

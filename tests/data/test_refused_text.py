@@ -1,5 +1,6 @@
 """Errors in a user's text data are refused in one line."""
 
+import gzip
 import tracemalloc
 
 import pytest
@@ -80,19 +81,6 @@ def test_unreadable_file(load, tmp_path, monkeypatch):
         load(source)
 
 
-def test_split_without_documents_names_how_many_there_are(load, tmp_path):
-    source = jsonl(tmp_path / "a.jsonl", [TEXT, TEXT])
-    assert load(source).num_documents == 2
-    empty = []
-    for split in ("train", "heldout"):
-        try:
-            load(source, split=split, heldout_fraction=0.5)
-        except ConsaError as error:
-            empty.append((split, str(error)))
-    ((split, message),) = empty
-    assert f"split '{split}' with heldout_fraction 0.5 has none of the 2 documents of" in message
-
-
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.zst", "a.jsonl.zst"])
 def test_document_over_the_limit(load, tmp_path, monkeypatch, name):
     monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 2**20)
@@ -114,3 +102,29 @@ def test_small_compressed_file_cannot_fill_the_memory(load, tmp_path, monkeypatc
         assert tracemalloc.get_traced_memory()[1] < 2**27
     finally:
         tracemalloc.stop()
+
+
+CHAT = b'{"messages": [{"role": "user", "content": "hello"}]}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", CHAT, r"a\.jsonl:1: holds chat messages and no field 'text'; .*chat template"),
+        ("a.json", b"[" + CHAT + b"]", r"record 1: holds chat messages"),
+        ("a.json", b'{"text": "a"', "neither JSON nor JSON lines"),
+        ("a.json", b'{"name": "a"}', "no field 'text'"),
+        ("a.csv", b"title,body\nx,y\n", r"a\.csv, row 1: no field 'text'"),
+        ("a.csv", b"text\n\xff\n", "not a table in UTF-8"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:20], r"cannot decompress .*a\.jsonl\.gz"),
+        ("a.txt.gz", b"not compressed", r"cannot decompress .*a\.txt\.gz"),
+        ("a.parquet", b"not a table", r"cannot read .*a\.parquet"),
+        ("a.pdf", b"%PDF", r"is a \.pdf file, not text; convert it"),
+        ("a.txt.xz", b"xz", r"is a \.xz file, not text; convert it"),
+    ],
+)
+def test_other_formats_are_refused_for_what_they_are_before_a_model_is_loaded(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConsaError, match=message) as caught:
+        documents.check_data(str(tmp_path / name))
+    assert "\n" not in str(caught.value)

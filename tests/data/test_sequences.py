@@ -1,5 +1,7 @@
 """Text gives the same sequences of tokens from every kind of source."""
 
+import csv
+import gzip
 import json
 import subprocess
 import sys
@@ -10,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from consa.data import documents, sequences
+from consa.data.documents import check_data
 from consa.data.sequences import SequenceSet, load_sequences
 from consa.errors import ConsaError
 from tests.text import TEXT, encode, fail, jsonl, numbered
@@ -66,6 +69,8 @@ def test_no_sequence_spans_two_documents(tokenizer, texts, seq_len, workers):
 @settings(max_examples=40)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=12), fraction=st.floats(0.05, 0.95), order=st.randoms())
 def test_split_is_a_partition_by_document_whatever_the_order(tokenizer, texts, fraction, order):
+    assume(len({text for text in texts if len(text.encode()) >= 4}) != 1)  # of a single document the end is held out
+
     def sides(folder, texts):
         """The documents of each split, by index and by text."""
         source, found = str(jsonl(Path(folder, "a.jsonl"), texts)), {}
@@ -327,3 +332,74 @@ def test_sequences_spread_over_documents():
     assert sorted(whole.tokens[:, 0]) == list(range(7))
     assert found.spread(2).tokens[:, 0].tolist() == [0, 3]
     assert whole.domains == tuple("abcdaca")
+
+
+# Records in files of other formats, as `datasets` and others write them.
+
+
+def _records():
+    return [{"text": text} for text in numbered(40)]
+
+
+def _write_csv(path, records):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["text"])
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def _write_parquet(path, records):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    pandas.DataFrame(records).to_parquet(path)
+
+
+RECORD_FILES = {
+    "lines.json": lambda path, records: path.write_text("\n".join(map(json.dumps, records))),
+    "array.json": lambda path, records: path.write_text(json.dumps(records, indent=1)),
+    "a.ndjson": lambda path, records: path.write_text("\n".join(map(json.dumps, records))),
+    "a.jsonl.gz": lambda path, records: path.write_bytes(
+        gzip.compress("\n".join(map(json.dumps, records)).encode())
+    ),
+    "a.csv": _write_csv,
+    "a.parquet": _write_parquet,
+}
+
+
+@pytest.mark.parametrize("name", RECORD_FILES)
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_records_are_documents_in_every_format(load, tmp_path, name, in_folder):
+    (tmp_path / "text").mkdir()
+    path = tmp_path / "text" / name
+    RECORD_FILES[name](path, _records())
+    check_data(str(path))
+    wanted = load(jsonl(tmp_path / "wanted.jsonl", numbered(40)))
+    found = load(path.parent if in_folder else path)
+    assert found.num_documents == 40 and np.array_equal(found.tokens, wanted.tokens)
+
+
+def test_a_compressed_text_is_one_document(load, tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
+    (tmp_path / "b.txt").write_text(TEXT)
+    assert np.array_equal(load(tmp_path / "a.txt.gz").tokens, load(tmp_path / "b.txt").tokens)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("fraction", [1e-9, 0.1, 1 - 1e-9])
+def test_a_small_corpus_has_both_splits(load, tmp_path, count, fraction):
+    """At least a document is held out and one is left; of a single document its end is held out."""
+    source = jsonl(tmp_path / "a.jsonl", numbered(count, repeat=40))
+    whole = load(source).tokens.tolist()
+    train, heldout = (
+        load(source, split=split, heldout_fraction=fraction).tokens.tolist() for split in ("train", "heldout")
+    )
+    assert train and heldout and len(train) + len(heldout) in (len(whole), len(whole) - 1)
+    if count == 1 and fraction == 0.1:
+        assert whole == train + heldout and len(heldout) == round(len(whole) / 10)
+
+
+def test_one_sequence_cannot_be_both(load, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    length = load(tmp_path / "a.txt").tokens.size
+    with pytest.raises(ConsaError, match="is a single document of .* lower seq_len"):
+        load(tmp_path / "a.txt", length, split="train")

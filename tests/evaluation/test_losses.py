@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from consa import rules
-from consa.evaluation.losses import sampled_losses
+from consa.evaluation.losses import recovered, sampled_losses
 from consa.model.load import load_model
 from consa.training import gates
 
@@ -35,3 +35,8 @@ def test_a_layer_decided_as_one_has_one_gate(
     sampled_losses(loaded.model, np.zeros((2, 20), int), undecided)
     (z,) = drawn
     assert z.shape == (4, 2, 3) and max(len(heads.unique()) for row in z for heads in row) == kinds
+
+
+def test_nothing_is_recovered_of_a_gap_that_rounding_makes():
+    assert np.isnan(recovered(2.0, dense=2.0, floor=2.00002))
+    assert recovered(2.1, dense=2.0, floor=2.2) == pytest.approx(0.5)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
+import json
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from consa import Allocation, ConsaError, HybridCache, attached, convert, load, rules
@@ -17,9 +19,9 @@ from consa.cache.hybrid import allocated_bytes
 from consa.cache.layer import GROWTH, HybridLayer
 from consa.cache.static import StaticHybridLayer
 from consa.data.questions import examples
-from consa.model.generate import Sampling, generate_text
+from consa.model.generate import Sampling, generate_text, generate_texts
 from consa.model.load import load_model
-from tests.models import CACHE, FAMILIES, allocate, exact, left_padding, tiny, tokens
+from tests.models import CACHE, FAMILIES, allocate, exact, left_padding, save_tiny, tiny, tokens
 
 # Without the padding token among the new ones: transformers takes those for padding when it guesses a mask.
 GREEDY = {"max_new_tokens": 45, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [0]}
@@ -305,7 +307,7 @@ def test_the_real_model_finds_what_it_finds_without_a_cache(real, real_allocatio
 
 def test_sampling_chooses_from_all_that_top_p_leaves():
     options = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0}
-    assert Sampling(temperature=0.8, top_p=0.9).options() == options  # generate's own top_k would be 50
+    assert Sampling(temperature=0.8, top_p=0.9).options(tiny()) == options  # generate's own top_k would be 50
 
 
 def test_every_position_may_be_generated(text_model, monkeypatch):
@@ -319,3 +321,101 @@ def test_every_position_may_be_generated(text_model, monkeypatch):
 def test_bytes_that_are_no_text_are_refused(text_model):
     with pytest.raises(ConsaError, match="a prompt must be text in UTF-8"):
         generate_text(*text_model, "caf\udce9")
+
+
+PROMPT = "the quick brown fox jumps over the lazy dog. the quick brown"
+OTHERS = [
+    {"repetition_penalty": 1.3},
+    {"cache_implementation": "static"},
+    {"stop_strings": ["zz"]},
+    {"use_cache": False},
+    {"do_sample": True, "temperature": 5.0, "top_k": 50},
+    {"num_beams": 3},
+    {"no_repeat_ngram_size": 1, "min_new_tokens": 3},
+    {"return_dict_in_generate": True, "output_scores": True},
+    {"eos_token_id": list(range(300))},
+    {"max_time": 0.0},
+    {"suppress_tokens": list(range(200))},
+    {"prompt_lookup_num_tokens": 3},
+]
+
+
+def stepwise(loaded, ids, count):
+    """The most likely tokens, each from a forward pass without a cache."""
+    length = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(count):
+            ids = torch.cat([ids, loaded.model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    return loaded.tokenizer.decode(ids[0, length:])
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("settings", OTHERS, ids=str)
+def test_settings_in_a_models_files_change_no_greedy_text(settings, file, tmp_path):
+    folder = save_tiny(tmp_path)
+    written = json.loads((folder / file).read_text()) if file == "config.json" else {}
+    if file == "config.json":
+        (folder / "generation_config.json").unlink()
+    (folder / file).write_text(json.dumps(written | settings))
+    loaded = load_model(str(folder), device="cpu")
+    ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
+    wanted = stepwise(loaded, ids, 6)
+    before = loaded.model.generation_config.to_dict()
+    allocation = Allocation(full_attention=np.ones((4, 3), bool), window=8, num_sink_tokens=2)
+    with attached(loaded.model, allocation):
+        got = generate_texts(
+            loaded.model, loaded.tokenizer, [PROMPT], max_new_tokens=6, **{CACHE: HybridCache(allocation)}
+        )
+    assert got == [wanted]
+    assert generate_texts(loaded.model, loaded.tokenizer, [PROMPT], max_new_tokens=6) == [wanted]
+    assert loaded.model.generation_config.to_dict() == before  # `convert` passes it on
+
+
+def test_a_models_own_sampling_is_followed_when_asked(tmp_path):
+    folder = save_tiny(tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": 50.0}))
+    loaded = load_model(str(folder), device="cpu")
+    own, asked = (
+        generate_text(loaded.model, loaded.tokenizer, PROMPT, max_new_tokens=20, sampling=Sampling(of_model=flag))
+        for flag in (False, True)
+    )
+    assert own != asked
+    options = {"max_new_tokens": 20, "repetition_penalty": 50.0, "pad_token_id": 0}
+    ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
+    assert asked == loaded.tokenizer.decode(loaded.model.generate(ids, **options)[0, ids.shape[1] :])
+
+
+def test_a_token_appended_to_prompts_changes_nothing(tmp_path):
+    loaded = load_model(str(save_tiny(tmp_path)), device="cpu")
+    plain, appending = loaded.tokenizer, copy.deepcopy(loaded.tokenizer)
+    appending.backend_tokenizer.post_processor = TemplateProcessing(single="$A b b", special_tokens=[("b", 66)])
+    assert len(appending("a").input_ids) == len(plain("a").input_ids) + 2
+    prompts = ["the quick brown fox", "a dog"]
+    for texts in ([prompts[0]], prompts):
+        got = [generate_texts(loaded.model, one, texts, max_new_tokens=5) for one in (plain, appending)]
+        assert got[0] == got[1]
+    made = [examples("single", one, length=500, count=2) for one in (plain, appending)]
+    assert made[0] == made[1]
+
+
+def test_padding_may_lie_beyond_the_embeddings_and_text_may_not(tmp_path):
+    loaded = load_model(str(save_tiny(tmp_path)), device="cpu")
+    loaded.tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    prompts = ["the quick brown fox", "a dog"]
+    alone = [generate_texts(loaded.model, loaded.tokenizer, [prompt], max_new_tokens=4)[0] for prompt in prompts]
+    assert generate_texts(loaded.model, loaded.tokenizer, prompts, max_new_tokens=4) == alone
+    with pytest.raises(ConsaError, match=r"holds '\[PAD\]'.* embeddings for"):
+        generate_texts(loaded.model, loaded.tokenizer, ["a [PAD] dog"], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("scaling", [{"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}])
+def test_positions_that_rope_scaling_adds_count(scaling, tmp_path):
+    folder = save_tiny(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    config |= {"max_position_embeddings": 128, "rope_theta": 10000.0, "rope_scaling": scaling}
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = load_model(str(folder), device="cpu")
+    assert generate_texts(loaded.model, loaded.tokenizer, ["the quick brown fox " * 50], max_new_tokens=4)
+    with pytest.raises(ConsaError, match="exceed the 512 positions"):
+        generate_texts(loaded.model, loaded.tokenizer, ["the quick brown fox " * 50], max_new_tokens=400)

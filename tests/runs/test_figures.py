@@ -170,3 +170,15 @@ def test_every_unit_of_a_heatmap_has_its_own_score():
         for layer in range(2)
         for column in range(2)
     }
+
+
+def test_all_runs_share_one_scale_of_log_alpha():
+    def shade(apart: float) -> float:
+        full = np.array([[True], [False]])
+        scores = np.array([[apart], [-apart]])
+        provenance = {"method": "consa"}
+        allocation = Allocation(full_attention=full, window=8, scores=scores, provenance=provenance)
+        assert allocation.margin == 2 * apart
+        return float(figures.shades(allocation)[0, 0])
+
+    assert shade(0.01) < 0.01 < shade(1) < shade(6) == 1

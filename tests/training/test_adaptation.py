@@ -125,7 +125,7 @@ def test_learning_rate_rises_and_falls():
     rates = [config.learning_rate_at(step) for step in range(20)]
     assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0]) and rates[5] == 2.0
     assert all(a > b > 0 for a, b in pairwise(rates[5:]))
-    assert [changed(method=m, learning_rate=None, warmup=0.0).learning_rate_at(0) for m in METHODS] == [1e-5, 2e-4]
+    assert [changed(method=m, learning_rate=None, warmup=0.0).learning_rate_at(0) for m in METHODS] == [5e-4, 2e-4]
 
 
 # What comes of it.
@@ -414,3 +414,10 @@ def test_gradients_are_scaled_down_to_the_norm_asked_for(monkeypatch: pytest.Mon
     monkeypatch.setattr(Weights, "update", seen)
     adapt(tiny(), text(), allocation(), changed(max_grad_norm=0.25, num_steps=2))
     assert asked == [0.25, 0.25]
+
+
+def test_the_default_learning_rate_is_the_one_that_was_measured():
+    assert AdaptConfig().for_size(135_000_000).learning_rate == AdaptConfig().for_size(10).learning_rate == 5e-4
+    assert AdaptConfig().for_size(4 * 135_000_000).learning_rate == 2.5e-4
+    assert AdaptConfig(method="lora").for_size(10**9).learning_rate == 2e-4
+    assert AdaptConfig(learning_rate=0.1).for_size(10**9).learning_rate == 0.1
