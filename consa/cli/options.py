@@ -144,6 +144,8 @@ Out = Annotated[Path | None, text("FOLDER", "Folder for the results. Default: a 
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Also write the metrics for TensorBoard.")]
 KEPT_HELP = "Allocation: an allocation.json, the folder of a run, or the name of a published one."
 Kept = Annotated[Path, text("FILE", KEPT_HELP, "--allocation")]
+
+
 def existing(path: Path | None) -> Path | None:
     """Return a path that the user named, or refuse one that does not exist."""
     if path is not None and not os.path.exists(path):

@@ -175,8 +175,6 @@ def generate_texts(
     settings = {"max_new_tokens": max_new_tokens, "pad_token_id": padding, "eos_token_id": tokenizer.eos_token_id}
     with own_settings(model, **settings | sampling.options(model)):
         output = generate(
-            ids.to(model.device),
-            attention_mask=(torch.arange(length) >= missing).long().to(model.device),
-            **options,
+            ids.to(model.device), attention_mask=(torch.arange(length) >= missing).long().to(model.device), **options
         )
     return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
