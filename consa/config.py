@@ -224,7 +224,7 @@ class RunConfig(Settings):
     )
     heldout_data: str | None = _data(
         None,
-        "Text to measure on. Default: a tenth of the documents of --data (the end of a single one), kept out of training.",
+        "Text to measure on. Default: a tenth of the documents of --data (the end of a single one), not trained on.",
     )
     text_field: str = _data(
         "text", "Field that holds the text in a record of JSON, JSONL, CSV or Parquet, or in a dataset row."
