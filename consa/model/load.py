@@ -85,8 +85,8 @@ def load_model(
 
 def _whole(folder: str | Path, **options: Any) -> Any:
     """Load a model and refuse missing weights, which transformers would initialise at random."""
-    options |= {"trust_remote_code": False, "output_loading_info": True}
-    model, info = AutoModelForCausalLM.from_pretrained(folder, **options)  # pyright: ignore[reportGeneralTypeIssues]
+    options["output_loading_info"] = True
+    model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)  # pyright: ignore[reportGeneralTypeIssues]
     if missing := sorted(info["missing_keys"]):
         raise ConsaError(f"its files lack {len(missing)} weights, the first {missing[0]}; get complete files")
     return model
