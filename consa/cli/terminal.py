@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
@@ -91,6 +92,9 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             self._interrupted = ctx.invoked_subcommand
             raise typer.Exit(INTERRUPTED) from None
+        except UnicodeEncodeError as error:  # half a surrogate pair stands for a byte of a name that is not UTF-8
+            advice = "rename the file or folder to a name in UTF-8"
+            raise typer.Exit(fail(f"a library cannot take the name {error.object!r}; {advice}", 2)) from None
         except BrokenPipeError:  # whoever read the output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
@@ -129,6 +133,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _quieten() -> None:
     """Keep messages of libraries off the terminal; consa's warnings become one line each."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its talk of retries, where there is no network
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning about forks; consa uses threads

@@ -223,6 +223,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        mode = temporary.stat().st_mode & 0o666  # as the umask wants it; safetensors lets only the owner read
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
         os.replace(temporary, folder)
     finally:
         with suppress(OSError):

@@ -16,6 +16,7 @@ from consa.behaviour.record import Behaviour
 from consa.errors import ConsaError
 from consa.evaluation.table import Table
 from consa.files import JsonObject, read_json, read_text
+from consa.runs.evaluation import SETTINGS
 from consa.runs.folder import CONFIG
 from consa.runs.summary import Summary
 
@@ -94,6 +95,12 @@ class Run:
                 return Path(str(model.get("model") if isinstance(model, dict) else model)).name
         named = self.allocation.provenance.get("model") if self.allocation else None
         return None if named is None else str(named)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a folder holds the settings of a run and not yet its results."""
+    begun, ended = (CONFIG, SETTINGS), ("summary.json", "eval.json", "bench.json")
+    return any(os.path.exists(path / n) for n in begun) and not any(os.path.exists(path / n) for n in ended)
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from typing import Any
 from consa.behaviour.record import Behaviour
 from consa.errors import missing_extra
 from consa.files import write_atomically
+from consa.progress import note
 from consa.report import vega
-from consa.report.folder import Run, naming
+from consa.report.folder import Run, is_unfinished, naming
 from consa.report.sections import Sections, number, percent
 
 
@@ -36,7 +37,10 @@ def write(
     Raises:
         ConsaError: a path holds nothing to report or something damaged, or a file cannot be written.
     """
-    runs = [Run.read(path) for path in paths]
+    unfinished = [path for path in paths if is_unfinished(path)]
+    for path in unfinished if len(unfinished) < len(paths) else ():
+        note(f"Left out {path}: its run is not finished; the same command resumes it")
+    runs = [Run.read(path) for path in paths if path not in unfinished or len(unfinished) == len(paths)]
     runs.sort(key=lambda run: run.allocation.sparsity if run.allocation else math.inf)
     sections = Sections(runs, behaviour)
     write_atomically(out, _html(sections, command).encode(errors="replace"))

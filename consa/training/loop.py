@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -24,6 +26,7 @@ from consa.errors import ConsaError, first_line
 from consa.files import read_sealed, read_text, write_atomically, write_sealed
 from consa.model.layout import decoder_layers
 from consa.model.loss import evaluating
+from consa.progress import note
 from consa.provenance import first_difference
 from consa.training import distributed
 from consa.training.objective import Objective
@@ -140,21 +143,52 @@ def train(
     if checkpoint and (saved := checkpoint.load()):
         tensors, start, history = saved
         training.restore(tensors)
+        if distributed.is_main():
+            note(f"Resuming after step {start} of {config.num_steps}")
     distributed.check_same(start, "the step to continue from (is --out a folder that all of them see?)")
-    for step in range(start, config.num_steps):
-        began, done = time.perf_counter(), step + 1
-        losses = training.accumulate(step)
-        _check_finite({"step": done} | losses, config, checkpoint)
-        record = training.update(step, losses)
-        speed = config.sequences_per_step * seq_len / (time.perf_counter() - began)
-        record |= training.evaluate(step)
-        _check_finite(record, config, checkpoint)
-        history.append(record)
-        if on_step:
-            on_step(record | {"tokens_per_second": speed})
-        if checkpoint and (done % config.checkpoint_every == 0 or done == config.num_steps):
-            save(checkpoint, training, history)
+    with _finishing_steps() if checkpoint else nullcontext(lambda: False) as is_interrupted:
+        for step in range(start, config.num_steps):
+            began, done = time.perf_counter(), step + 1
+            losses = training.accumulate(step)
+            _check_finite({"step": done} | losses, config, checkpoint)
+            record = training.update(step, losses)
+            speed = config.sequences_per_step * seq_len / (time.perf_counter() - began)
+            record |= training.evaluate(step)
+            _check_finite(record, config, checkpoint)
+            history.append(record)
+            if on_step:
+                on_step(record | {"tokens_per_second": speed})
+            stop = is_interrupted()
+            if checkpoint and (stop or done % config.checkpoint_every == 0 or done == config.num_steps):
+                save(checkpoint, training, history)
+            if stop:
+                raise KeyboardInterrupt
     return history
+
+
+@contextmanager
+def _finishing_steps() -> Iterator[Callable[[], bool]]:
+    """Within the block, Ctrl-C waits for the end of a step; a second one does not. Yields whether it was pressed.
+
+    It does not wait in threads, under a caller's own handler, or in one of several processes, which stop at different
+    steps.
+    """
+    is_own = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_own or threading.current_thread() is not threading.main_thread() or distributed.world_size() > 1:
+        yield lambda: False
+        return
+    pressed: list[int] = []
+
+    def press(number: int, frame: object) -> None:
+        pressed.append(number)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def save(checkpoint: Checkpoint, training: Training, history: list[Record]) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import consa
-from consa import Allocation
+from consa import Allocation, rules
 from consa.cli import commands as cli
 from consa.cli import learn, options
 from consa.config import LearnConfig, RunConfig
@@ -415,3 +416,38 @@ def test_rules_of_a_model(tmp_path: Path, tiny_model_folder: Path):
 def test_rules_of_nothing_are_refused(arguments: list[Any], named: str, tmp_path: Path):
     assert named in refused("rules", *arguments, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_keeps_the_step_and_the_next_run_says_from_where_it_goes_on(
+    tmp_path: Path, tiny_model_folder: Path, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from consa.runs.display import Display
+
+    show, out = Display.on_step, tmp_path / "caf\udce9"  # a name that is not UTF-8
+    command = ["learn", tiny_model_folder, "--data", text_folder, *SMALL, "--checkpoint-every", "100", "--out", out]
+
+    def press(self: Display, record: dict[str, float]) -> None:
+        show(self, record)
+        if record["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Display, "on_step", press)
+    assert "interrupted; the same command resumes" in refused(*command, status=130)
+    assert (out / CHECKPOINT).exists() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    (tmp_path / "done").mkdir()
+    rules.top(4, 3, sparsity=0.5).save(tmp_path / "done" / "allocation.json")
+    page = tmp_path / "page.html"
+    result = consa_cli("report", tmp_path / "done", out, "--out", page)
+    assert result.exit_code == 0 and "is not finished" in result.stderr and page.exists()
+    monkeypatch.setattr(Display, "on_step", show)
+    result = consa_cli(*command)
+    assert result.exit_code == 0 and "Resuming after step 2 of 4" in result.stderr
+    assert (out / "summary.json").exists()
+
+
+def test_files_of_a_model_have_the_mode_that_the_umask_gives(tmp_path: Path, tiny_model_folder: Path):
+    options = ["--allocation", "top", "--window", "8", "--out", tmp_path / "out"]
+    assert consa_cli("convert", tiny_model_folder, *options).exit_code == 0
+    (tmp_path / "plain").touch()
+    mode = (tmp_path / "plain").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {mode}
