@@ -17,7 +17,7 @@ import pytest
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
-from consa import Allocation, ConsaError, convert, rules
+from consa import ConsaError, convert, rules
 from consa.cli import commands as cli
 from consa.cli import terminal
 from consa.config import EvalConfig, LearnConfig, RunConfig, SweepConfig
@@ -284,11 +284,13 @@ def test_too_little_memory_is_answered_with_options_that_there_are():
 
 
 def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), "a/file")
 
-    monkeypatch.setattr(Allocation, "load", fail)
-    result = CliRunner().invoke(cli.app, ["convert", "m", "--allocation", "a", "--out", str(tmp_path)])
+    monkeypatch.setattr("consa.model.load.read_layout", fail)
+    (tmp_path / "a").touch()
+    given = ["convert", "m", "--allocation", str(tmp_path / "a"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli.app, given)
     assert (result.exit_code, result.stderr) == (2, "error: a/file: Input/output error\n")
 
 

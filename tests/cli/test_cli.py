@@ -359,6 +359,7 @@ def test_learn_from_the_shell(tmp_path: Path, tiny_model_folder: Path, text_fold
         "Learning",
         "Refining",
         "Undecided:",
+        "Not",  # separated
         "Measuring",
     }
     for part in ("loss", "sparsity", "target", "multiplier", "tokens/s", "GiB", "left"):
