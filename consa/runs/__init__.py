@@ -1,0 +1,1 @@
+"""Run folders: what the commands load, make, measure and write."""
