@@ -116,7 +116,7 @@ CHAT = b'{"messages": [{"role": "user", "content": "hello"}]}\n'
         ("a.json", b'{"name": "a"}', "no field 'text'"),
         ("a.csv", b"title,body\nx,y\n", r"a\.csv, row 1: no field 'text'"),
         ("a.csv", b"text\n\xff\n", "not a table in UTF-8"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:20], r"cannot decompress .*a\.jsonl\.gz"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n', mtime=0)[:20], r"cannot decompress .*a\.jsonl\.gz"),
         ("a.txt.gz", b"not compressed", r"cannot decompress .*a\.txt\.gz"),
         ("a.parquet", b"not a table", r"cannot read .*a\.parquet"),
         ("a.pdf", b"%PDF", r"is a \.pdf file, not text; convert it"),
