@@ -9,8 +9,8 @@ which by default compiles them and uses CUDA graphs. Workloads: `long` (16 reque
 many requests of 32,768 tokens as fit; `server` sends requests of 2,048 to 8,192 tokens, all at once, to the
 OpenAI-compatible server.
 
-An interrupted run resumes when the same command is started again. `--prepare compile` does not measure: it writes the
-models and lets vLLM compile them, all at the same time, so that later starts are fast.
+An interrupted run resumes when the same command is started again. `--prepare` writes the models only, without
+a GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,6 @@ WORKLOADS = ("long", "short", "saturated", "server")
 MODELS = ("dense", "heads-sinks4", "heads-sinks0", "layers-sinks4")
 COLUMNS = ["workload", "model", "prefill s", "of dense", "decode ms/step", "of dense", "tokens/s", "x dense"]
 COLUMNS += ["at once", "preempted", "KV GB used", "fit", "fit by vLLM"]
-COMPILING = {"kv_cache_memory_bytes": 2**31, "gpu_memory_utilization": 0.3}  # several engines share the GPU
 
 
 def main() -> None:
@@ -69,10 +67,8 @@ def main() -> None:
     with nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
         if options.prepare:
-            folders = [model_folder(name, options, engine["max_model_len"]) for name in options.models]
-            if options.prepare == "compile":
-                with ThreadPoolExecutor() as pool:
-                    list(pool.map(lambda name, folder: _compile(name, folder, engine), options.models, folders))
+            for name in options.models:
+                model_folder(name, options, engine["max_model_len"])
             return
         for name in options.models:
             missing = [key for key in options.workloads if f"{key} {name}" not in record["runs"]]
@@ -100,14 +96,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help="among these, with commas between")
     parser.add_argument("--context", type=int, default=32768, help="tokens of long prompts")
     parser.add_argument("--output-tokens", type=int, default=512, help="of each request of the saturated workload")
-    parser.add_argument("--repeats", type=int, default=3, help="generations of each workload")
+    parser.add_argument("--repeats", type=int, default=3, help="generations of `long`; `short` has three times as many")
     parser.add_argument("--engine", type=json.loads, default={}, help="options of vLLM's LLM for all models, as JSON")
     parser.add_argument("--model", help="a model folder or GGUF file instead of random weights")
     parser.add_argument("--allocation", help="allocation.json of the hybrid of --model")
     parser.add_argument("--sparsity", type=float, default=0.75)
     parser.add_argument("--window", type=int, default=512, help="tokens")
     parser.add_argument("--folder", type=Path, help="keeps the models between runs")
-    parser.add_argument("--prepare", choices=("write", "compile"), help="write the models, or compile them too")
+    parser.add_argument("--prepare", action="store_true", help="write the models and measure nothing")
     parser.add_argument("--tiny", action="store_true", help="a small model and small workloads, to test this script")
     options = parser.parse_args()
     if bool(options.model) != bool(options.allocation):
@@ -131,7 +127,8 @@ def _workloads(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if options.tiny:
         long |= {"requests": 3, "decode_tokens": 4}
         server = {"context": [20, 80], "requests": 4, "output_tokens": 4}
-    short = long | {"context": context // 16, "requests": 4 * long["requests"]}
+    # Short generations are over soon, and their steps wait for the CPU more often: more of them give a median.
+    short = long | {"context": context // 16, "requests": 4 * long["requests"], "repeats": 3 * repeats}
     return dict(zip(WORKLOADS, (long, short, saturated, server), strict=True))
 
 
@@ -180,16 +177,6 @@ def _tokenizer(vocabulary: int) -> Any:
     tokenizer = Tokenizer(models.WordLevel({f"t{token}": token for token in range(vocabulary)}, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0", eos_token="t1")
-
-
-def _compile(name: str, folder: Path, engine: dict[str, Any]) -> None:
-    """Start an engine and end it, so that vLLM has compiled the model when it is measured."""
-    start = time.perf_counter()
-    try:
-        list(bench.run_job(folder, engine | COMPILING, [], stock=name == "dense"))
-        print(f"{name}: started in {time.perf_counter() - start:.0f} s", flush=True)
-    except ConsaError as error:
-        print(f"{name}: {error}", flush=True)
 
 
 def _keep(record: dict[str, Any], out: Path, name: str, row: dict[str, Any]) -> None:
