@@ -1,4 +1,4 @@
-"""Write the tables of docs/RESULTS.md and README.md from the results, between their markers.
+"""Write the tables of docs/RESULTS.md, docs/STUDY.md and README.md from the results, between their markers.
 
     python -m research.page
 
@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from benchmarks.common import parser_of, table
 from consa.behaviour.relate import agreement, depth
 from consa.files import write_atomically
@@ -25,7 +27,7 @@ from research import analysis
 from research.analysis import GATES, Record
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "docs" / "RESULTS.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "RESULTS.md", ROOT / "docs" / "STUDY.md", ROOT / "README.md")
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->\n)", re.DOTALL)
 UNITS = {"kv_head": "KV heads", "layer": "layers"}
 SPARSITIES = (0.5, 0.733, 0.9)
@@ -255,12 +257,32 @@ def behaviour() -> tuple[Columns, Rows]:
     return [*columns, "rank with causal effect"], rows
 
 
+def large() -> tuple[Columns, Rows]:
+    """Quality and retrieval on a model of 1.5 B parameters: ConSA, and each rule at its better granularity."""
+    record = read("methods-qwen2.5-coder-1.5b")
+    best: dict[str, Record] = {}
+    for row in record["rows"].values():
+        if "recovered" in row:
+            best[row["method"]] = max(row, best.get(row["method"], row), key=lambda row: row["recovered"])
+    ours, rows = np.array(best["consa"]["losses"]), []
+    for row in sorted(best.values(), key=lambda row: -row["recovered"]):
+        more = "" if row is best["consa"] else str(analysis.gain(record, np.array(row["losses"]), ours))
+        title = f"{row['method'].replace('_', ' ')}, {UNITS[row['granularity']]}"
+        needles = (f"{share:.2f}" for share in row["retrieval"].values())
+        rows.append([title, f"{row['recovered']:.3f}", more, *needles])
+    lengths = [f"needles at {int(length):,}" for length in best["consa"]["retrieval"]]
+    return ["method", "recovered", "consa recovers more by", *lengths], rows
+
+
 def serving() -> tuple[Columns, Rows]:
     """Hybrids in vLLM beside the dense model in stock vLLM."""
-    record = read("serving")
-    kept = ("workload", "model", "prefill s", "decode ms/step", "tokens/s", "x dense", "at once", "preempted", "fit")
-    places = [place for place, column in enumerate(record["columns"]) if column in kept or column == "of dense"]
-    return [record["columns"][place] for place in places], [[row[place] for place in places] for row in record["rows"]]
+    shown = ("workload", "model", "prefill s", "decode ms/step", "tokens/s", "x dense", "at once", "preempted", "fit")
+    rows: Rows = []
+    for name, title in (("serving", ""), ("serving-1.5b", "1.5 B, ")):
+        record = read(name)
+        kept = [place for place, column in enumerate(record["columns"]) if column in (*shown, "of dense")]
+        rows += [[title + row[0], *(row[place] for place in kept[1:])] for row in record["rows"]]
+    return [record["columns"][place] for place in kept], rows
 
 
 def speed() -> tuple[Columns, Rows]:
@@ -303,7 +325,8 @@ TABLES = {
     "learning": Table(learning, ("study",)),
     "places": Table(places, ("study",)),
     "behaviour": Table(behaviour, ("behaviour",)),
-    "serving": Table(serving, ("serving",)),
+    "large": Table(large, ("methods-qwen2.5-coder-1.5b",)),
+    "serving": Table(serving, ("serving", "serving-1.5b")),
     "speed": Table(speed, ("decode", "decode-short", "attention", "learning", "distributed")),
 }
 

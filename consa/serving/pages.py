@@ -81,6 +81,8 @@ class SinkManager(SlidingWindowManager):
         needed = super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, total_computed_tokens, *args, **kwargs
         )
+        if not new_computed_blocks:  # of every request in every decode step: the scheduler's time counts
+            return needed
         sinks = new_computed_blocks[: self._skipped_sink_pages(total_computed_tokens)]
         return needed + self._get_num_evictable_blocks(sinks)
 
