@@ -212,8 +212,8 @@ def _join(
     weights = tl.exp2(lse - tl.maximum(tl.max(lse, 0), -1e30))
     mean = tl.sum(weights[:, None] * means, 0) / tl.maximum(tl.sum(weights, 0), 2**-126)
     offset = row.to(tl.int64) * output_strides[0] + (head * GROUP + member) * output_strides[1]
-    # Padding has no row: what was read for it means nothing.
-    tl.store(output + offset + d, mean.to(output.dtype.element_ty), mask=(d < HEAD_DIM) & (row < end))
+    # Padding has no row: what was read for it means nothing. (Triton 3.9's interpreter takes no mask of a scalar.)
+    tl.store(output + offset + d, mean.to(output.dtype.element_ty), mask=d < tl.where(row < end, HEAD_DIM, 0))
 
 
 @triton.jit(do_not_specialize=["num_requests", "window", "sinks"], do_not_specialize_on_alignment=["heads"])
