@@ -174,6 +174,7 @@ def allocation_in(record: dict[str, Any], name: str) -> Allocation:
         granularity=row["granularity"],
         window=budget["window"],
         num_sink_tokens=budget["num_sink_tokens"],
+        provenance={"method": row["method"], "name": name},
     )
 
 

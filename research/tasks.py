@@ -7,7 +7,7 @@ An allocation is a row of a record of research/methods.py, a file, or a publishe
 window and sinks that all of these share, come first. A line of HELDOUT has `id`, `source`, `domain` and `text`.
 
     loss           Loss by ranges of positions, in sequences of the documents of one source.
-    human_eval     Does the greedy program pass the tests of HumanEval? (pip install consa[research])
+    human_eval     Does the greedy program pass the tests of HumanEval? (pip install ".[research]")
     next_line N    Is the greedy next line of a source file the right one, after N tokens of other files of its source
                    and of the file? Every name in the line occurs in them, and one not in the last 1,024 tokens.
     single N, ...  The retrieval tasks of consa, in prompts of N tokens.
@@ -57,7 +57,7 @@ MEASURES = ("loss", "human_eval", "next_line", *questions.TASKS)
 AWAY = 1024  # tokens before a line in which one of its names is missing: the largest window of the study
 ROOM = 128  # tokens left for the line
 NAME = re.compile(r"[A-Za-z_]\w{5,}")
-NOT_CODE = re.compile(r"""[#/*"']|(import|from|package|use)\b""")
+CODE = re.compile(r"""(?![#/*"'>]|import\b|from\b).*[=(\[]""")
 NEW_TOKENS = 512  # of a program
 REQUEST = "Complete this Python function. Answer with one code block that holds the whole function.\n\n```python\n{}```"
 LIMITS = """import resource as _limits
@@ -203,9 +203,9 @@ class Benchmark:
         if kind == "human_eval":
             return programs(tokenizer, self.options.problems)
         if kind == "next_line":
-            right = [line.text for line in self.lines]
+            right = [line for line, _ in self.lines]
             return Asked(
-                [line.prompt(int(length)) for line in self.lines],
+                [self.prompt(before, int(length)) for _, before in self.lines],
                 questions.SPARE_TOKENS + max(len(tokenizer(text)["input_ids"]) for text in right),
                 lambda texts: [
                     float(text.split("\n")[0].strip() == line) for text, line in zip(texts, right, strict=True)
@@ -237,8 +237,8 @@ class Benchmark:
         return np.array(parts)
 
     @cached_property
-    def lines(self) -> list[Line]:
-        """Lines to guess, from all files in turn."""
+    def lines(self) -> list[tuple[str, str]]:
+        """Lines to guess, from all files in turn, each with the text before it."""
         files = []
         for documents in self.documents.values():
             for place, document in enumerate(documents):
@@ -249,7 +249,7 @@ class Benchmark:
         found = (line for lines in zip_longest(*files) for line in lines if line)
         return list(islice(found, self.options.lines))
 
-    def lines_of(self, text: str, first: int, seed: str) -> Iterator[Line]:
+    def lines_of(self, text: str, first: int, seed: str) -> Iterator[tuple[str, str]]:
         """Lines of `text` from character `first` on that are worth guessing, in random order."""
         encoded = self.loaded.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         starts = [start for start, _ in encoded["offset_mapping"]]
@@ -258,26 +258,18 @@ class Benchmark:
         for match in places:
             line, begin = match[1], first + match.start()
             token, names = bisect_left(starts, begin), set(NAME.findall(line))
-            if token < self.options.seq_len or NOT_CODE.match(line):
+            if token < self.options.seq_len or not CODE.match(line):
                 continue
             context = text[starts[token - self.options.from_length + ROOM] : begin]
             near = text[starts[token - AWAY] : begin]
             if all(name in context for name in names) and any(name not in near for name in names):
-                yield Line(line, text[:begin], starts[:token])
+                yield line, text[starts[token - self.options.seq_len] : begin]
 
-
-@dataclass(frozen=True)
-class Line:
-    """A line of code, and what stands before it."""
-
-    text: str  # without what surrounds it
-    before: str
-    starts: list[int]  # where each token of `before` begins
-
-    def prompt(self, length: int) -> str:
-        """The lines before this one that fit into `length` tokens and leave `ROOM`."""
-        first = self.starts[-(length - ROOM)]
-        return self.before[self.before.index("\n", first) + 1 :]
+    def prompt(self, text: str, length: int) -> str:
+        """The last lines of a text, in `length` tokens less `ROOM`."""
+        encoded = self.loaded.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        first, _ = encoded["offset_mapping"][-min(length - ROOM, len(encoded["input_ids"]))]
+        return text[text.index("\n", first) + 1 :]
 
 
 def programs(tokenizer: PreTrainedTokenizerBase, number: int) -> Asked:

@@ -80,20 +80,21 @@ def test_every_measure_of_every_allocation_is_a_row(call: Any, tiny_model_folder
     assert rows["loss interleaved"]["from 64"][-1] == pytest.approx(losses[64:128].mean(), abs=1e-4)
 
 
-def test_lines_are_code_that_repeats_what_stands_far_away(call: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+def test_lines_are_code_that_repeats_what_stands_far_away(call: Any, monkeypatch: pytest.MonkeyPatch):
     kept: list[Any] = []
-    made = tasks.Benchmark.lines_of
-    monkeypatch.setattr(
-        tasks.Benchmark, "lines_of", lambda *given: (kept.append(line) or line for line in made(*given))
-    )
+    made = tasks.Benchmark.prompt
+
+    def prompt(bench: Any, before: str, length: int) -> str:
+        kept.append((bench.lines[len(kept)][0], before, made(bench, before, length)))
+        return kept[-1][-1]
+
+    monkeypatch.setattr(tasks.Benchmark, "prompt", prompt)
     call("--measures", "next_line")
-    assert len(kept) >= 3
-    for line in kept:
-        assert line.text.startswith("distant") and line.before.endswith("\n")
-        prompt = line.prompt(LENGTH)
-        assert line.before.endswith(prompt) and line.text.split()[0] in prompt
-        assert line.text.split()[0] not in prompt[-AWAY:]
-    assert {line.before.count("# 0\n") for line in kept} == {1}, "the file itself is not among its neighbours"
+    assert len(kept) == 3
+    for line, before, asked in kept:
+        assert line.startswith("distant") and before.endswith("\n") and before.endswith(asked)
+        assert line.split()[0] in asked and line.split()[0] not in asked[-AWAY:]
+    assert "# 1\n" in kept[0][1], "the neighbour stands before the file"
 
 
 def test_an_answer_counts_if_its_first_line_is_the_line(call: Any, monkeypatch: pytest.MonkeyPatch):
@@ -101,7 +102,8 @@ def test_an_answer_counts_if_its_first_line_is_the_line(call: Any, monkeypatch: 
 
     def right(loaded: Any, allocation: Any, prompts: list[str], **_: Any) -> list[str]:
         said["prompts"] = prompts
-        return [f"    {line.text}\nmore" for line in said["lines"][:1]] + ["", f"# {said['lines'][2].text}"]
+        (first, _), _, (last, _) = said["lines"]
+        return [f"    {first}\nmore", "", f"# {last}"]
 
     made = tasks.Benchmark.ask
     monkeypatch.setattr(tasks, "continuations", right)
