@@ -94,7 +94,7 @@ def test_lines_are_code_that_repeats_what_stands_far_away(call: Any, monkeypatch
     for line, before, asked in kept:
         assert line.startswith("distant") and before.endswith("\n") and before.endswith(asked)
         assert line.split()[0] in asked and line.split()[0] not in asked[-AWAY:]
-    assert "# 1\n" in kept[0][1], "the neighbour stands before the file"
+    assert "import distant1\n# 0\n" in kept[0][1], "the neighbour stands before the file"
 
 
 def test_an_answer_counts_if_its_first_line_is_the_line(call: Any, monkeypatch: pytest.MonkeyPatch):
