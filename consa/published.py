@@ -1,4 +1,7 @@
-"""Allocations that ship with consa, learned on real models, by names like `smollm2-135m/kv_head-0.733`."""
+"""Allocations that ship with consa, learned on real models, by names like `smollm2-135m/kv_head-0.733`.
+
+Those of Qwen2.5-Coder were learned on weights of 4 bits. They apply to weights of the same model in any precision.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,21 @@ import os
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "allocations"
+MODELS = {
+    "smollm2-135m": ("llama", (30, 3)),
+    "qwen2.5-coder-0.5b": ("qwen2", (24, 2)),
+    "qwen2.5-coder-1.5b": ("qwen2", (28, 2)),
+}
+"""Model -> its model_type in transformers, and (layers, KV heads)."""
+
+
+def fitting(model_type: str, shape: tuple[int, int]) -> list[str]:
+    """The names whose model is of this type and shape, (layers, KV heads)."""
+    return [name for name in names() if MODELS[name.partition("/")[0]] == (model_type, shape)]
 
 
 def names() -> list[str]:
-    """All names, each `MODEL/GRANULARITY-SPARSITY`."""
+    """All names, each `MODEL/GRANULARITY-SPARSITY`, with `-windowN` where several windows of N tokens were learned."""
     return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.glob("*/*.json"))
 
 

@@ -3,12 +3,12 @@
     python -m research.adaptation --train train.npy --heldout heldout.npy --out research/results/adaptation.json
 
 TRAIN and HELDOUT are token files of research/tokens.py. A row's name is what it trains under, the sinks it is trained
-and measured with, and optionally a sparsity. Learned allocations come from --seed of the records of
-research/allocations.py (learned with 4 sinks), or, with a sparsity, from methods.json: `kv_head/4/0.9`.
-`interleaved/4/0.9` is a rule over KV heads, `interleaved_layer/4/0.9` over layers. Each row trains all weights of a
-copy of the model by `adapt`, on the same sequences in the same order: those of TRAIN that learning has not seen, or all
-of TRAIN if those are too few. `joint` learns gates and weights together on the text on which the others learned their
-gates, and then trains on, under its own mask, on as much text as they do.
+and measured with, and a sparsity, if not --sparsity. `kv_head/4/0.9` and `layer/4/0.9` were learned: they are rows of
+--allocations, a record of research/methods.py, which also gives the window. `interleaved/4/0.9` is a rule over KV
+heads, `interleaved_layer/4/0.9` over layers. Each row trains all weights of a copy of the model by `adapt`, on the same
+sequences in the same order: those of TRAIN that learning has not seen, or all of TRAIN if those are too few. `joint`
+learns gates and weights together on the text on which the others learned their gates, and then trains on, under its own
+mask, on as much text as they do.
 
 Losses are means over the held-out sequences from `--start` on, before and after training. `recovered` is the share of
 the gap from all-SWA (with the row's sinks) to the dense model that a row closes: before training, of the gap between
@@ -22,32 +22,34 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from benchmarks.common import print_table
 from consa import rules
 from consa.allocation import Allocation
-from consa.config import AdaptConfig, LearnConfig, with_present_names
+from consa.config import AdaptConfig, LearnConfig
 from consa.data.questions import examples
-from consa.model import loss
-from consa.model.attach import attached
+from consa.evaluation.answers import ask
 from consa.model.load import load_model
 from consa.training.adaptation import adapt
 from consa.training.learning import learn
 from consa.training.objective import order
-from research.records import Heldout, Rows, digits_of, mask_of, read, run_missing, study_parser, tokens_of
+from research.records import RESULTS, Heldout, Rows, allocation_in, digits_of, run_missing, study_parser, tokens_of
 
 COLUMNS = ["row", "loss before", "recovered before", "loss", "recovered", "of trained", "behind dense"]
 ROWS = [
     *("dense", "kv_head/4", "all_swa/4", "kv_head/0", "layer/4", "interleaved/4", "middle/4", "joint/4"),
     *("all_swa/0", "distilled/4", "layer/0", "interleaved/0", "middle/0"),
 ]
+AT_ONCE = 2**18  # tokens of prompts
 KINDS = {row.partition("/")[0] for row in ROWS} | rules.RULES.keys() | {f"{rule}_layer" for rule in rules.RULES}
 
 
@@ -67,14 +69,17 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = study_parser(__doc__)
     parser.add_argument("--rows", default=",".join(ROWS), help="in the order in which they are measured")
+    parser.add_argument("--allocations", type=Path, default=RESULTS / "methods.json", help="record of learned ones")
     parser.add_argument("--seed", type=int, default=0, help="of the learned allocations")
+    parser.add_argument("--ending", default="", help="of the names of the learned allocations, after the seed")
+    parser.add_argument("--sparsity", type=float, default=0.733, help="of rows that name none")
     parser.add_argument("--tokens", type=float, default=5.25e6, help="of each row's training; at most 20 M")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="peak learning rate")
     parser.add_argument("--joint-rate", type=float, default=1e-4, help="learning rate of the weights in joint learning")
     parser.add_argument("--sequences-per-step", type=int, default=8)
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--compile", action="store_true", help="compile the layers that train")
-    parser.add_argument("--learn-steps", type=int, help="steps of joint learning (default: those of the files)")
+    parser.add_argument("--learn-steps", type=int, help="steps of joint learning (default: those of the record)")
     parser.add_argument("--lengths", default="4096,8192", help="tokens of the retrieval questions")
     parser.add_argument("--examples", type=int, default=50, help="questions per length")
     return parser.parse_args()
@@ -88,11 +93,16 @@ class Benchmark:
         self.loaded = load_model(options.model)
         self.train = tokens_of(options.train)
         self.heldout = Heldout.of(options, at_once=options.micro_batch)
-        self.sources = {name: Source.read(name, options.seed) for name in ("kv_head", "layer")}
-        source = self.sources["kv_head"].config
+        self.record = json.loads(options.allocations.read_text())
+        budget, known = self.record["settings"]["budget"], [item.name for item in fields(LearnConfig)]
+        source = LearnConfig(**{name: value for name, value in budget.items() if name in known})
         self.learning = replace(
             source,
             mode="joint",
+            granularity="kv_head",
+            sparsity=options.sparsity,
+            seed=options.seed,
+            seq_len=self.train.shape[1],
             weight_lr=options.joint_rate,
             micro_batch=options.micro_batch,
             compile=options.compile,
@@ -112,15 +122,16 @@ class Benchmark:
         needed = self.adapting.num_steps * options.sequences_per_step
         self.text = self.train[unseen] if len(unseen) >= needed else self.train
         self.questions = {
-            length: Questions.make(self.loaded.tokenizer, int(length), options.examples)
+            length: examples("single", self.loaded.tokenizer, length=int(length), count=options.examples, seed=1)
             for length in options.lengths.split(",")
         }
         free = ("rows", "seconds", "out")
         settings = {name: value for name, value in vars(options).items() if name not in free}
+        settings |= {"allocations": options.allocations.name, "weights": self.loaded.identity["revision"]}
         self.rows = Rows(
             options.out,
             settings,
-            window=source.window,
+            window=self.learning.window,
             seq_len=seq_len,
             steps=self.adapting.num_steps,
             train_sequences=len(self.text),
@@ -170,78 +181,31 @@ class Benchmark:
         if name == "dense":
             name = "dense/0"
         kind, sinks, *sparsity = name.split("/")
-        layout, heads = self.loaded.layout, self.sources["kv_head"]
-        shape: dict[str, Any] = {"window": heads.config.window, "num_sink_tokens": int(sinks)}
-        shape |= {"native_windows": layout.native_windows}
-        learned = {"distilled": heads, "kv_head": heads, "layer": self.sources["layer"]}
-        if kind in learned:
-            granularity = learned[kind].config.granularity
-            full = learned[kind].full_attention
-            if sparsity:
-                name = f"consa-{granularity}-{sparsity[0]}-seed{self.options.seed}"
-                full = mask_of(read("methods")["rows"][name]["allocation"])
-            return Allocation(full_attention=full, granularity=granularity, **shape)
-        shape["sparsity"] = {"dense": 0.0, "all_swa": 1.0}.get(kind, float(*sparsity or [heads.config.sparsity]))
-        granularity = "layer" if kind.endswith("_layer") else "kv_head"
+        sparsity = float(*sparsity or [self.options.sparsity])
+        if kind in ("kv_head", "layer", "distilled"):
+            unit = "layer" if kind == "layer" else "kv_head"
+            learned = f"consa-{unit}-{sparsity:g}-seed{self.options.seed}{self.options.ending}"
+            return replace(allocation_in(self.record, learned), num_sink_tokens=int(sinks))
+        layout = self.loaded.layout
         rule = rules.RULES.get(kind.removesuffix("_layer"), rules.bottom)
-        return rule(layout.num_layers, layout.num_kv_heads, granularity=granularity, **shape)
+        return rule(
+            *layout.shape,
+            sparsity={"dense": 0.0, "all_swa": 1.0}.get(kind, sparsity),
+            granularity="layer" if kind.endswith("_layer") else "kv_head",
+            window=self.learning.window,
+            num_sink_tokens=int(sinks),
+            native_windows=layout.native_windows,
+        )
 
     def measure(self, model: PreTrainedModel, allocation: Allocation | None) -> dict[str, Any]:
         """Held-out loss, and the share of answers found at each length."""
         measured = self.heldout.measured(model, allocation)
-        with attached(model, allocation or self.allocation("dense")):
-            answered = {length: round(asked.answered(model), 4) for length, asked in self.questions.items()}
-        return measured | {"retrieval": answered}
-
-
-@dataclass(frozen=True)
-class Source:
-    """A learned allocation and what it was learned with."""
-
-    full_attention: np.ndarray  # bool (layers, kv_heads)
-    config: LearnConfig
-
-    @classmethod
-    def read(cls, granularity: str, seed: int) -> Source:
-        """From the results of research/allocations.py."""
-        record = read(f"allocations-{granularity}")
-        (row,) = (row for row in record["rows"] if row["name"] == f"consa/{granularity}/seed{seed}")
-        return cls(
-            mask_of(row["allocation"]),
-            LearnConfig(**with_present_names(record["settings"]) | {"granularity": granularity, "seed": seed}),
-        )
-
-
-@dataclass(frozen=True)
-class Questions:
-    """Prompts followed by their answers, and how many tokens each answer has."""
-
-    tokens: list[torch.Tensor]  # (tokens,) int64 each
-    num_answer: list[int]  # tokens at the end of each
-
-    @classmethod
-    def make(cls, tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> Questions:
-        """Single needles of `length` tokens at most, the answer included."""
-        tokens, num_answer = [], []
-        for example in examples("single", tokenizer, length=length, count=count, seed=1):
-            prompt = tokenizer(example.prompt)["input_ids"]
-            answer = tokenizer(" " + example.answers[0], add_special_tokens=False)["input_ids"]
-            tokens.append(torch.tensor(prompt + answer))
-            num_answer.append(len(answer))
-        return cls(tokens, num_answer)
-
-    def answered(self, model: PreTrainedModel, batch: int = 4) -> float:
-        """The share of prompts that `model` continues greedily with exactly the answer."""
-        right, head = 0, loss.output_layer(model)
-        for start in range(0, len(self.tokens), batch):
-            part = slice(start, start + batch)
-            padded = torch.nn.utils.rnn.pad_sequence(self.tokens[part], batch_first=True).to(model.device)
-            with torch.no_grad():
-                hidden = loss.hidden_states(model, padded)
-                for row, asked, count in zip(hidden, self.tokens[part], self.num_answer[part], strict=True):
-                    greedy = head(row[None, len(asked) - count - 1 : len(asked) - 1]).argmax(-1)[0]
-                    right += bool((greedy.cpu() == asked[-count:]).all())
-        return right / len(self.tokens)
+        loaded, attended = replace(self.loaded, model=model), allocation or self.allocation("dense")
+        answered = {
+            length: ask(loaded, attended, asked, batch_size=max(1, AT_ONCE // int(length)))["scores"]
+            for length, asked in self.questions.items()
+        }
+        return measured | {"retrieval": {length: round(float(np.mean(each)), 4) for length, each in answered.items()}}
 
 
 def compare(rows: dict[str, dict[str, Any]]) -> None:

@@ -3,22 +3,14 @@
     python -m research.behaviour --text heldout.npy --allocations research/results/allocations-kv_head.json \
         research/results/allocations-layer.json --out research/results/behaviour.json
 
-TEXT is a token file of research/tokens.py. Allocations come from records of research/allocations.py; decisions before
-refinement are left out. `--keep FILE` keeps the measures, as `consa behaviour` does.
-
-    OMP_NUM_THREADS=2 python -m research.behaviour --text heldout.npy --cost 2048,4096,8192 \
-        --out research/results/behaviour_cost.json
-
-measures time and memory instead: each length in its own process, on one sequence, the repeated random sequence and the
-needles, without causal effects.
+TEXT is a token file of research/tokens.py. Allocations come from records of research/allocations.py, where decisions
+before refinement are left out, or of research/methods.py. `--keep FILE` keeps the measures, as `consa behaviour` does.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import resource
 import time
 from itertools import combinations
 from pathlib import Path
@@ -32,17 +24,12 @@ from consa.allocation import Allocation
 from consa.behaviour.measure import measure
 from consa.behaviour.relate import Behaviour, agreement, depth, rank_correlation, relate
 from consa.model.load import load_model
-from research.records import learned_allocations, tokens_of
-
-WINDOW = 128  # where cost is measured
+from research.records import allocation_in, learned_allocations, tokens_of
 
 
 def main() -> None:
     options = _options()
-    if options.cost:
-        write_cost(options)
-        return
-    learned = [learned_allocations(json.loads(path.read_text())) for path in options.allocations]
+    learned = [same for path in options.allocations for same in _sets(json.loads(path.read_text()))]
     example = learned[0][0]
     loaded = load_model(options.model)
     text = tokens_of(options.text)
@@ -97,37 +84,21 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, help="fewer tokens of each sequence")
     parser.add_argument("--num-sequences", type=int, default=16)
     parser.add_argument("--causal-sequences", type=int, default=8)
-    parser.add_argument("--allocations", type=Path, nargs="+", default=[])
+    parser.add_argument("--allocations", type=Path, nargs="+", required=True)
     parser.add_argument("--keep", type=Path, help="file for the measures of every head")
-    parser.add_argument("--cost", metavar="LENGTHS", help="measure time and memory at these lengths")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
 
-def write_cost(options: argparse.Namespace) -> None:
-    """Time and memory of measuring; does memory grow with the square of the length?"""
-    columns = ["tokens", "seconds", "CPU seconds", "MiB beyond the model", "MiB of one layer's S x S scores"]
-    rows: list[list[Any]] = []
-    for length in map(int, options.cost.split(",")):
-        with multiprocessing.get_context("spawn").Pool(1) as fresh:
-            rows.append(fresh.apply(_cost, (options.model, options.text, length)))
-    print_table(columns, rows)
-    settings = {"model": options.model, "window": WINDOW}
-    write_json(options.out, environment() | {"settings": settings, "columns": columns, "rows": rows})
-
-
-def _cost(model: str, text: str, length: int) -> list[Any]:
-    """A row of the table; memory is the rise of the process's peak."""
-    loaded = load_model(model, device="cpu")
-    before, began, busy = _peak_mib(), time.perf_counter(), time.process_time()
-    measure(loaded.model, tokens_of(text)[:1, :length], window=WINDOW, tokenizer=loaded.tokenizer)
-    spent = [time.perf_counter() - began, time.process_time() - busy]
-    scores = loaded.model.config.num_attention_heads * length**2 * 4 / 2**20
-    return [length, *(round(seconds, 1) for seconds in spent), round(_peak_mib() - before), round(scores)]
-
-
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def _sets(record: dict[str, Any]) -> list[list[Allocation]]:
+    """The allocations that ConSA learned in a record, in sets of one granularity and sparsity."""
+    if isinstance(record["rows"], list):
+        return [learned_allocations(record)]
+    sets: dict[Any, list[Allocation]] = {}
+    for name, row in record["rows"].items():
+        if row["method"] == "consa":
+            sets.setdefault((row["granularity"], row["sparsity"]), []).append(allocation_in(record, name))
+    return list(sets.values())
 
 
 def _related(behaviour: Behaviour, allocations: list[Allocation]) -> dict[str, Any]:

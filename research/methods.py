@@ -173,6 +173,7 @@ class Benchmark:
         budget = ChoiceConfig(**{name: value for name, value in given.items() if name in SHARED})
         kept = ("model", "train", "heldout", "start", "lengths", "examples")
         settings = {name: getattr(options, name) for name in kept} | {
+            "weights": self.loaded.identity["revision"],
             "num_heldout": len(heldout.tokens),
             "seq_len": heldout.tokens.shape[1],
             "budget": asdict(budget) | given,

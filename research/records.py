@@ -166,6 +166,18 @@ def mask_of(digits: list[str]) -> np.ndarray:
     return np.array([[head == "1" for head in layer] for layer in digits])
 
 
+def allocation_in(record: dict[str, Any], name: str) -> Allocation:
+    """The allocation in a row of a record of research/methods.py."""
+    row, budget = record["rows"][name], record["settings"]["budget"]
+    return Allocation(
+        full_attention=mask_of(row["allocation"]),
+        granularity=row["granularity"],
+        window=budget["window"],
+        num_sink_tokens=budget["num_sink_tokens"],
+        provenance={"method": row["method"], "name": name},
+    )
+
+
 def learned_allocations(record: dict[str, Any]) -> list[Allocation]:
     """The allocations learned in a record of research/allocations.py, one for each seed, refined, with their scores."""
     settings = record["settings"]

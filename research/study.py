@@ -38,8 +38,8 @@ from research.records import (
     FORWARD_AND_BACKWARD,
     Heldout,
     Rows,
+    allocation_in,
     gates_alone,
-    mask_of,
     read,
     run_missing,
     shares,
@@ -244,14 +244,12 @@ class Study:
     def add_methods(self) -> None:
         """Measure what research/methods.py chose."""
         record = read("methods")
-        window = {name: record["settings"]["budget"][name] for name in ("window", "num_sink_tokens")}
         measured: dict[str, list[float]] = {}
         for name, row in worth_measuring(record["rows"]).items():
             if f"methods/{name}" not in self.rows:
                 key = str(row["allocation"])
                 if key not in measured:
-                    allocation = Allocation(full_attention=mask_of(row["allocation"]), **window)
-                    measured[key] = self._losses(allocation)
+                    measured[key] = self._losses(allocation_in(record, name))
                 self.rows.add(f"methods/{name}", {"losses": measured[key]})
 
     def _end(self, name: str, config: LearnConfig | None) -> None:

@@ -19,15 +19,15 @@ from consa.files import read_text
 def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model, as for `consa learn`.")],
     *,
+    out: Annotated[Path, text("FOLDER", "New folder for the checkpoint.")],
     allocation: Annotated[
-        str,
+        str | None,
         text(
             "NAME",
             "Allocation: an allocation.json, the folder of a run, the name of a published allocation or of a rule,"
-            " dense, all_swa, or a .tsv of DuoAttention or PruLong.",
+            " dense, all_swa, or a .tsv of DuoAttention or PruLong. Without it, an error lists the names for MODEL.",
         ),
-    ],
-    out: Annotated[Path, text("FOLDER", "New folder for the checkpoint.")],
+    ] = None,
     kind: Annotated[
         str,
         text(
@@ -41,13 +41,15 @@ def convert(
     """Write MODEL with an allocation as a checkpoint that generates with a small KV cache."""
     config = EvalConfig(**options)
     from consa import rules
-    from consa.evaluation.suite import file_of, named
+    from consa.evaluation.suite import file_of, named, names_for
     from consa.model import convert
     from consa.model.load import load_model, read_layout
     from consa.progress import note
 
     convert.check_wish(out, kind)
-    file_of(allocation)
+    if allocation is None:
+        raise ConsaError(f"--allocation is missing: give a file or one of {', '.join(names_for(model))}")
+    file_of(allocation, model)
     layout = read_layout(model)
     chosen = named(allocation, model, layout, config)
     chosen = chosen or rules.dense(*layout.shape, native_windows=layout.native_windows)

@@ -6,7 +6,6 @@ The answer is the natural continuation of every prompt, so base models can answe
 from __future__ import annotations
 
 import random
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -189,13 +188,17 @@ def _example(task: str, tokenizer: PreTrainedTokenizerBase, length: int, depth: 
     def num_tokens(pieces: int) -> int:
         return len(tokenizer(prompt(pieces), verbose=False)["input_ids"])
 
-    if num_tokens(0) > room:
+    shortest = num_tokens(0)
+    if shortest > room:
         raise ConsaError(f"retrieval task {task!r} does not fit into {length} tokens; raise the length")
-    too_many = 1
-    while num_tokens(too_many) <= room:
-        too_many *= 2
-    pieces = bisect_right(range(too_many), room, lo=too_many // 2, key=num_tokens) - 1
-    return Example(prompt(pieces), puzzle.answers)
+    # Numbers of pieces: one that fits, one that does not, as a piece has a token or more, and the next to try.
+    fits, too_many, pieces = 0, room + 1, 1
+    while too_many - fits > 1:
+        tokens = num_tokens(pieces)
+        fits, too_many = (pieces, too_many) if tokens <= room else (fits, pieces)
+        expected = (room - shortest) * pieces // (tokens - shortest)
+        pieces = min(max(expected, fits + 1), too_many - 1)
+    return Example(prompt(fits), puzzle.answers)
 
 
 def _number(rng: random.Random) -> str:

@@ -62,17 +62,43 @@ def ask(
     Returns:
         For each example, "scores", the share of its answers that were found, and "continuations", the generated text.
     """
-    scores: list[float] = []
-    continuations: list[str] = []
     num_tokens = max(num_answer_tokens(example, loaded.tokenizer) for example in examples)
+    prompts = [example.prompt for example in examples]
+    texts = continuations(
+        loaded, allocation, prompts, max_new_tokens=num_tokens, batch_size=batch_size, on_prompt=on_example
+    )
+    scores = [answered(example, text) for example, text in zip(examples, texts, strict=True)]
+    return {"scores": scores, "continuations": texts}
+
+
+def continuations(
+    loaded: LoadedModel,
+    allocation: Allocation | None,
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 1,
+    on_prompt: Callable[[int], None] | None = None,
+    **options: Any,
+) -> list[str]:
+    """Continue each prompt greedily, with the small cache of the allocation.
+
+    Args:
+        loaded: model and tokenizer.
+        allocation: attached while the model generates; None leaves the model as it is.
+        prompts: nonempty texts.
+        batch_size: prompts computed at once.
+        on_prompt: called with the number of prompts done since the last call.
+        options: keyword arguments of `generate_texts`.
+
+    Returns:
+        The new texts.
+    """
+    texts: list[str] = []
     with nullcontext() if allocation is None else attached(loaded.model, allocation):
-        for start in range(0, len(examples), batch_size):
-            batch = examples[start : start + batch_size]
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
             cache: Any = {} if allocation is None else {cache_argument(loaded.model): HybridCache(allocation)}
-            prompts = [example.prompt for example in batch]
-            texts = generate_texts(loaded.model, loaded.tokenizer, prompts, max_new_tokens=num_tokens, **cache)
-            scores += [answered(example, text) for example, text in zip(batch, texts, strict=True)]
-            continuations += texts
-            if on_example:
-                on_example(len(batch))
-    return {"scores": scores, "continuations": continuations}
+            texts += generate_texts(loaded.model, loaded.tokenizer, batch, **options, **cache)
+            if on_prompt:
+                on_prompt(len(batch))
+    return texts

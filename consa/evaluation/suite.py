@@ -23,7 +23,7 @@ from consa.evaluation.intervals import Estimate, bootstrap
 from consa.evaluation.losses import LOSSES, recovered
 from consa.evaluation.table import Line, Table
 from consa.model.layout import AttentionLayout, check_fits
-from consa.model.load import LoadedModel
+from consa.model.load import LoadedModel, read_layout, read_type
 from consa.provenance import environment, versions
 
 DENSE = "dense"
@@ -39,7 +39,7 @@ def named(name: str, model: str, layout: AttentionLayout, config: EvalConfig) ->
     Args:
         name: "dense", "all_swa", a rule, an allocation's file, a run's folder, a published allocation, or a .tsv file
             of DuoAttention or PruLong.
-        model: its name, for messages.
+        model: as `load_model` takes it.
         layout: of the model.
         config: settings of rules and .tsv files.
 
@@ -55,7 +55,7 @@ def named(name: str, model: str, layout: AttentionLayout, config: EvalConfig) ->
         return rules.all_swa(*shape, **options)
     if name in rules.RULES:
         return rules.by_name(name, *shape, sparsity=config.sparsity, seed=config.seed, **options)
-    path = file_of(name)
+    path = file_of(name, model)
     assert path is not None
     if path.suffix == ".tsv":
         allocation = read_tsv(path, num_layers=shape[0], num_kv_heads=shape[1], **limits)
@@ -68,15 +68,24 @@ def named(name: str, model: str, layout: AttentionLayout, config: EvalConfig) ->
     return allocation
 
 
-def file_of(name: str) -> Path | None:
-    """The file of a named allocation; None for rules, dense and all-SWA; ConsaError if there is no such file."""
+def file_of(name: str, model: str) -> Path | None:
+    """The file of a named allocation; None for rules, dense and all-SWA.
+
+    Raises:
+        ConsaError: there is no such file; the message gives the names that `model` can have instead.
+    """
     if name in (DENSE, ALL_SWA, *rules.RULES):
         return None
     path = published.resolve(name)
     if not os.path.isfile(path):
-        known = (DENSE, ALL_SWA, *rules.RULES, *published.names())
-        raise ConsaError(f"allocation {name!r} is neither a file nor one of {', '.join(known)}")
+        raise ConsaError(f"allocation {name!r} is neither a file nor one of {', '.join(names_for(model))}")
     return path
+
+
+def names_for(model: str) -> list[str]:
+    """Names of allocations for a model, files apart; the published ones are of its type and shape."""
+    published_ones = published.fitting(read_type(model), read_layout(model).shape)
+    return [DENSE, ALL_SWA, *rules.RULES, *published_ones]
 
 
 def start_of(where: RunConfig, config: EvalConfig, allocations: Allocations) -> int:

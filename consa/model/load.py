@@ -102,6 +102,11 @@ def read_layout(source: str) -> AttentionLayout:
     return _inspect_source(source)[3]
 
 
+def read_type(source: str) -> str:
+    """The model_type of the model that `load_model` would load; raises as `read_layout`."""
+    return _inspect_source(source)[2].model_type
+
+
 def read_positions(source: str) -> int | None:
     """The positions of the model that `load_model` would load; raises as `read_layout`."""
     return num_positions(_inspect_source(source)[2])

@@ -47,7 +47,8 @@ def run_evaluation(
     """
     inputs.check(replace(where, data=where.heldout_data or where.data))  # no training text is needed
     layout = read_layout(where.model)
-    files = [named(name, where.model, layout, config) for name in names if (file_of(name) or Path()).suffix == ".json"]
+    found = [name for name in names if (file_of(name, where.model) or Path()).suffix == ".json"]
+    files = [named(name, where.model, layout, config) for name in found]
     limits = {(one.window, one.num_sink_tokens) for one in files if one}
     if follow_files and len(limits) == 1:
         ((window, sinks),) = limits

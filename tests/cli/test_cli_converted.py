@@ -104,7 +104,7 @@ def test_convert(
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"--allocation": "nowhere.json"}, ["nowhere.json' is neither a file", "smollm2-135m/kv_head-0.733"]),
+        ({"--allocation": "nowhere.json"}, ["nowhere.json' is neither a file", "all_swa", "interleaved"]),
         ({"--allocation": "cut.json"}, ["cut.json", "not JSON"]),
         ({"--allocation": "other.json"}, ["4 layers x 2 KV heads", "4 x 3"]),
         ({"--kind": "stock"}, ["auto, hybrid or plain", "'stock'"]),

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from consa import rules
-from consa.config import LearnConfig
-from consa.data.questions import examples
-from consa.evaluation.answers import ask
-from consa.model.attach import attached
-from consa.model.load import load_model
-from research import adaptation, records
+from research import adaptation
 from research.analysis import best_trained_rule
 
 LENGTH = 600
@@ -26,15 +19,22 @@ LENGTH = 600
 @pytest.fixture
 def call(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs the benchmark with more arguments; returns what its file holds then."""
-    monkeypatch.setattr(records, "RESULTS", tmp_path)
-    learned = LearnConfig(sparsity=0.5, window=6, seq_len=LENGTH, num_steps=2, refine_evaluations=1)
-    for granularity, heads in (("kv_head", ["100", "011", "010", "110"]), ("layer", ["111", "000"] * 2)):
-        record = {"settings": asdict(learned), "rows": [{"name": f"consa/{granularity}/seed0", "allocation": heads}]}
-        (tmp_path / f"allocations-{granularity}.json").write_text(json.dumps(record))
+    chosen = {
+        f"consa-{granularity}-{sparsity}-seed0": {"granularity": granularity, "allocation": heads}
+        for granularity, sparsity, heads in (
+            ("kv_head", 0.5, ["100", "011", "010", "110"]),
+            ("kv_head", 0.75, ["100", "010", "001", "000"]),
+            ("layer", 0.5, ["111", "000"] * 2),
+            ("layer", 0.75, ["000", "111"] * 2),
+        )
+    }
+    budget = {"sparsity": 0.9, "window": 6, "num_sink_tokens": 4, "num_steps": 2, "refine_evaluations": 1}
+    (tmp_path / "methods.json").write_text(json.dumps({"settings": {"budget": budget}, "rows": chosen}))
     rng = np.random.default_rng(0)
     for name, count in (("train", 10), ("heldout", 2)):
         np.save(tmp_path / f"{name}.npy", rng.integers(2, 250, (count, LENGTH)).astype(np.uint16))
     given = ["--model", str(tiny_model_folder), "--start", "100", "--out", str(tmp_path / "out.json")]
+    given += ["--allocations", str(tmp_path / "methods.json"), "--sparsity", "0.5"]
     given += ["--train", str(tmp_path / "train.npy"), "--heldout", str(tmp_path / "heldout.npy")]
     given += ["--lengths", str(LENGTH), "--examples", "2", "--tokens", "1200", "--sequences-per-step", "2"]
 
@@ -67,12 +67,7 @@ def test_every_row_is_measured_once(call: Any, capsys: pytest.CaptureFixture[str
         call("--start", "50")
 
 
-def test_other_sparsities_come_from_the_methods(call: Any, tmp_path: Path):
-    chosen = {
-        f"consa-{granularity}-0.75-seed0": {"allocation": heads}
-        for granularity, heads in (("kv_head", ["100", "010", "001", "000"]), ("layer", ["000", "111"] * 2))
-    }
-    (tmp_path / "methods.json").write_text(json.dumps({"rows": chosen}))
+def test_a_row_can_name_its_sparsity(call: Any):
     record = call("--rows", "dense,all_swa/4,kv_head/4/0.75,layer/4/0.75,top/4/0.75,middle_layer/4/0.75")
     rows = record["rows"]
     assert rows["kv_head/4/0.75"]["allocation"] == ["100", "010", "001", "000"]
@@ -84,20 +79,3 @@ def test_other_sparsities_come_from_the_methods(call: Any, tmp_path: Path):
     assert best["after"]["loss"] == losses[name] == min(losses.values())
     with pytest.raises(SystemExit, match=r"or rules, got best/4"):
         call("--rows", "best/4")
-
-
-def test_answers_agree_with_generation(call: Any, tiny_model_folder: Path):
-    """Both on the model's own continuation, put in the place of the answer, and on one that it would not say."""
-    made = adaptation.Questions
-    loaded = load_model(str(tiny_model_folder), device="cpu")
-    kept = rules.interleaved(4, 3, sparsity=0.5, window=6, num_sink_tokens=4)
-    asked = made.make(loaded.tokenizer, LENGTH, 2)
-    with attached(loaded.model, kept):
-        said = ask(loaded, None, examples("single", loaded.tokenizer, length=LENGTH, count=2, seed=1))
-        assert asked.answered(loaded.model) == np.mean(said["scores"]) == 0
-        for tokens, count in zip(asked.tokens, asked.num_answer, strict=True):
-            out = loaded.model.generate(tokens[None, :-count], max_new_tokens=count, do_sample=False, eos_token_id=None)
-            tokens[-count:] = out[0, -count:]
-        assert asked.answered(loaded.model, batch=1) == asked.answered(loaded.model) == 1
-        asked.tokens[0][-1] += 1
-        assert asked.answered(loaded.model) == 0.5
