@@ -8,6 +8,7 @@ from itertools import product
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from consa.allocation import Allocation
@@ -15,6 +16,7 @@ from consa.constraints import ANY, Constraint
 from consa.errors import InvalidAllocationError
 from consa.model import loss
 from consa.model.attach import attached
+from consa.training.objective import Batch
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ def refine(
     max_evaluations: int,
     num_candidates: int = 8,
     batch_size: int = 1,
+    weights: Tensor | None = None,
     constraint: Constraint = ANY,
     on_exchange: Callable[[Exchange], None] | None = None,
 ) -> Allocation:
@@ -50,7 +53,8 @@ def refine(
     rank) where the two scores are closest. Exchanges between layers are not tried.
 
     Every evaluation, of which there are at most `max_evaluations`, runs the model on all `sequences`, int tokens
-    `(num_sequences, seq_len)`, `batch_size` at once. `on_exchange` is called after each but the first, of the start. An
+    `(num_sequences, seq_len)`, `batch_size` at once. `weights`, float32 `(num_sequences, seq_len - 1)`, are factors on
+    the losses of their predicted tokens; the mean is over all of them. `on_exchange` is called after each but the first, of the start. An
     allocation without scores, which order the candidates, raises InvalidAllocationError.
     """
     if allocation.scores is None:
@@ -72,13 +76,14 @@ def refine(
         nonlocal spent
         spent += 1
         trial = _with_units(allocation, exchanged(closed, opened), heads)
-        change = _mean_loss(model, trial, sequences, batch_size) - current
+        change = _mean_loss(model, trial, batches) - current
         tried = Exchange(closed, opened, change, change < 0 and None not in (closed, opened), spent)
         if on_exchange:
             on_exchange(tried)
         return tried
 
-    spent, current, improved = 1, _mean_loss(model, allocation, sequences, batch_size), True
+    batches = Batch(torch.from_numpy(sequences.astype(np.int64)), weights).split(batch_size)
+    spent, current, improved = 1, _mean_loss(model, allocation, batches), True
     while improved and spent < max_evaluations:
         improved = False
         order = [int(unit) for unit in np.argsort(-scores, kind="stable") if unit not in native]
@@ -123,10 +128,10 @@ def _with_units(allocation: Allocation, full: np.ndarray, heads: int) -> Allocat
     return replace(allocation, full_attention=np.repeat(full, heads).reshape(allocation.full_attention.shape))
 
 
-def _mean_loss(model: PreTrainedModel, allocation: Allocation, sequences: np.ndarray, batch_size: int) -> float:
+def _mean_loss(model: PreTrainedModel, allocation: Allocation, batches: list[Batch]) -> float:
+    total = 0.0
     with attached(model, allocation):
-        sums = [
-            loss.token_losses(model, torch.from_numpy(batch.astype(np.int64)).to(model.device)).double().sum().item()
-            for batch in np.array_split(sequences, -(-len(sequences) // batch_size))
-        ]
-    return sum(sums) / (len(sequences) * (sequences.shape[1] - 1))
+        for batch in (batch.to(model.device) for batch in batches):
+            losses = loss.token_losses(model, batch.tokens).double()
+            total += (losses if batch.weights is None else losses * batch.weights).sum().item()
+    return total / sum(batch.num_predicted for batch in batches)
