@@ -94,7 +94,12 @@ def main() -> None:
     mine = shares(seconds, number)[index - 1]
     if options.estimate:
         rows = [
-            [name_of(runs[i][0]), len(runs[i]), *(f"{n / 1e6:.2f}" for n in costs[runs[i][0].origin]), round(seconds[i])]
+            [
+                name_of(runs[i][0]),
+                len(runs[i]),
+                *(f"{n / 1e6:.2f}" for n in costs[runs[i][0].origin]),
+                round(seconds[i]),
+            ]
             for i in mine
         ]
         print_table(["run", "rows", "M tokens forward", "of those also backward", "seconds"], rows)
@@ -114,6 +119,7 @@ def parse() -> argparse.Namespace:
     parser = study_parser(__doc__, shared=True)
     parser.add_argument("--methods", default=",".join(PLAN), help="names of the plan, comma-separated")
     parser.add_argument("--sparsity", default="0.733,0.5,0.9")
+    parser.add_argument("--granularity", default=",".join(BOTH), help="units to run at, where a method has them")
     parser.add_argument("--seeds", type=int, default=3, help="of methods that use randomness")
     parser.add_argument("--budget", action="append", default=[], metavar="NAME=VALUE", help="a setting of the methods")
     parser.add_argument("--retrieval", default="0", help="shares of retrieval texts that ConSA learns with")
@@ -135,7 +141,7 @@ def planned(options: argparse.Namespace) -> Iterator[list[Choice]]:
             methods = (method_named(name, **{**PLAN[name].settings, **given, "retrieval": share}) for share in mixed)
             for method, granularity in product(dict.fromkeys(methods), PLAN[name].granularities):
                 unknown = name in rules.RULES and name not in rules.names(granularity)
-                if unknown or (seed and not PLAN[name].is_random):
+                if granularity not in options.granularity.split(",") or unknown or (seed and not PLAN[name].is_random):
                     continue
                 runs: dict[Any, list[Choice]] = {}
                 for sparsity in sparsities:
