@@ -104,8 +104,7 @@ def learn(
         refined = (refine or refinement.refine)(
             model,
             allocation,
-            following.tokens.numpy(),
-            weights=following.weights,
+            following,
             max_evaluations=config.refine_evaluations,
             batch_size=config.micro_batch,
             constraint=config.constraint,

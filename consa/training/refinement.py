@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from consa.allocation import Allocation
@@ -33,16 +31,15 @@ class Exchange:
 def refine(
     model: PreTrainedModel,
     allocation: Allocation,
-    sequences: np.ndarray,
+    text: Batch,
     *,
     max_evaluations: int,
     num_candidates: int = 8,
     batch_size: int = 1,
-    weights: Tensor | None = None,
     constraint: Constraint = ANY,
     on_exchange: Callable[[Exchange], None] | None = None,
 ) -> Allocation:
-    """Exchange FA for SWA units, at equal sparsity, while that lowers the mean loss on `sequences`.
+    """Exchange FA for SWA units, at equal sparsity, while that lowers the mean loss on `text`.
 
     A round measures what closing each of the `num_candidates` FA units of lowest score costs and what opening each of
     the SWA units of highest score gains, one unit at a time; then tries exchanges, the most promising sum first, and
@@ -52,10 +49,9 @@ def refine(
     candidates are then the FA head of lowest and the SWA head of highest score of the `num_candidates` layers (of a
     rank) where the two scores are closest. Exchanges between layers are not tried.
 
-    Every evaluation, of which there are at most `max_evaluations`, runs the model on all `sequences`, int tokens
-    `(num_sequences, seq_len)`, `batch_size` at once. `weights`, float32 `(num_sequences, seq_len - 1)`, are factors on
-    the losses of their predicted tokens; the mean is over all of them. `on_exchange` is called after each but the first, of the start. An
-    allocation without scores, which order the candidates, raises InvalidAllocationError.
+    Every evaluation, of which there are at most `max_evaluations`, runs the model on the whole `text`, `batch_size`
+    sequences at once; the weights of the text count, as in a training step. `on_exchange` is called after each but the
+    first, of the start. An allocation without scores, which order the candidates, raises InvalidAllocationError.
     """
     if allocation.scores is None:
         raise InvalidAllocationError("scores are needed to order the candidates; this allocation has none")
@@ -76,14 +72,13 @@ def refine(
         nonlocal spent
         spent += 1
         trial = _with_units(allocation, exchanged(closed, opened), heads)
-        change = _mean_loss(model, trial, batches) - current
+        change = _mean_loss(model, trial, text, batch_size) - current
         tried = Exchange(closed, opened, change, change < 0 and None not in (closed, opened), spent)
         if on_exchange:
             on_exchange(tried)
         return tried
 
-    batches = Batch(torch.from_numpy(sequences.astype(np.int64)), weights).split(batch_size)
-    spent, current, improved = 1, _mean_loss(model, allocation, batches), True
+    spent, current, improved = 1, _mean_loss(model, allocation, text, batch_size), True
     while improved and spent < max_evaluations:
         improved = False
         order = [int(unit) for unit in np.argsort(-scores, kind="stable") if unit not in native]
@@ -128,10 +123,10 @@ def _with_units(allocation: Allocation, full: np.ndarray, heads: int) -> Allocat
     return replace(allocation, full_attention=np.repeat(full, heads).reshape(allocation.full_attention.shape))
 
 
-def _mean_loss(model: PreTrainedModel, allocation: Allocation, batches: list[Batch]) -> float:
+def _mean_loss(model: PreTrainedModel, allocation: Allocation, text: Batch, batch_size: int) -> float:
     total = 0.0
     with attached(model, allocation):
-        for batch in (batch.to(model.device) for batch in batches):
+        for batch in (part.to(model.device) for part in text.split(batch_size)):
             losses = loss.token_losses(model, batch.tokens).double()
             total += (losses if batch.weights is None else losses * batch.weights).sum().item()
-    return total / sum(batch.num_predicted for batch in batches)
+    return total / text.num_predicted

@@ -22,7 +22,7 @@ sequence do not contradict each other. The other families are left to judge the 
 
 TOKENS_PER_PUZZLE = 1024
 MAX_PUZZLES = 6
-"""Puzzles in one sequence: one per `TOKENS_PER_PUZZLE` tokens, at least one. Six use up half of the things there are."""
+"""Puzzles in one sequence: one per `TOKENS_PER_PUZZLE` tokens, at least one. Six take over half of the things."""
 
 
 class Retrieval(Objective):
