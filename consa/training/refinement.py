@@ -43,7 +43,8 @@ def refine(
 
     A round measures what closing each of the `num_candidates` FA units of lowest score costs and what opening each of
     the SWA units of highest score gains, one unit at a time; then tries exchanges, the most promising sum first, and
-    keeps every one that lowers the loss. Rounds follow until one keeps none.
+    keeps every one that lowers the loss. After a round that keeps none, the next has twice as many candidates and
+    measures nothing again, until every unit has been one.
 
     Under a constraint, KV heads are exchanged only within their layer and rank, which leaves every count as it is. The
     candidates are then the FA head of lowest and the SWA head of highest score of the `num_candidates` layers (of a
@@ -78,18 +79,19 @@ def refine(
             on_exchange(tried)
         return tried
 
-    spent, current, improved = 1, _mean_loss(model, allocation, text, batch_size), True
-    while improved and spent < max_evaluations:
-        improved = False
+    spent, current = 1, _mean_loss(model, allocation, text, batch_size)
+    alone: dict[int, float] = {}  # what each unit changes by itself, since the last exchange
+    failed: set[tuple[int, int]] = set()
+    while spent < max_evaluations:
         order = [int(unit) for unit in np.argsort(-scores, kind="stable") if unit not in native]
         closing, opening = (units[:num_candidates] for units in _candidates(order, full, scores, group))
-        alone = {}  # what each unit changes by itself
-        for unit in closing + opening:
+        for unit in (unit for unit in closing + opening if unit not in alone):
             if spent >= max_evaluations:
                 break
             alone[unit] = (attempt(unit, None) if full[unit] else attempt(None, unit)).change
         tested = product(*([unit for unit in units if unit in alone] for units in (closing, opening)))
-        pairs = [(alone[c] + alone[o], c, o) for c, o in tested if c // group == o // group]
+        possible = [pair for pair in tested if pair[0] // group == pair[1] // group and pair not in failed]
+        pairs = [(alone[closed] + alone[opened], closed, opened) for closed, opened in possible]
         used, failures = set[int](), 0
         for _, closed, opened in sorted(pairs):
             if spent >= max_evaluations or failures == num_candidates:
@@ -100,9 +102,17 @@ def refine(
             if tried.accepted:
                 full = exchanged(closed, opened)
                 used |= {closed, opened}
-                current, improved, failures = current + tried.change, True, 0
+                current, failures = current + tried.change, 0
             else:
+                failed.add((closed, opened))
                 failures += 1
+        if used:
+            alone.clear()
+            failed.clear()
+        elif num_candidates < len(order):
+            num_candidates *= 2
+        else:
+            break
     return _with_units(allocation, full, heads)
 
 

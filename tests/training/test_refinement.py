@@ -123,10 +123,23 @@ def test_candidates_are_those_nearest_the_boundary(monkeypatch: pytest.MonkeyPat
     scores = np.array([[9.0], [7.0], [8.0], [1.0], [3.0], [2.0]])
     loss = MadeUp(np.array([[1.0], [2.0], [3.0], [4.0], [0.5], [0.6]]))  # a far exchange would help
     monkeypatch.setattr(refinement, "_mean_loss", loss)
-    out = refine(NOTHING, scored(full, scores), NOTHING, max_evaluations=100, num_candidates=1)
+    out = refine(NOTHING, scored(full, scores), NOTHING, max_evaluations=4, num_candidates=1)
     assert np.array_equal(out.full_attention, full)
     assert {int(a.full_attention.flatten().argmin()) for a in loss.seen if a.full_attention.sum() == 2} == {1}
     assert {a.full_attention[4, 0] for a in loss.seen if a.full_attention.sum() == 4} == {True}
+    assert len(loss.seen) == 4
+
+
+def test_a_budget_that_is_left_goes_to_further_candidates(monkeypatch: pytest.MonkeyPatch):
+    full = np.array([[True], [True], [True], [False], [False], [False]])
+    scores = np.array([[9.0], [7.0], [8.0], [1.0], [3.0], [2.0]])
+    loss = MadeUp(np.array([[1.0], [2.0], [3.0], [4.0], [0.5], [0.6]]))
+    monkeypatch.setattr(refinement, "_mean_loss", loss)
+    out = refine(NOTHING, scored(full, scores), NOTHING, max_evaluations=100, num_candidates=1)
+    assert out.full_attention.flatten().tolist() == [False, True, True, True, False, False]
+    before = next(place for place, a in enumerate(loss.seen) if a == out)
+    masks = [a.full_attention.tobytes() for a in loss.seen[:before]]
+    assert len(set(masks)) == len(masks), "nothing is measured twice"
 
 
 @pytest.mark.parametrize("full", [np.ones((2, 2), dtype=bool), np.zeros((2, 2), dtype=bool)])

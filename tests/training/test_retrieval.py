@@ -90,7 +90,10 @@ def test_a_share_of_none_is_a_run_as_before(sequences: np.ndarray, tokenizer: An
     drawn, wanted = (kind.drawn(sequences, 0, range(6)) for kind in (Retrieval(0.0, tokenizer), Objective()))
     assert torch.equal(drawn.tokens, wanted.tokens) and (drawn.weights == 1).all()
     plain = replace(CONFIG, retrieval=0.0)
-    results = [learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences, plain, **given) for given in ({}, {"tokenizer": tokenizer})]
+    results = [
+        learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences, plain, **given)
+        for given in ({}, {"tokenizer": tokenizer})
+    ]
     results.append(learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences, plain, objective=Objective()))
     assert results[0].history == results[1].history == results[2].history
     masks = [result.allocation.full_attention for result in results]
@@ -109,12 +112,22 @@ def test_learning_and_refinement_use_it_and_a_stopped_run_ends_alike(
     options = {"tokenizer": tokenizer, "refine": recorded}
     wanted = learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences, CONFIG, **options)
     with pytest.raises(Interrupted):
-        learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences, CONFIG, run_dir=tmp_path, on_step=at_step(2, interrupt), **options)
+        learn(
+            tiny(vocab_size=2000, num_hidden_layers=1),
+            sequences,
+            CONFIG,
+            run_dir=tmp_path,
+            on_step=at_step(2, interrupt),
+            **options,
+        )
     got = learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences, CONFIG, run_dir=tmp_path, **options)
     assert got.history == wanted.history and got.allocation == wanted.allocation
     following = Retrieval(0.5, tokenizer).drawn(sequences, 0, range(4, 8))
     assert torch.equal(texts[0].tokens, following.tokens) and torch.equal(texts[0].weights, following.weights)
-    assert learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences, replace(CONFIG, retrieval=0.0)).history != wanted.history
+    assert (
+        learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences, replace(CONFIG, retrieval=0.0)).history
+        != wanted.history
+    )
 
 
 def test_the_refinement_weighs_tokens_as_a_step_does():
