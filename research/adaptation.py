@@ -8,7 +8,8 @@ research/allocations.py (learned with 4 sinks), or, with a sparsity, from method
 `interleaved/4/0.9` is a rule over KV heads, `interleaved_layer/4/0.9` over layers. Each row trains all weights of a
 copy of the model by `adapt`, on the same sequences in the same order: those of TRAIN that learning has not seen, or all
 of TRAIN if those are too few. `joint` learns gates and weights together on the text on which the others learned their
-gates, and then trains on, under its own mask, on as much text as they do.
+gates, and then trains on, under its own mask, on as much text as they do. `again/4` chooses, adapts for half of the
+steps, chooses again with the adapted weights, and adapts for the rest.
 
 Losses are means over the held-out sequences from `--start` on, before and after training. `recovered` is the share of
 the gap from all-SWA (with the row's sinks) to the dense model that a row closes: before training, of the gap between
@@ -48,7 +49,9 @@ ROWS = [
     *("dense", "kv_head/4", "all_swa/4", "kv_head/0", "layer/4", "interleaved/4", "middle/4", "joint/4"),
     *("all_swa/0", "distilled/4", "layer/0", "interleaved/0", "middle/0"),
 ]
-KINDS = {row.partition("/")[0] for row in ROWS} | rules.RULES.keys() | {f"{rule}_layer" for rule in rules.RULES}
+KINDS = (
+    {row.partition("/")[0] for row in ROWS} | {"again"} | rules.RULES.keys() | {f"{rule}_layer" for rule in rules.RULES}
+)
 
 
 def main() -> None:
@@ -146,6 +149,13 @@ class Benchmark:
         before = self.measure(model, measured)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        if kind == "again":
+            config = replace(config, num_steps=max(1, config.num_steps // 2))
+            adapt(model, self.text, allocation, config)
+            began, again = seconds(), replace(self.learning, mode="frozen", sparsity=allocation.sparsity)
+            measured = allocation = learn(model, self.train, again).allocation
+            learning_seconds = round(seconds() - began, 1)
+            config = replace(config, seed=config.seed + 1)  # another order of the text
         began = seconds()
         history = adapt(model, self.text, allocation, config)
         took = seconds() - began
@@ -173,7 +183,7 @@ class Benchmark:
         layout, heads = self.loaded.layout, self.sources["kv_head"]
         shape: dict[str, Any] = {"window": heads.config.window, "num_sink_tokens": int(sinks)}
         shape |= {"native_windows": layout.native_windows}
-        learned = {"distilled": heads, "kv_head": heads, "layer": self.sources["layer"]}
+        learned = {"distilled": heads, "kv_head": heads, "again": heads, "layer": self.sources["layer"]}
         if kind in learned:
             granularity = learned[kind].config.granularity
             full = learned[kind].full_attention

@@ -89,7 +89,11 @@ def main() -> None:
     layout = read_layout(options.model)
     runs = list(planned(options))
     costs = {run[0].origin: estimate(run[0], layout, heldout.tokens.shape[1]) for run in runs}
-    seconds = [in_seconds(*costs[run[0].origin]) + len(run) * evaluation_seconds for run in runs]
+    seconds = []  # on one H100, for a process alone
+    for run in runs:
+        forward, backward = costs[run[0].origin]
+        choosing = (forward - backward) / FORWARD + backward / FORWARD_AND_BACKWARD
+        seconds.append(choosing + len(run) * evaluation_seconds)
     index, number = (int(part) for part in options.share.split("/"))
     mine = shares(seconds, number)[index - 1]
     if options.estimate:
@@ -172,11 +176,6 @@ def estimate(choice: Choice, layout: AttentionLayout, seq_len: int) -> tuple[int
         "nll_guided": units_of(layout, choice.config.granularity).count + 1,
     }.get(choice.method.name, settings.get("evaluations", 1))
     return steps + evaluations * settings.get("evaluation_sequences", 0) * seq_len, steps
-
-
-def in_seconds(forward: int, backward: int) -> float:
-    """On one H100, for a process alone."""
-    return (forward - backward) / FORWARD + backward / FORWARD_AND_BACKWARD
 
 
 class Benchmark:

@@ -145,8 +145,6 @@ def test_needs_a_tokenizer_and_room(sequences: np.ndarray, tokenizer: Any):
         learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences, CONFIG)
     with pytest.raises(ConsaError, match=r"retrieval needs sequences of more than \d+ tokens, got seq_len 64"):
         learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences[:, :64], CONFIG, tokenizer=tokenizer)
-    with pytest.raises(ConsaError, match=r"retrieval must be a share in \[0, 1\], got 1.5"):
-        LearnConfig(retrieval=1.5)
 
 
 def test_the_families_that_judge_are_not_trained_on():
