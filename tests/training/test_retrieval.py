@@ -28,14 +28,17 @@ from tests.training.learning_case import Interrupted, at_step, interrupt
 
 SEQ_LEN = 640  # as short as a puzzle of letters allows
 CONFIG = LearnConfig(
-    **{"sparsity": 0.5, "window": 8, "num_sink_tokens": 1, "seq_len": SEQ_LEN, "num_steps": 2, "retrieval": 0.5},
-    **{
-        "sequences_per_step": 2,
-        "micro_batch": 2,
-        "refine_evaluations": 2,
-        "refine_sequences": 4,
-        "checkpoint_every": 1,
-    },
+    sparsity=0.5,
+    window=8,
+    num_sink_tokens=1,
+    seq_len=SEQ_LEN,
+    num_steps=2,
+    sequences_per_step=2,
+    micro_batch=2,
+    retrieval=0.5,
+    refine_evaluations=1,
+    refine_sequences=4,
+    checkpoint_every=1,
 )
 
 
