@@ -88,6 +88,13 @@ class LearnConfig(Settings):
     )
     sharpening_start: float = _solver(0.75, "Share of the steps after which the sharpening rises from 0.", ge=0, le=1)
     averaged: float = _solver(0.2, "Last share of the steps whose average log_alpha ranks the units.", gt=0, le=1)
+    retrieval: float = option(
+        0.0,
+        "Share of the training sequences in which facts are hidden and asked for, so that the allocation also keeps"
+        " what finds them.",
+        ge=0,
+        le=1,
+    )
     refine_evaluations: int = _solver(40, "Evaluations that the final refinement may use. 0 turns it off.", ge=0)
     refine_sequences: int = _solver(8, "Training sequences of each evaluation of the refinement.", ge=1)
     gradient_checkpointing: bool = _speed(False, RECOMPUTE_HELP, alias="activation_checkpointing")

@@ -8,7 +8,8 @@ and measured with, and a sparsity, if not --sparsity. `kv_head/4/0.9` and `layer
 heads, `interleaved_layer/4/0.9` over layers. Each row trains all weights of a copy of the model by `adapt`, on the same
 sequences in the same order: those of TRAIN that learning has not seen, or all of TRAIN if those are too few. `joint`
 learns gates and weights together on the text on which the others learned their gates, and then trains on, under its own
-mask, on as much text as they do.
+mask, on as much text as they do. `again/4` chooses, adapts for half of the steps, chooses again with the adapted
+weights, and adapts for the rest.
 
 Losses are means over the held-out sequences from `--start` on, before and after training. `recovered` is the share of
 the gap from all-SWA (with the row's sinks) to the dense model that a row closes: before training, of the gap between
@@ -50,7 +51,9 @@ ROWS = [
     *("all_swa/0", "distilled/4", "layer/0", "interleaved/0", "middle/0"),
 ]
 AT_ONCE = 2**18  # tokens of prompts
-KINDS = {row.partition("/")[0] for row in ROWS} | rules.RULES.keys() | {f"{rule}_layer" for rule in rules.RULES}
+KINDS = (
+    {row.partition("/")[0] for row in ROWS} | rules.RULES.keys() | {f"{rule}_layer" for rule in rules.RULES} | {"again"}
+)
 
 
 def main() -> None:
@@ -157,6 +160,13 @@ class Benchmark:
         before = self.measure(model, measured)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        if kind == "again":
+            config = replace(config, num_steps=max(1, config.num_steps // 2))
+            adapt(model, self.text, allocation, config)
+            began, again = seconds(), replace(self.learning, mode="frozen", sparsity=allocation.sparsity)
+            measured = allocation = learn(model, self.train, again).allocation
+            learning_seconds = round(seconds() - began, 1)
+            config = replace(config, seed=config.seed + 1)  # another order of the text
         began = seconds()
         history = adapt(model, self.text, allocation, config)
         took = seconds() - began
@@ -182,7 +192,7 @@ class Benchmark:
             name = "dense/0"
         kind, sinks, *sparsity = name.split("/")
         sparsity = float(*sparsity or [self.options.sparsity])
-        if kind in ("kv_head", "layer", "distilled"):
+        if kind in ("kv_head", "layer", "distilled", "again"):
             unit = "layer" if kind == "layer" else "kv_head"
             learned = f"consa-{unit}-{sparsity:g}-seed{self.options.seed}{self.options.ending}"
             return replace(allocation_in(self.record, learned), num_sink_tokens=int(sinks))

@@ -37,17 +37,11 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Job:
-    """Commands that run one after another on the same GPUs; a failure does not stop those that follow.
+    """Commands that run one after another on the same GPUs; a failure does not stop those that follow."""
 
-    Attributes:
-        name: the name of its log.
-        commands: shell commands; `{left}` becomes the seconds that are left.
-        gpus: how many it needs.
-    """
-
-    name: str
-    commands: tuple[str, ...]
-    gpus: int = 1
+    name: str  # of its log
+    commands: tuple[str, ...]  # shell commands; `{left}` becomes the seconds that are left
+    gpus: int = 1  # how many it needs
 
 
 def jobs() -> list[Job]:

@@ -8,7 +8,8 @@ continues with the first missing row; `--seconds 500` starts no run later than t
 
 `--estimate` prints the expected cost of every run. `--share 1/4` to `--share 4/4`, each with its own --out, divide the
 work among four processes on one GPU, and research/merge.py joins their files. `--budget micro_batch=4` computes four
-sequences at once; `--budget compile=true` compiles the layers while gates are trained.
+sequences at once; `--budget compile=true` compiles the layers while gates are trained. `--retrieval 0,0.25` learns with
+each of these shares of retrieval texts, and `--tasks single,multi_value` asks more than single needles.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
+from itertools import product
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -80,18 +82,28 @@ def main() -> None:
     options = parse()
     began = time.perf_counter()
     lengths = [int(text) for text in options.lengths.split(",")] if options.examples else []
+    num_tasks = len(options.tasks.split(","))
     heldout = Heldout.of(options, at_once=4 if torch.cuda.is_available() else 1)
-    evaluation = heldout.tokens.size + options.examples * sum(lengths)  # tokens forward, for each row
-    evaluation_seconds = evaluation / FORWARD + (ANSWERING if lengths else 0)
+    evaluation = heldout.tokens.size + options.examples * num_tasks * sum(lengths)  # tokens forward, for each row
+    evaluation_seconds = evaluation / FORWARD + (ANSWERING * num_tasks if lengths else 0)
     layout = read_layout(options.model)
     runs = list(planned(options))
     costs = {run[0].origin: estimate(run[0], layout, heldout.tokens.shape[1]) for run in runs}
-    seconds = [in_seconds(*costs[run[0].origin]) + len(run) * evaluation_seconds for run in runs]
+    seconds = []  # on one H100, for a process alone
+    for run in runs:
+        forward, backward = costs[run[0].origin]
+        choosing = (forward - backward) / FORWARD + backward / FORWARD_AND_BACKWARD
+        seconds.append(choosing + len(run) * evaluation_seconds)
     index, number = (int(part) for part in options.share.split("/"))
     mine = shares(seconds, number)[index - 1]
     if options.estimate:
         rows = [
-            [runs[i][0].name, len(runs[i]), *(f"{n / 1e6:.2f}" for n in costs[runs[i][0].origin]), round(seconds[i])]
+            [
+                name_of(runs[i][0]),
+                len(runs[i]),
+                *(f"{n / 1e6:.2f}" for n in costs[runs[i][0].origin]),
+                round(seconds[i]),
+            ]
             for i in mine
         ]
         print_table(["run", "rows", "M tokens forward", "of those also backward", "seconds"], rows)
@@ -100,7 +112,7 @@ def main() -> None:
     bench = Benchmark(options, heldout, lengths, number)
     run_missing(
         (runs[place] for place in mine),
-        lambda run: all(choice.name in bench.rows for choice in run),
+        lambda run: all(name_of(choice) in bench.rows for choice in run),
         bench.add,
         began=began,
         seconds=options.seconds,
@@ -111,8 +123,11 @@ def parse() -> argparse.Namespace:
     parser = study_parser(__doc__, shared=True)
     parser.add_argument("--methods", default=",".join(PLAN), help="names of the plan, comma-separated")
     parser.add_argument("--sparsity", default="0.733,0.5,0.9")
+    parser.add_argument("--granularity", default=",".join(BOTH), help="units to run at, where a method has them")
     parser.add_argument("--seeds", type=int, default=3, help="of methods that use randomness")
     parser.add_argument("--budget", action="append", default=[], metavar="NAME=VALUE", help="a setting of the methods")
+    parser.add_argument("--retrieval", default="0", help="shares of retrieval texts that ConSA learns with")
+    parser.add_argument("--tasks", default="single", help="retrieval tasks of the questions")
     parser.add_argument("--lengths", default="2048,4096,8192", help="tokens of the retrieval questions")
     parser.add_argument("--examples", type=int, default=8, help="questions per length; 0 for none")
     return parser.parse_args()
@@ -122,14 +137,15 @@ def planned(options: argparse.Namespace) -> Iterator[list[Choice]]:
     """The rows asked for, grouped by run: seed 0 of everything, then further seeds of methods that use randomness."""
     sparsities, given = [float(text) for text in options.sparsity.split(",")], overrides(options.budget)
     shared = {name: value for name, value in given.items() if name in SHARED}
+    mixed = [float(text) for text in options.retrieval.split(",")]
     for seed in range(options.seeds):
         for name in options.methods.split(","):
             if name not in PLAN:
                 raise SystemExit(f"--methods takes some of {','.join(PLAN)}, got {name!r}")
-            method = method_named(name, **{**PLAN[name].settings, **given})
-            for granularity in PLAN[name].granularities:
+            methods = (method_named(name, **{**PLAN[name].settings, **given, "retrieval": share}) for share in mixed)
+            for method, granularity in product(dict.fromkeys(methods), PLAN[name].granularities):
                 unknown = name in rules.RULES and name not in rules.names(granularity)
-                if unknown or (seed and not PLAN[name].is_random):
+                if granularity not in options.granularity.split(",") or unknown or (seed and not PLAN[name].is_random):
                     continue
                 runs: dict[Any, list[Choice]] = {}
                 for sparsity in sparsities:
@@ -137,6 +153,12 @@ def planned(options: argparse.Namespace) -> Iterator[list[Choice]]:
                     choice = Choice(method=method, config=config)
                     runs.setdefault(choice.origin, []).append(choice)
                 yield from runs.values()
+
+
+def name_of(choice: Choice) -> str:
+    """The name of its row."""
+    share = getattr(choice.method, "retrieval", 0)
+    return choice.name + (f"-retrieval{share:g}" if share else "")
 
 
 def estimate(choice: Choice, layout: AttentionLayout, seq_len: int) -> tuple[int, int]:
@@ -156,11 +178,6 @@ def estimate(choice: Choice, layout: AttentionLayout, seq_len: int) -> tuple[int
     return steps + evaluations * settings.get("evaluation_sequences", 0) * seq_len, steps
 
 
-def in_seconds(forward: int, backward: int) -> float:
-    """On one H100, for a process alone."""
-    return (forward - backward) / FORWARD + backward / FORWARD_AND_BACKWARD
-
-
 class Benchmark:
     """The rows, and what measures one."""
 
@@ -171,7 +188,7 @@ class Benchmark:
         self.on_gpu = torch.cuda.is_available()
         given = overrides(options.budget)
         budget = ChoiceConfig(**{name: value for name, value in given.items() if name in SHARED})
-        kept = ("model", "train", "heldout", "start", "lengths", "examples")
+        kept = ("model", "train", "heldout", "start", "lengths", "examples", "tasks")
         settings = {name: getattr(options, name) for name in kept} | {
             "weights": self.loaded.identity["revision"],
             "num_heldout": len(heldout.tokens),
@@ -182,8 +199,10 @@ class Benchmark:
         self.compiled = settings["budget"].pop("compile", False)  # a file may hold rows of both kinds
         self.rows = Rows(options.out, settings)
         self.questions = {
-            length: examples("single", self.loaded.tokenizer, length=length, count=options.examples, seed=1)
-            for length in lengths
+            str(length) if task == "single" else f"{task} {length}": examples(
+                task, self.loaded.tokenizer, length=length, count=options.examples, seed=1
+            )
+            for task, length in product(options.tasks.split(","), lengths)
         }
         if self.on_gpu:  # so that no row pays for compiling kernels
             warm_up: Any = method_named("consa", **given)
@@ -205,6 +224,7 @@ class Benchmark:
                 "granularity": choice.config.granularity,
                 "sparsity": choice.config.sparsity,
                 "seed": choice.config.seed,
+                "retrieval_share": getattr(choice.method, "retrieval", 0),
                 "achieved": round(allocation.sparsity, 4),
                 "recovered": round((floor - measured["loss"]) / (floor - dense), 4),
                 "seconds": round(allocation.provenance["seconds"], 1),
@@ -213,7 +233,7 @@ class Benchmark:
                 "of_one_run": len(run),
                 "cost": allocation.provenance.get("cost", {"forward_tokens": 0, "backward_tokens": 0}),
             }
-            self.rows.add(choice.name, row | measured | {"allocation": digits_of(allocation)})
+            self.rows.add(name_of(choice), row | measured | {"allocation": digits_of(allocation)})
 
     def _measure(self, allocation: Allocation) -> dict[str, Any]:
         """Held-out loss, the share of answers found at each length, and the bytes of the KV cache.
@@ -225,11 +245,11 @@ class Benchmark:
             measured = self.heldout.measured(self.loaded.model, allocation)
             at_once = 8 if self.on_gpu else 1
             scores = {
-                str(length): ask(self.loaded, allocation, questions, batch_size=at_once)["scores"]
-                for length, questions in self.questions.items()
+                asked: ask(self.loaded, allocation, questions, batch_size=at_once)["scores"]
+                for asked, questions in self.questions.items()
             }
             self.measured[mask] = measured | {
-                "retrieval": {length: round(float(np.mean(each)), 4) for length, each in scores.items()},
+                "retrieval": {asked: round(float(np.mean(each)), 4) for asked, each in scores.items()},
                 "cache_bytes": allocation.kv_cache_bytes(
                     self.heldout.tokens.shape[1], head_dim=self.loaded.layout.head_dim
                 ),

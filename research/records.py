@@ -74,9 +74,7 @@ class Heldout:
 class Rows(dict[str, dict[str, Any]]):
     """Named rows in a JSON file: written as soon as measured, and never measured again.
 
-    Attributes:
-        path: of the file.
-        record: what the file holds beside the rows.
+    `path` is that of the file, and `record` what it holds beside the rows.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], **header: Any) -> None:

@@ -54,21 +54,13 @@ PUBLISHED = (0.25, 0.5, 0.75, 0.9, 0.95)
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of learning.
+    """One run of learning."""
 
-    Attributes:
-        group: the question it belongs to.
-        name: within the group.
-        config: its settings, where they differ from the defaults.
-        domain: of the text it learns on; all text if empty.
-        variant: a name in research/variants.py; the plain algorithm if empty.
-    """
-
-    group: str
-    name: str
-    config: dict[str, Any]
-    domain: str = ""
-    variant: str = ""
+    group: str  # the question it belongs to
+    name: str  # within the group
+    config: dict[str, Any]  # its settings, where they differ from the defaults
+    domain: str = ""  # of the text it learns on; all text if empty
+    variant: str = ""  # a name in research/variants.py; the plain algorithm if empty
 
     @property
     def key(self) -> str:
@@ -96,6 +88,7 @@ def cells() -> list[Cell]:
         "16 sequences of 2,048 a step": (shorter | {"refine_sequences": 32}, ""),
         "1 sequence a step, 800 steps": ({"sequences_per_step": 1, "num_steps": 800}, ""),
         "candidates by all steps": ({}, "candidates_by_all_steps"),
+        "distant tokens": ({}, "distant_tokens"),
         f"{evaluations} evaluations": ({"refine_evaluations": evaluations}, ""),
     }
     for (name, (config, variant)), sparsity in product(whole.items(), (0.9, 0.733, 0.5)):

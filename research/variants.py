@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from consa import Allocation
+from consa import Allocation, rules
 from consa.config import LearnConfig
+from consa.evaluation.losses import heldout_losses
+from consa.model.layout import attention_layout
 from consa.training import gates
 from consa.training.lagrangian import AugmentedLagrangian
-from consa.training.learning import LearnResult, learn
-from consa.training.objective import Mixture
+from consa.training.learning import LearnResult, asked_of, learn
+from consa.training.objective import Batch, Mixture, Objective, order
 from consa.training.refinement import refine
 
 Variant = Callable[[PreTrainedModel, np.ndarray, LearnConfig], LearnResult]
@@ -89,19 +91,21 @@ def independent(num_draws: int, num_units: int, generator: torch.Generator) -> T
     return torch.rand(num_draws, num_units, generator=generator)
 
 
-def two_multipliers(model: PreTrainedModel, sequences: np.ndarray, config: LearnConfig) -> LearnResult:
-    """Instead of the augmented Lagrangian."""
-    return learn(model, sequences, config, constraint=TwoMultipliers())
+def distant_tokens(model: PreTrainedModel, sequences: np.ndarray, config: LearnConfig) -> LearnResult:
+    """Tokens weigh as much as all-SWA raises their loss; sequences keep their mean weight of 1."""
+    layout = attention_layout(model)
+    count = config.num_steps * config.sequences_per_step + config.refine_sequences
+    used = np.unique(order(sequences, config.seed, range(count)))
+    floor = rules.all_swa(*layout.shape, **asked_of(config, layout))
+    dense, swa = (heldout_losses(model, sequences[used], one, batch_size=config.micro_batch) for one in (None, floor))
+    rise = torch.from_numpy(np.maximum(swa - dense, 0) + 1e-3)
 
+    class Weighted(Objective):
+        def drawn(self, sequences: np.ndarray, seed: int, places: range) -> Batch:
+            weights = rise[np.searchsorted(used, order(sequences, seed, places))]
+            return Batch(super().drawn(sequences, seed, places).tokens, weights / weights.mean(1, keepdim=True))
 
-def sampled_sparsity(model: PreTrainedModel, sequences: np.ndarray, config: LearnConfig) -> LearnResult:
-    """Instead of the expected sparsity."""
-    return learn(model, sequences, config, constraint=SampledSparsity(config))
-
-
-def distillation(model: PreTrainedModel, sequences: np.ndarray, config: LearnConfig) -> LearnResult:
-    """KL divergence from the dense model's predictions instead of the cross-entropy of the text."""
-    return learn(model, sequences, config, objective=Mixture(cross_entropy=0.0, distillation=1.0))
+    return learn(model, sequences, config, objective=Weighted())
 
 
 def candidates_by_all_steps(model: PreTrainedModel, sequences: np.ndarray, config: LearnConfig) -> LearnResult:
@@ -112,9 +116,11 @@ def candidates_by_all_steps(model: PreTrainedModel, sequences: np.ndarray, confi
 
 VARIANTS: dict[str, Variant] = {
     "": learn,
-    "two_multipliers": two_multipliers,
-    "sampled_sparsity": sampled_sparsity,
+    "two_multipliers": lambda *run: learn(*run, constraint=TwoMultipliers()),
+    "sampled_sparsity": lambda *run: learn(*run, constraint=SampledSparsity(run[-1])),
     "independent_draws": partial(learn, draws=independent),
-    "distillation": distillation,
+    # KL divergence from the dense model's predictions instead of the cross-entropy of the text
+    "distillation": partial(learn, objective=Mixture(cross_entropy=0.0, distillation=1.0)),
+    "distant_tokens": distant_tokens,
     "candidates_by_all_steps": candidates_by_all_steps,
 }

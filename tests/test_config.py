@@ -39,6 +39,7 @@ BAD: dict[str, list[Any]] = {
     "sharpening_start": [-0.1, 1.5],
     "averaged": [0, -0.1, 1.1, float("nan")],
     "refine_evaluations": [-1, 0.5],
+    "retrieval": [-0.1, 1.1, float("nan"), "single", None],
     "refine_sequences": [0, -1],
     "checkpoint_every": [0, 2.5],
     "gradient_checkpointing": [1, None],

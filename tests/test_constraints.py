@@ -234,7 +234,7 @@ def test_refinement_tries_the_layers_first_where_the_choice_was_close(monkeypatc
     )
     start = Allocation(full_attention=full, window=4, scores=scores)
     uniform = Constraint(full_heads_per_layer="uniform")
-    out = refine(NOTHING, start, NOTHING, max_evaluations=50, num_candidates=1, constraint=uniform)
+    out = refine(NOTHING, start, NOTHING, max_evaluations=4, num_candidates=1, constraint=uniform)
     assert out.full_attention.tolist() == [[True, False], [False, True], [False, True]]
     out = refine(NOTHING, start, NOTHING, max_evaluations=50, constraint=uniform)
     assert out.full_attention.tolist() == [[False, True], [False, True], [True, False]]

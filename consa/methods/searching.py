@@ -14,6 +14,7 @@ from consa.methods.problem import Problem
 from consa.model.layout import AttentionLayout
 from consa.settings import option
 from consa.training.learning import asked_of, units_of
+from consa.training.objective import Batch
 from consa.training.refinement import Exchange, refine
 
 
@@ -61,7 +62,7 @@ class Greedy(SearchingMethod):
         refined = refine(
             problem.loaded.model,
             problem.decide(self, worth, full),
-            np.stack([text.tokens for text in texts]),
+            Batch(problem.tensor(*texts)),
             max_evaluations=self.evaluations - problem.units.count - 1,
             batch_size=problem.config.micro_batch,
             on_exchange=exchanges.append,

@@ -36,14 +36,24 @@ class ConSA(TrainingMethod):
         LearnConfig.refine_evaluations, "Evaluations that the final refinement may use. 0 turns it off.", ge=0
     )
     evaluation_sequences: int = option(8, "Sequences of each evaluation of the refinement.", ge=1)
+    retrieval: float = option(
+        LearnConfig.retrieval, "Share of the sequences in which facts are hidden and asked for.", ge=0, le=1
+    )
 
     def choose(self, problem: Problem) -> Allocation:
         """See `Method.choose`."""
         exchanges: list[Exchange] = []
         loaded, sequences = problem.loaded, problem.sequences
         refinement = {"refine_evaluations": self.refine_evaluations, "refine_sequences": self.evaluation_sequences}
-        learning = self.learning(problem.config, **refinement)
-        result = learn(loaded.model, sequences, learning, identity=loaded.identity, on_exchange=exchanges.append)
+        learning = self.learning(problem.config, retrieval=self.retrieval, **refinement)
+        result = learn(
+            loaded.model,
+            sequences,
+            learning,
+            identity=loaded.identity,
+            tokenizer=loaded.tokenizer,
+            on_exchange=exchanges.append,
+        )
         trained = len(result.history) * self.sequences_per_step * sequences.shape[1]
         evaluations = exchanges[-1].evaluations if exchanges else 0  # that of the start included
         spent = cost(trained + evaluations * self.evaluation_sequences * sequences.shape[1], trained)

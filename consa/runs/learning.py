@@ -73,6 +73,7 @@ def run_learning(
                 train.tokens,
                 config,
                 identity=loaded.identity,
+                tokenizer=loaded.tokenizer,
                 run_dir=folder,
                 on_step=shown.on_step if is_main else None,
                 on_exchange=partial(shown.on_exchange, config.refine_evaluations) if is_main else None,

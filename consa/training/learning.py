@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from consa import rules
 from consa.allocation import Allocation, Granularity, num_full_units, num_full_units_within
@@ -27,8 +27,9 @@ from consa.provenance import versions
 from consa.training import distributed, gates, loop, refinement
 from consa.training.gates import Units
 from consa.training.lagrangian import AugmentedLagrangian, ramp, target_at
-from consa.training.objective import Dense, Gradients, Objective, order
+from consa.training.objective import Dense, Gradients, Objective
 from consa.training.refinement import Exchange
+from consa.training.retrieval import Retrieval
 from consa.training.weights import Weights
 
 Draws = Callable[[int, int, torch.Generator], Tensor]
@@ -52,6 +53,7 @@ def learn(
     run_dir: Path | None = None,
     on_step: Callable[[loop.Record], None] | None = None,
     on_exchange: Callable[[Exchange], None] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     objective: Objective | None = None,
     constraint: AugmentedLagrangian | None = None,
     draws: Draws | None = None,
@@ -69,7 +71,8 @@ def learn(
             bit, on the same machine.
         on_step: called with each step's record.
         on_exchange: called with each evaluation of the final refinement.
-        objective: what is minimised; the next-token loss by default.
+        tokenizer: the model's own, which `config.retrieval` needs.
+        objective: what is minimised; by default the next-token loss, with the config's share of retrieval.
         constraint: what holds the target sparsity; by default an `AugmentedLagrangian` with the config's coefficients.
         draws: the random numbers of a step's gates; `gates.stratified_uniform` by default.
         refine: exchanges units of the decision at the end; called like `consa.training.refinement.refine`, the default.
@@ -85,7 +88,8 @@ def learn(
     replaced = loop.described(objective, constraint, draws, refine)
     checkpoint = loop.checkpoint_of(run_dir, config, sequences, identity, **replaced)
     provenance = dict(identity or {}) | replaced
-    objective, draws, target = objective or Objective(), draws or gates.stratified_uniform, 1 - num_full / units.count
+    objective, draws = objective or _objective(config, tokenizer), draws or gates.stratified_uniform
+    target = 1 - num_full / units.count
     constraint = constraint or AugmentedLagrangian(config.penalty, config.multiplier_step)
     with distributed.sharded(model) if config.parallel == "fsdp" else nullcontext(model) as trained:
         learning = _Learning(trained, sequences, units, target, config, objective, constraint, draws)
@@ -96,11 +100,11 @@ def learn(
     allocation = learning.decide(num_full, layout, provenance)
     if config.refine_evaluations and learning.refined is None:
         first = config.num_steps * config.sequences_per_step  # the sequences that would have come next
-        chosen = order(sequences, config.seed, range(first, first + config.refine_sequences))
+        following = objective.drawn(sequences, config.seed, range(first, first + config.refine_sequences))
         refined = (refine or refinement.refine)(
             model,
             allocation,
-            sequences[chosen],
+            following,
             max_evaluations=config.refine_evaluations,
             batch_size=config.micro_batch,
             constraint=config.constraint,
@@ -113,6 +117,14 @@ def learn(
         allocation = replace(allocation, full_attention=learning.refined.numpy())
     distributed.check_same(allocation.to_json(), "the allocation")
     return LearnResult(allocation, history)
+
+
+def _objective(config: LearnConfig, tokenizer: PreTrainedTokenizerBase | None) -> Objective:
+    if not config.retrieval:
+        return Objective()
+    if tokenizer is None:
+        raise ConsaError("retrieval needs the model's tokenizer, because questions are text; give it, or 0 retrieval")
+    return Retrieval(config.retrieval, tokenizer)
 
 
 def units_of(layout: AttentionLayout, granularity: Granularity) -> Units:

@@ -35,6 +35,12 @@ class Batch:
         """The same batch on another device."""
         return Batch(self.tokens.to(device), None if self.weights is None else self.weights.to(device))
 
+    def split(self, size: int) -> list[Batch]:
+        """Batches of `size` sequences; the last may have fewer."""
+        parts = range(0, len(self.tokens), size)
+        weights = [None if self.weights is None else self.weights[start : start + size] for start in parts]
+        return [Batch(self.tokens[start : start + size], own) for start, own in zip(parts, weights, strict=True)]
+
 
 LossOfChunk = Callable[[Tensor, Tensor, slice], Mapping[str, Tensor]]
 """Hidden states `(sequences, positions, hidden)` and logits of a chunk of positions, and which they are -> the parts of
@@ -92,9 +98,17 @@ class Objective:
         """
         first = step * config.sequences_per_step
         places = range(first, first + config.sequences_per_step)
-        chosen = order(sequences, config.seed, places[distributed.share(len(places))])
-        tokens = torch.from_numpy(sequences[chosen].astype(np.int64))
-        return [Batch(part) for part in tokens.split(config.micro_batch)]
+        return self.drawn(sequences, config.seed, places[distributed.share(len(places))]).split(config.micro_batch)
+
+    def drawn(self, sequences: np.ndarray, seed: int, places: range) -> Batch:
+        """The sequences at some places of a run's stream, which the steps and then the refinement use up.
+
+        Args:
+            sequences: as in `batches`.
+            seed: the run's.
+            places: counted from 0. The same seed and places give the same tokens and weights.
+        """
+        return Batch(torch.from_numpy(sequences[order(sequences, seed, places)].astype(np.int64)))
 
     def losses(self, batch: Batch, dense: Dense | None) -> LossOfChunk:
         """The loss of a micro-batch, as a function of a chunk of its positions.

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
 from consa.allocation import Allocation
@@ -15,6 +14,7 @@ from consa.constraints import ANY, Constraint
 from consa.errors import InvalidAllocationError
 from consa.model import loss
 from consa.model.attach import attached
+from consa.training.objective import Batch
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Exchange:
 def refine(
     model: PreTrainedModel,
     allocation: Allocation,
-    sequences: np.ndarray,
+    text: Batch,
     *,
     max_evaluations: int,
     num_candidates: int = 8,
@@ -39,19 +39,20 @@ def refine(
     constraint: Constraint = ANY,
     on_exchange: Callable[[Exchange], None] | None = None,
 ) -> Allocation:
-    """Exchange FA for SWA units, at equal sparsity, while that lowers the mean loss on `sequences`.
+    """Exchange FA for SWA units, at equal sparsity, while that lowers the mean loss on `text`.
 
     A round measures what closing each of the `num_candidates` FA units of lowest score costs and what opening each of
     the SWA units of highest score gains, one unit at a time; then tries exchanges, the most promising sum first, and
-    keeps every one that lowers the loss. Rounds follow until one keeps none.
+    keeps every one that lowers the loss. After a round that keeps none, the next has twice as many candidates and
+    measures nothing again, until every unit has been one.
 
     Under a constraint, KV heads are exchanged only within their layer and rank, which leaves every count as it is. The
     candidates are then the FA head of lowest and the SWA head of highest score of the `num_candidates` layers (of a
     rank) where the two scores are closest. Exchanges between layers are not tried.
 
-    Every evaluation, of which there are at most `max_evaluations`, runs the model on all `sequences`, int tokens
-    `(num_sequences, seq_len)`, `batch_size` at once. `on_exchange` is called after each but the first, of the start. An
-    allocation without scores, which order the candidates, raises InvalidAllocationError.
+    Every evaluation, of which there are at most `max_evaluations`, runs the model on the whole `text`, `batch_size`
+    sequences at once; the weights of the text count, as in a training step. `on_exchange` is called after each but the
+    first, of the start. An allocation without scores, which order the candidates, raises InvalidAllocationError.
     """
     if allocation.scores is None:
         raise InvalidAllocationError("scores are needed to order the candidates; this allocation has none")
@@ -72,24 +73,25 @@ def refine(
         nonlocal spent
         spent += 1
         trial = _with_units(allocation, exchanged(closed, opened), heads)
-        change = _mean_loss(model, trial, sequences, batch_size) - current
+        change = _mean_loss(model, trial, text, batch_size) - current
         tried = Exchange(closed, opened, change, change < 0 and None not in (closed, opened), spent)
         if on_exchange:
             on_exchange(tried)
         return tried
 
-    spent, current, improved = 1, _mean_loss(model, allocation, sequences, batch_size), True
-    while improved and spent < max_evaluations:
-        improved = False
+    spent, current = 1, _mean_loss(model, allocation, text, batch_size)
+    alone: dict[int, float] = {}  # what each unit changes by itself, since the last exchange
+    failed: set[tuple[int, int]] = set()
+    while spent < max_evaluations:
         order = [int(unit) for unit in np.argsort(-scores, kind="stable") if unit not in native]
         closing, opening = (units[:num_candidates] for units in _candidates(order, full, scores, group))
-        alone = {}  # what each unit changes by itself
-        for unit in closing + opening:
+        for unit in (unit for unit in closing + opening if unit not in alone):
             if spent >= max_evaluations:
                 break
             alone[unit] = (attempt(unit, None) if full[unit] else attempt(None, unit)).change
         tested = product(*([unit for unit in units if unit in alone] for units in (closing, opening)))
-        pairs = [(alone[c] + alone[o], c, o) for c, o in tested if c // group == o // group]
+        possible = [pair for pair in tested if pair[0] // group == pair[1] // group and pair not in failed]
+        pairs = [(alone[closed] + alone[opened], closed, opened) for closed, opened in possible]
         used, failures = set[int](), 0
         for _, closed, opened in sorted(pairs):
             if spent >= max_evaluations or failures == num_candidates:
@@ -100,9 +102,17 @@ def refine(
             if tried.accepted:
                 full = exchanged(closed, opened)
                 used |= {closed, opened}
-                current, improved, failures = current + tried.change, True, 0
+                current, failures = current + tried.change, 0
             else:
+                failed.add((closed, opened))
                 failures += 1
+        if used:
+            alone.clear()
+            failed.clear()
+        elif num_candidates < len(order):
+            num_candidates *= 2
+        else:
+            break
     return _with_units(allocation, full, heads)
 
 
@@ -123,10 +133,10 @@ def _with_units(allocation: Allocation, full: np.ndarray, heads: int) -> Allocat
     return replace(allocation, full_attention=np.repeat(full, heads).reshape(allocation.full_attention.shape))
 
 
-def _mean_loss(model: PreTrainedModel, allocation: Allocation, sequences: np.ndarray, batch_size: int) -> float:
+def _mean_loss(model: PreTrainedModel, allocation: Allocation, text: Batch, batch_size: int) -> float:
+    total = 0.0
     with attached(model, allocation):
-        sums = [
-            loss.token_losses(model, torch.from_numpy(batch.astype(np.int64)).to(model.device)).double().sum().item()
-            for batch in np.array_split(sequences, -(-len(sequences) // batch_size))
-        ]
-    return sum(sums) / (len(sequences) * (sequences.shape[1] - 1))
+        for batch in (part.to(model.device) for part in text.split(batch_size)):
+            losses = loss.token_losses(model, batch.tokens).double()
+            total += (losses if batch.weights is None else losses * batch.weights).sum().item()
+    return total / text.num_predicted

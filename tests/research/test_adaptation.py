@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from research import adaptation
 from research.analysis import best_trained_rule
+from research.records import digits_of
 
 LENGTH = 600
 
@@ -44,6 +46,20 @@ def call(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return json.loads((tmp_path / "out.json").read_text())
 
     return run
+
+
+def test_choosing_again_adapts_in_two_halves(call: Any, monkeypatch: pytest.MonkeyPatch):
+    runs: list[Any] = []
+    monkeypatch.setattr(adaptation, "adapt", lambda *run: runs.append(run) or [])
+    monkeypatch.setattr(adaptation, "learn", lambda *run: runs.append(run) or chosen)
+    shape = {"window": 6, "num_sink_tokens": 4}
+    chosen = SimpleNamespace(allocation=rules.bottom(4, 3, sparsity=0.5, granularity="kv_head", **shape))
+    row = call("--rows", "again/4", "--tokens", "4800")["rows"]["again/4"]
+    (_, text, first, half), (_, _, learning), (_, same, second, rest) = runs
+    assert half.num_steps == rest.num_steps == 2 and half.seed != rest.seed and text is same
+    assert digits_of(first) == ["100", "011", "010", "110"] and second is chosen.allocation
+    assert learning.mode == "frozen" and learning.sparsity == first.sparsity
+    assert row["allocation"] == digits_of(second)
 
 
 def test_every_row_is_measured_once(call: Any, capsys: pytest.CaptureFixture[str]):

@@ -100,6 +100,16 @@ def test_shares_make_one_table_that_costs_what_was_foretold(
         call("1.json", "--seeds=1", "--examples=2")
 
 
+@pytest.mark.timeout(600)
+def test_shares_of_retrieval_are_rows_of_their_own_and_tasks_are_told_apart(call: Any):
+    asked = ("--tasks=single,multi_value", "--methods=consa,lazy_layers", "--granularity=kv_head", "--sparsity=0.5")
+    rows = rows_of(call("mixed.json", "--seeds=1", "--retrieval=0,1", *asked))
+    first = "consa-kv_head-0.5-seed0"
+    assert list(rows) == [first, f"{first}-retrieval1", "lazy_layers-kv_head-0.5-seed0"]
+    assert [row["retrieval_share"] for row in rows.values()] == [0, 1, 0]
+    assert list(rows[first]["retrieval"]) == [str(LENGTH), f"multi_value {LENGTH}"]
+
+
 def test_what_is_not_in_the_plan_is_refused(call: Any):
     with pytest.raises(SystemExit, match=r"--methods takes some of consa,.*got 'duo'"):
         call("none.json", "--methods=duo")

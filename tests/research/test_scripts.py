@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from consa import rules
 from consa.allocation import Allocation
 from consa.config import LearnConfig
+from consa.evaluation.losses import heldout_losses
 from research import variants
+from tests.models import tiny, tokens
 from tests.test_security import faults
 
 FOLDER = Path(__file__).parents[2] / "research"
@@ -74,3 +77,19 @@ def test_candidates_by_all_steps_are_those_whose_gates_stayed_open(monkeypatch: 
         recording.update(torch.tensor([3.0, -7.0, 2.0 - step, -7.0]), 0.5)
     recording.refine(None, Allocation(full_attention=np.eye(2, dtype=bool), window=4, scores=np.zeros((2, 2))))
     np.testing.assert_allclose(ordered[0], [[3, -7], [1, -7]])
+
+
+def test_tokens_weigh_as_much_as_all_swa_raises_their_loss(monkeypatch: pytest.MonkeyPatch):
+    config = LearnConfig(
+        sparsity=0.5, window=3, num_sink_tokens=1, num_steps=2, sequences_per_step=2, refine_sequences=2
+    )
+    model, sequences = tiny(), tokens(7, 16).numpy()
+    given: list[Any] = []
+    monkeypatch.setattr(variants, "learn", lambda *run, objective: given.append(objective))
+    variants.distant_tokens(model, sequences, config)
+    batch = given[0].drawn(sequences, config.seed, range(1, 6))
+    swa = rules.all_swa(4, 3, window=3, num_sink_tokens=1)
+    rise = heldout_losses(model, batch.tokens.numpy(), swa) - heldout_losses(model, batch.tokens.numpy())
+    assert torch.allclose(batch.weights.mean(1), torch.ones(5)) and (batch.weights > 0).all()
+    expected = torch.from_numpy(rise.clip(min=0) + 1e-3)
+    assert torch.allclose(batch.weights, expected / expected.mean(1, keepdim=True), rtol=1e-3)

@@ -22,7 +22,7 @@ from consa.model.plan import Plan
 from consa.training import gates, learning, loop
 from consa.training.lagrangian import AugmentedLagrangian
 from consa.training.learning import learn, target_units, units_of
-from consa.training.objective import Objective, order
+from consa.training.objective import Objective
 from consa.training.refinement import _mean_loss
 from consa.training.weights import Weights
 from tests.compare import assert_close
@@ -318,7 +318,7 @@ def test_refinement_is_part_of_learning_and_does_not_lose():
     exchanges: list[Any] = []
     fine = learn(tiny(), text(), config, on_exchange=exchanges.append).allocation
     assert exchanges and fine.sparsity == rough.sparsity
-    chosen = text()[order(text(), config.seed, range(4, 7))]
+    chosen = Objective().drawn(text(), config.seed, range(4, 7))
     assert _mean_loss(tiny(), fine, chosen, 1) <= _mean_loss(tiny(), rough, chosen, 1)
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from consa import Allocation
 from consa.errors import InvalidAllocationError
 from consa.training import refinement
+from consa.training.objective import Batch
 from consa.training.refinement import Exchange, refine
 from tests.models import allocate, exact, tiny, tokens
 
@@ -122,10 +123,23 @@ def test_candidates_are_those_nearest_the_boundary(monkeypatch: pytest.MonkeyPat
     scores = np.array([[9.0], [7.0], [8.0], [1.0], [3.0], [2.0]])
     loss = MadeUp(np.array([[1.0], [2.0], [3.0], [4.0], [0.5], [0.6]]))  # a far exchange would help
     monkeypatch.setattr(refinement, "_mean_loss", loss)
-    out = refine(NOTHING, scored(full, scores), NOTHING, max_evaluations=100, num_candidates=1)
+    out = refine(NOTHING, scored(full, scores), NOTHING, max_evaluations=4, num_candidates=1)
     assert np.array_equal(out.full_attention, full)
     assert {int(a.full_attention.flatten().argmin()) for a in loss.seen if a.full_attention.sum() == 2} == {1}
     assert {a.full_attention[4, 0] for a in loss.seen if a.full_attention.sum() == 4} == {True}
+    assert len(loss.seen) == 4
+
+
+def test_a_budget_that_is_left_goes_to_further_candidates(monkeypatch: pytest.MonkeyPatch):
+    full = np.array([[True], [True], [True], [False], [False], [False]])
+    scores = np.array([[9.0], [7.0], [8.0], [1.0], [3.0], [2.0]])
+    loss = MadeUp(np.array([[1.0], [2.0], [3.0], [4.0], [0.5], [0.6]]))
+    monkeypatch.setattr(refinement, "_mean_loss", loss)
+    out = refine(NOTHING, scored(full, scores), NOTHING, max_evaluations=100, num_candidates=1)
+    assert out.full_attention.flatten().tolist() == [False, True, True, True, False, False]
+    before = next(place for place, a in enumerate(loss.seen) if a == out)
+    masks = [a.full_attention.tobytes() for a in loss.seen[:before]]
+    assert len(set(masks)) == len(masks), "nothing is measured twice"
 
 
 @pytest.mark.parametrize("full", [np.ones((2, 2), dtype=bool), np.zeros((2, 2), dtype=bool)])
@@ -138,17 +152,16 @@ def test_nothing_to_exchange(full: np.ndarray, monkeypatch: pytest.MonkeyPatch):
 def test_needs_scores():
     model = tiny()
     with pytest.raises(InvalidAllocationError, match="scores are needed"):
-        refine(model, allocate(model), tokens(2, 12).numpy(), max_evaluations=9)
+        refine(model, allocate(model), Batch(tokens(2, 12)), max_evaluations=9)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
 def test_the_loss_is_the_mean_over_all_tokens_under_the_allocation(batch_size: int):
-    model, sequences = tiny(), tokens(7, 15).numpy().astype(np.uint16)
+    model, ids = tiny(), tokens(7, 15)
     allocation = allocate(model, window=3)
     with torch.no_grad(), exact(model, allocation):
-        ids = torch.from_numpy(sequences.astype(np.int64))
         wanted = float(model(input_ids=ids, labels=ids, use_cache=False).loss)
-    assert refinement._mean_loss(model, allocation, sequences, batch_size) == pytest.approx(wanted, rel=1e-5)
+    assert refinement._mean_loss(model, allocation, Batch(ids), batch_size) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_on_a_model_it_trades_a_head_without_effect_for_one_with():
@@ -157,11 +170,11 @@ def test_on_a_model_it_trades_a_head_without_effect_for_one_with():
         model.model.layers[0].self_attn.o_proj.weight[:, : 2 * 8] = 0
         prompt = torch.full((6, 1), 1)
         torch.manual_seed(0)
-        sequences = model.generate(prompt, do_sample=True, max_new_tokens=40, top_k=0).numpy()
+        sequences = model.generate(prompt, do_sample=True, max_new_tokens=40, top_k=0)
     full = np.array([[True, False, True], [True, True, True]])  # the head without effect is open, the next is not
     scores = np.array([[0.5, 0.4, 3.0], [3.0, 3.0, 3.0]])
     flags = [p.requires_grad for p in model.parameters()]
-    out = refine(model, scored(full, scores), sequences, max_evaluations=12, num_candidates=1)
+    out = refine(model, scored(full, scores), Batch(sequences), max_evaluations=12, num_candidates=1)
     assert out.full_attention.tolist() == [[False, True, True], [True, True, True]]
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())

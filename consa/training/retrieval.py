@@ -1,0 +1,103 @@
+"""Retrieval in the objective: a share of the sequences hide facts in the user's own text and ask for them."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from consa.data import questions
+from consa.data.questions import Puzzle
+from consa.errors import ConsaError
+from consa.training.objective import Batch, Dense, LossOfChunk, Objective
+
+FAMILIES = ("multi_key", "multi_query")
+"""Families of `consa.data.questions` that are trained on. Both name what they ask for, so that several puzzles in one
+sequence do not contradict each other. The other families are left to judge the allocation by."""
+
+TOKENS_PER_PUZZLE = 1024
+MAX_PUZZLES = 6
+"""Puzzles in one sequence: one per `TOKENS_PER_PUZZLE` tokens, at least one. Six take over half of the things."""
+
+
+class Retrieval(Objective):
+    """A share of the sequences become puzzles, of which the answers count alone; the others are as before.
+
+    The mean loss of a sequence's answer tokens weighs as much as the mean loss of a sequence of text.
+
+    Args:
+        share: of the sequences, in [0, 1]. They are spread evenly over the stream.
+        tokenizer: the model's own, for the puzzles.
+        base: what is minimised on the tokens that count; by default the next-token loss.
+    """
+
+    def __init__(self, share: float, tokenizer: Any, base: Objective | None = None) -> None:
+        self._share = share
+        self._tokenizer = tokenizer
+        self._base = base or Objective()
+        self.factors, self.needs_dense = self._base.factors, self._base.needs_dense
+
+    def drawn(self, sequences: np.ndarray, seed: int, places: range) -> Batch:
+        """See `Objective.drawn`."""
+        text = self._base.drawn(sequences, seed, places)
+        weights = torch.ones(text.tokens[:, 1:].shape) if text.weights is None else text.weights
+        for row, place in enumerate(places):
+            if math.floor((place + 1) * self._share) > math.floor(place * self._share):
+                rng = random.Random(f"retrieval {seed} {place}")
+                tokens, is_answer = self.puzzles_in(text.tokens[row].numpy(), rng)
+                text.tokens[row] = torch.from_numpy(tokens)
+                answers = torch.from_numpy(is_answer[1:]).float()
+                weights[row] = answers * (len(answers) / answers.sum())
+        return Batch(text.tokens, weights)
+
+    def losses(self, batch: Batch, dense: Dense | None) -> LossOfChunk:
+        """See `Objective.losses`."""
+        return self._base.losses(batch, dense)
+
+    def puzzles_in(self, text: np.ndarray, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+        """A text with puzzles in it, and which of its tokens are answers: int64 and bool, as long as the text.
+
+        The first token stays where it is, and the end of the text makes room. Each puzzle has its own random places,
+        in order: for its opening, each hidden sentence, and the question with its answer.
+        """
+        pieces: list[tuple[int, list[int], int]] = []  # place in the text, tokens, how many at the end are answers
+        for puzzle in _without_conflicts(rng, min(MAX_PUZZLES, max(1, len(text) // TOKENS_PER_PUZZLE))):
+            parts = [self._ids(f"\n{part}\n") for part in (puzzle.opening, *puzzle.hidden)]
+            answer = self._ids(" " + ", ".join(puzzle.answers))
+            parts.append([*self._ids(f"\n{puzzle.question}"), *answer])
+            counts = [0] * (len(parts) - 1) + [len(answer)]
+            pieces += zip(sorted(rng.random() for _ in parts), parts, counts, strict=True)
+        room = len(text) - sum(len(part) for _, part, _ in pieces)
+        if room < 1:
+            raise ConsaError(
+                f"retrieval needs sequences of more than {len(text) - room} tokens, got seq_len {len(text)}; raise"
+                " seq_len, or set retrieval to 0"
+            )
+        pieces = sorted((1 + int(place * (room - 1)), part, count) for place, part, count in pieces)
+        tokens, is_answer = [text[: pieces[0][0]]], [np.zeros(pieces[0][0], dtype=bool)]
+        for (place, part, count), (end, *_) in pairwise([*pieces, (room, [], 0)]):
+            between = text[place:end]
+            tokens += [np.array(part), between]
+            is_answer += [np.arange(len(part)) >= len(part) - count, np.zeros(len(between), dtype=bool)]
+        return np.concatenate(tokens).astype(np.int64), np.concatenate(is_answer)
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _without_conflicts(rng: random.Random, count: int) -> list[Puzzle]:
+    """Puzzles of the trained families, no two of which state different values of the same thing."""
+    puzzles: list[Puzzle] = []
+    stated = set[str]()
+    while len(puzzles) < count:
+        puzzle = questions.TASKS[rng.choice(FAMILIES)](rng)
+        facts = {re.sub(r"\d+", "", sentence) for sentence in puzzle.hidden}
+        if not facts & stated:
+            stated |= facts
+            puzzles.append(puzzle)
+    return puzzles

@@ -1,0 +1,154 @@
+"""Retrieval in the objective: what its sequences hold, which tokens count, and who uses them."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from consa.config import LearnConfig
+from consa.errors import ConsaError
+from consa.model import loss
+from consa.model.attach import attached
+from consa.training import refinement
+from consa.training.learning import learn
+from consa.training.objective import Batch, Objective
+from consa.training.refinement import refine
+from consa.training.retrieval import FAMILIES, Retrieval
+from tests.models import allocate, tiny
+from tests.text import TEXT
+from tests.training.learning_case import Interrupted, at_step, interrupt
+
+SEQ_LEN = 640  # as short as a puzzle of letters allows
+CONFIG = LearnConfig(
+    sparsity=0.5,
+    window=8,
+    num_sink_tokens=1,
+    seq_len=SEQ_LEN,
+    num_steps=2,
+    sequences_per_step=2,
+    micro_batch=2,
+    retrieval=0.5,
+    refine_evaluations=1,
+    refine_sequences=4,
+    checkpoint_every=1,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model_folder)
+
+
+@pytest.fixture(scope="module")
+def sequences(tokenizer: Any) -> np.ndarray:
+    ids = tokenizer(TEXT * 60, add_special_tokens=False)["input_ids"]
+    return np.array([ids[start : start + SEQ_LEN] for start in range(0, 6 * 50, 50)], dtype=np.uint16)
+
+
+@pytest.mark.parametrize("seq_len", [SEQ_LEN, 3000])
+def test_every_answer_is_stated_once_before_its_question(seq_len: int, tokenizer: Any):
+    ids = np.array((tokenizer(TEXT * 200, add_special_tokens=False)["input_ids"])[:seq_len])
+    for seed in range(3):
+        tokens, is_answer = Retrieval(1, tokenizer).puzzles_in(ids, random.Random(seed))
+        assert tokens.shape == is_answer.shape == ids.shape
+        assert tokens[0] == ids[0] and not is_answer[0]
+        whole = tokenizer.decode(tokens)
+        facts = re.findall(r"The special magic number for (\w+) is (\d+)\.", whole)
+        assert len(dict(facts)) == len(facts) == 4 * min(6, max(1, seq_len // 1024))
+        asked = 0
+        for start in np.flatnonzero(is_answer & ~np.roll(is_answer, 1)):
+            end = start + int(np.argmin([*is_answer[start:], False]))
+            before, answer = tokenizer.decode(tokens[:start]), tokenizer.decode(tokens[start:end])
+            things = re.findall(r"\w+", before.rpartition("? The special magic number")[2])
+            wanted = [number for thing in things for name, number in facts if name == thing]
+            assert re.findall(r"\d+", answer) == wanted
+            assert all(before.count(f"is {number}.") == 1 for number in wanted)
+            asked += 1
+        assert asked == min(6, max(1, seq_len // 1024))
+
+
+def test_places_alone_decide_what_is_drawn(sequences: np.ndarray, tokenizer: Any):
+    objective, plain = Retrieval(0.25, tokenizer), Objective().drawn(sequences, 3, range(12))
+    whole = objective.drawn(sequences, 3, range(12))
+    parts = [objective.drawn(sequences, 3, range(start, start + 3)) for start in range(0, 12, 3)]
+    assert torch.equal(whole.tokens, torch.cat([part.tokens for part in parts]))
+    assert torch.equal(whole.weights, torch.cat([part.weights for part in parts]))
+    changed = [not torch.equal(*rows) for rows in zip(whole.tokens, plain.tokens, strict=True)]
+    assert changed == [False, False, False, True] * 3
+    assert torch.allclose(whole.weights.mean(1), torch.ones(12)), "every sequence has the same weight"
+    assert (whole.weights[~torch.tensor(changed)] == 1).all()
+    assert ((whole.weights[3] > 0).sum() < 60) and whole.weights[3].unique().numel() == 2
+    assert not torch.equal(objective.drawn(sequences, 4, range(3, 4)).tokens, whole.tokens[3:4])
+
+
+def test_a_share_of_none_is_a_run_as_before(sequences: np.ndarray, tokenizer: Any):
+    drawn, wanted = (kind.drawn(sequences, 0, range(6)) for kind in (Retrieval(0.0, tokenizer), Objective()))
+    assert torch.equal(drawn.tokens, wanted.tokens) and (drawn.weights == 1).all()
+    plain = replace(CONFIG, retrieval=0.0)
+    results = [
+        learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences, plain, **given)
+        for given in ({}, {"tokenizer": tokenizer})
+    ]
+    results.append(learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences, plain, objective=Objective()))
+    assert results[0].history == results[1].history == results[2].history
+    masks = [result.allocation.full_attention for result in results]
+    assert (masks[0] == masks[1]).all() and (masks[0] == masks[2]).all()
+
+
+def test_learning_and_refinement_use_it_and_a_stopped_run_ends_alike(
+    sequences: np.ndarray, tokenizer: Any, tmp_path: Path
+):
+    texts: list[Batch] = []
+
+    def recorded(model: Any, allocation: Any, text: Batch, **options: Any) -> Any:
+        texts.append(text)
+        return refine(model, allocation, text, **options)
+
+    options = {"tokenizer": tokenizer, "refine": recorded}
+    wanted = learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences, CONFIG, **options)
+    with pytest.raises(Interrupted):
+        learn(
+            tiny(vocab_size=2000, num_hidden_layers=1),
+            sequences,
+            CONFIG,
+            run_dir=tmp_path,
+            on_step=at_step(2, interrupt),
+            **options,
+        )
+    got = learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences, CONFIG, run_dir=tmp_path, **options)
+    assert got.history == wanted.history and got.allocation == wanted.allocation
+    following = Retrieval(0.5, tokenizer).drawn(sequences, 0, range(4, 8))
+    assert torch.equal(texts[0].tokens, following.tokens) and torch.equal(texts[0].weights, following.weights)
+    assert (
+        learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences, replace(CONFIG, retrieval=0.0)).history
+        != wanted.history
+    )
+
+
+def test_the_refinement_weighs_tokens_as_a_step_does():
+    model, tokens = tiny(), torch.arange(24).view(2, 12)
+    weights = torch.zeros(2, 11)
+    weights[1, 4] = 22.0
+    allocation = allocate(model, window=3)
+    only = refinement._mean_loss(model, allocation, Batch(tokens, weights), 1)
+    with attached(model, allocation):
+        assert only == pytest.approx(float(loss.token_losses(model, tokens)[1, 4]), rel=1e-5)
+
+
+def test_needs_a_tokenizer_and_room(sequences: np.ndarray, tokenizer: Any):
+    with pytest.raises(ConsaError, match="retrieval needs the model's tokenizer, because questions are text"):
+        learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences, CONFIG)
+    with pytest.raises(ConsaError, match=r"retrieval needs sequences of more than \d+ tokens, got seq_len 64"):
+        learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences[:, :64], CONFIG, tokenizer=tokenizer)
+
+
+def test_the_families_that_judge_are_not_trained_on():
+    assert {"single", "multi_value", "variable_tracking", "common_words"}.isdisjoint(FAMILIES)
