@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from consa.errors import ConsaError
 from consa.model.convert import load
+from consa.model.layout import max_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,7 @@ def generate_texts(
     if not all(texts):
         raise ConsaError("the prompt is empty; pass some text")
     length = max(map(len, texts))
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = max_positions(model.config)
     if longest is not None and length + max_new_tokens > longest:
         raise ConsaError(
             f"the prompt's {length} tokens and {max_new_tokens} new tokens exceed the {longest} positions of the model;"
@@ -133,9 +134,16 @@ def generate_texts(
         )
     sampling = sampling or Sampling()
     torch.manual_seed(sampling.seed)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if (largest := max(map(max, texts))) >= vocabulary:
+        raise ConsaError(
+            f"the prompt contains token {largest}, but the model knows {vocabulary}; use the tokenizer of the model"
+        )
+    # Padding is masked, so any token that the model knows will do.
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    padding = next(token for token in candidates if token is not None and token < vocabulary)
     missing = torch.tensor([[length - len(text)] for text in texts])
-    ids = torch.tensor([[padding or 0] * (length - len(text)) + text for text in texts])
+    ids = torch.tensor([[padding] * (length - len(text)) + text for text in texts])
     generate: Any = model.generate  # a Module's attributes have a broad type
     output = generate(
         ids.to(model.device),
@@ -145,4 +153,12 @@ def generate_texts(
         **sampling.options(),
         **options,
     )
-    return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+    ends = options.get("eos_token_id", model.generation_config.eos_token_id)
+    ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    rows = [_until(row, ends) for row in output[:, length:].tolist()]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def _until(tokens: list[int], ends: set[Any]) -> list[int]:
+    """The tokens up to the first of `ends`; what follows is padding."""
+    return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in ends), tokens)
