@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from consa.data.prompts import for_prompts
 from consa.errors import ConsaError
 from consa.model.convert import load
-from consa.model.load import num_positions
+from consa.model.layout import max_positions
 
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Settings of generation_config.json that decide how a token is drawn, besides penalties."""
@@ -159,7 +159,7 @@ def generate_texts(
             f"the prompt holds {tokenizer.convert_ids_to_tokens(largest)!r}, token {largest} of the tokenizer, but the"
             f" model has embeddings for {known} tokens; remove it from the prompt"
         )
-    longest = num_positions(model.config)
+    longest = max_positions(model.config)
     if longest is not None and length + max_new_tokens > longest:
         raise ConsaError(
             f"the prompt's {length} tokens and {max_new_tokens} new tokens exceed the {longest} positions of the model;"
@@ -177,4 +177,12 @@ def generate_texts(
         output = generate(
             ids.to(model.device), attention_mask=(torch.arange(length) >= missing).long().to(model.device), **options
         )
-    return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+    ends = options.get("eos_token_id", tokenizer.eos_token_id)
+    ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    rows = [_until(row, ends) for row in output[:, length:].tolist()]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def _until(tokens: list[int], ends: set[Any]) -> list[int]:
+    """The tokens up to the first of `ends`; what follows is padding."""
+    return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in ends), tokens)

@@ -24,7 +24,7 @@ from consa.errors import ConsaError, UnsupportedModelError, first_line, missing_
 from consa.files import cache_dir, sha256_of
 from consa.model.attach import has_softcap
 from consa.model.gguf import check_header
-from consa.model.layout import AttentionLayout, inspect_attention
+from consa.model.layout import AttentionLayout, inspect_attention, max_positions
 
 # Models inside an installed package: name -> (package, file, how to install it).
 PACKAGED_MODELS = {
@@ -104,21 +104,7 @@ def read_layout(source: str) -> AttentionLayout:
 
 def read_positions(source: str) -> int | None:
     """The positions of the model that `load_model` would load; raises as `read_layout`."""
-    return num_positions(_inspect_source(source)[2])
-
-
-def num_positions(config: Any) -> int | None:
-    """How many positions a model has, those included that RoPE scaling adds; None if its config says nothing."""
-    config = config.get_text_config()
-    longest: int | None = getattr(config, "max_position_embeddings", None)
-    rope: Any = getattr(config, "rope_parameters", None) or {}
-    for scaling in (rope, *(part for part in rope.values() if isinstance(part, dict))):
-        original = scaling.get("original_max_position_embeddings")
-        if scaling.get("rope_type") == "dynamic":
-            original = original or longest
-        if longest and original and scaling.get("factor"):
-            longest = max(longest, int(original * scaling["factor"]))
-    return longest
+    return max_positions(_inspect_source(source)[2])
 
 
 def _inspect_source(source: str) -> tuple[str, str | None, Any, AttentionLayout]:

@@ -419,3 +419,45 @@ def test_positions_that_rope_scaling_adds_count(scaling, tmp_path):
     assert generate_texts(loaded.model, loaded.tokenizer, ["the quick brown fox " * 50], max_new_tokens=4)
     with pytest.raises(ConsaError, match="exceed the 512 positions"):
         generate_texts(loaded.model, loaded.tokenizer, ["the quick brown fox " * 50], max_new_tokens=400)
+
+
+def test_padding_may_be_a_token_without_an_embedding(tiny_model_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    model = load_model(str(tiny_model_folder)).model
+    assert tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
+    prompts = ["the quick brown fox", "a dog"]
+    alone = [generate_text(model, tokenizer, prompt, max_new_tokens=6) for prompt in prompts]
+    assert generate_texts(model, tokenizer, prompts, max_new_tokens=6) == alone
+    # One ends early, and what fills its row is not its text.
+    (first, *_), second = (tokenizer(text)["input_ids"] for text in alone)
+    assert first not in second
+    ended = generate_texts(model, tokenizer, prompts, max_new_tokens=6, eos_token_id=first)
+    assert ended == [tokenizer.decode([first]), alone[1]]
+    with pytest.raises(ConsaError, match="the prompt holds .*PAD"):
+        generate_texts(model, tokenizer, ["a [PAD] b"], max_new_tokens=6)
+
+
+def test_prompts_may_use_positions_that_rope_scaling_adds(tiny_model_folder):
+    loaded = load_model(str(tiny_model_folder))
+    model = tiny(
+        vocab_size=loaded.model.config.vocab_size,
+        max_position_embeddings=32,
+        rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0},
+    )
+    prompt = "the quick brown fox " * 10
+    length = len(loaded.tokenizer(prompt)["input_ids"])
+    assert 32 < length < 124
+    generate_texts(model, loaded.tokenizer, [prompt], max_new_tokens=4)
+    with pytest.raises(ConsaError, match="exceed the 128 positions of the model"):
+        generate_texts(model, loaded.tokenizer, [prompt], max_new_tokens=129 - length)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_padding_token_that_is_content_too_is_content_after_the_first_other_token(hybrid, batch):
+    ids = tokens(batch, 22)
+    ids[:, 5] = ids[:, 13] = ids[0, 21] = 0
+    got = hybrid.generate(ids, **GREEDY)
+    assert torch.equal(got, hybrid.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY))
+    padded = torch.cat([torch.zeros(batch, 3, dtype=torch.long), ids], dim=1)
+    assert torch.equal(hybrid.generate(padded, **GREEDY)[:, 3:], got)
