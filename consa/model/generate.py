@@ -134,7 +134,8 @@ def generate_texts(
         )
     sampling = sampling or Sampling()
     torch.manual_seed(sampling.seed)
-    vocabulary = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = embeddings.num_embeddings
     if (largest := max(map(max, texts))) >= vocabulary:
         raise ConsaError(
             f"the prompt contains token {largest}, but the model knows {vocabulary}; use the tokenizer of the model"
