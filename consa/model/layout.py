@@ -149,7 +149,7 @@ def inspect_attention(model_class: type[PreTrainedModel], config: Any) -> Attent
         raise refuse("layer_types in its config and its attention layers disagree about which layers slide")
     if len(native_windows) == num_layers:
         raise refuse("every layer already uses a sliding window, so there is nothing to allocate")
-    cache = Cache(layers=[_CountingLayer(HeadSplit((), (), window=1, num_sink_tokens=0)) for _ in modules])
+    cache: Any = Cache(layers=[_CountingLayer(HeadSplit((), (), window=1, num_sink_tokens=0)) for _ in modules])
     try:
         with torch.device("meta"):
             for queries in (2, 1):  # a prompt and a generated token

@@ -11,7 +11,6 @@ padding.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,11 +61,6 @@ class HybridConfig(PreTrainedConfig):
         if asked not in (None, interface.NAME):
             raise ConsaError(_another_attention(asked))
         own = family_config(config_dict)
-        # Trainers look up the class by this name. transformers replaces its own module while it is imported.
-        module = sys.modules["transformers"]
-        for name in own.get("architectures") or ():
-            if (family := getattr(module, name.removeprefix(ARCHITECTURE_PREFIX), None)) is not None:
-                setattr(module, name, family)
         return CONFIG_MAPPING[own["model_type"]].from_dict(own, **kwargs)
 
 
@@ -86,6 +80,7 @@ def hybrid_config(written: JsonObject, allocation: Allocation) -> JsonObject:
         "model_type": interface.NAME,  # read by Auto classes
         "num_hidden_layers": NO_NUMBER,  # read by the classes of all families
         "architectures": [ARCHITECTURE_PREFIX + name for name in names],  # read by vLLM and others
+        "auto_map": {},  # read by trainers that do not know the architecture, which then take the Auto class
         "consa": config_record(allocation),
     }
     return dict(sorted(own.items()))
@@ -133,7 +128,8 @@ def post_init(model: PreTrainedModel) -> None:
     _stock_post_init(model)
     if _is_hybrid(model.config):
         plan = Plan(interface.allocation_of(model.config))  # pyright: ignore[reportArgumentType]
-        for module in model.modules():
+        modules: Any = model.modules()
+        for module in modules:
             if interface.is_attention(module):
                 module.consa_plan = plan
 
