@@ -152,8 +152,8 @@ class AdaptConfig(Settings):
     seed: int = option(0, "Random seed of the order of the text and of LoRA's initial weights.", ge=0)
     learning_rate: float | None = option(
         None,
-        "Peak learning rate of AdamW. Default: 2e-4 for lora. For full 5e-4 up to 135M parameters, where it was measured,"
-        " and beyond that less by 1/sqrt(parameters), which was not: 6.5e-5 at 8B.",
+        "Peak learning rate of AdamW. Default: 2e-4 for lora. For full 5e-4 up to 135M parameters, where it was"
+        " measured, and beyond that less by 1/sqrt(parameters), which was not: 6.5e-5 at 8B.",
         gt=0,
     )
     warmup: float = _solver(
@@ -223,9 +223,12 @@ class RunConfig(Settings):
         "Training text: file, folder, glob, hf:owner/name, or stdlib (Python's own sources). Separated by commas.",
     )
     heldout_data: str | None = _data(
-        None, "Text to measure on. Default: a tenth of the documents of --data (of a single one its end), kept out of training."
+        None,
+        "Text to measure on. Default: a tenth of the documents of --data (of a single one its end), not trained on.",
     )
-    text_field: str = _data("text", "Field that holds the text in a record of JSON, JSONL, CSV or Parquet, or in a dataset row.")
+    text_field: str = _data(
+        "text", "Field that holds the text in a record of JSON, JSONL, CSV or Parquet, or in a dataset row."
+    )
     max_tokens: int | None = _data(
         None, "Maximum number of tokens to read of training and of held-out text. Default: all.", ge=1
     )

@@ -169,7 +169,9 @@ def _read_json(path: Path, text_field: str, is_named: bool, advance: Callable[[i
             yield from _read_jsonl(path, text_field, advance)
             return
         if is_named and first.lstrip(b"\xef\xbb\xbf \t\n\r")[:1] in (b"{", b"["):
-            raise ConsaError(f"{path} is neither JSON nor JSON lines; fix it, or name it .txt to read it as text") from None
+            raise ConsaError(
+                f"{path} is neither JSON nor JSON lines; fix it, or name it .txt to read it as text"
+            ) from None
         yield from _read_whole(path, "json", is_named, advance)
         return
     records: list[Any] = value if isinstance(value, list) else [value]

@@ -189,8 +189,8 @@ def _cut(
         raise ConsaError(f"data {data!r} holds no text; name files with text in UTF-8")
     if not indices and longest >= text_len:
         raise ConsaError(
-            f"data {data!r} is a single document of {longest} tokens, of which one sequence of seq_len {seq_len} is held"
-            f" out and none is left; lower seq_len to {longest // 2}, or add documents"
+            f"data {data!r} is a single document of {longest} tokens, of which one sequence of seq_len {seq_len} is"
+            f" held out and none is left; lower seq_len to {longest // 2}, or add documents"
         )
     if not indices:
         raise ConsaError(

@@ -92,8 +92,8 @@ def run_learning(
         margin = result.allocation.margin
         if margin is not None and result.history and margin < MIN_MARGIN:
             note(
-                f"Not separated: the last FA and the first SWA unit are {margin:.2f} of log_alpha apart; another seed may"
-                " choose others. Take more steps, or read the result with care"
+                f"Not separated: the last FA and the first SWA unit are {margin:.2f} of log_alpha apart; another seed"
+                " may choose others. Take more steps, or read the result with care"
             )
         seconds = summary.seconds_since("learning", began, learned)
         whole = summary.summarise(loaded.identity, result.allocation, config, heldout, table, seconds, record)

@@ -144,8 +144,8 @@ def target_units(layout: AttentionLayout, config: LearnConfig) -> int:
         )
         if affordable == units.count:
             raise ConsaError(
-                f"kv_budget of {config.kv_budget} bytes holds the dense model's cache of {config.context} tokens, so there"
-                " is nothing to learn; lower kv_budget, raise context, or use the model as it is"
+                f"kv_budget of {config.kv_budget} bytes holds the dense model's cache of {config.context} tokens, so"
+                " there is nothing to learn; lower kv_budget, raise context, or use the model as it is"
             )
         num_full = affordable // step * step
     if config.mode == "joint" and num_full in (0, units.count):

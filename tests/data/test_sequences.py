@@ -358,9 +358,7 @@ RECORD_FILES = {
     "lines.json": lambda path, records: path.write_text("\n".join(map(json.dumps, records))),
     "array.json": lambda path, records: path.write_text(json.dumps(records, indent=1)),
     "a.ndjson": lambda path, records: path.write_text("\n".join(map(json.dumps, records))),
-    "a.jsonl.gz": lambda path, records: path.write_bytes(
-        gzip.compress("\n".join(map(json.dumps, records)).encode())
-    ),
+    "a.jsonl.gz": lambda path, records: path.write_bytes(gzip.compress("\n".join(map(json.dumps, records)).encode())),
     "a.csv": _write_csv,
     "a.parquet": _write_parquet,
 }
@@ -401,5 +399,5 @@ def test_a_small_corpus_has_both_splits(load, tmp_path, count, fraction):
 def test_one_sequence_cannot_be_both(load, tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     length = load(tmp_path / "a.txt").tokens.size
-    with pytest.raises(ConsaError, match="is a single document of .* lower seq_len"):
+    with pytest.raises(ConsaError, match=r"is a single document of .* lower seq_len"):
         load(tmp_path / "a.txt", length, split="train")

@@ -300,7 +300,7 @@ def test_a_folder_of_something_else_is_left_alone(where: RunConfig, tmp_path: Pa
 def test_a_run_that_cannot_begin_says_so_beside_one_that_does(
     tmp_path: Path, where: RunConfig, monkeypatch: pytest.MonkeyPatch
 ):
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         (tmp_path / "runs" / "other").mkdir()
         raise ConsaError("no such model")
 
