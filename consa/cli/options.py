@@ -135,9 +135,9 @@ def command_line(verb: str, *configs: Any) -> str:
     return shlex.join(words)
 
 
-def text(metavar: str, help: str, *names: str, **details: Any) -> Any:
+def text(metavar: str, help: str, *names: str) -> Any:
     """An option for text or a path."""
-    return typer.Option(*names, metavar=metavar, help=help, **details)
+    return typer.Option(*names, metavar=metavar, help=help)
 
 
 Out = Annotated[Path | None, text("FOLDER", "Folder for the results. Default: a folder under runs/.")]
@@ -146,16 +146,13 @@ KEPT_HELP = "Allocation: an allocation.json, the folder of a run, or the name of
 Kept = Annotated[Path, text("FILE", KEPT_HELP, "--allocation")]
 
 
-def existing(path: Path | None) -> Path | None:
-    """Return a path that the user named, or refuse one that does not exist."""
-    if path is not None and not os.path.exists(path):
+def check_exists(path: Path) -> None:
+    """Raise a ConsaError for a path that does not exist."""
+    if not os.path.exists(path):
         raise ConsaError(f"{path} does not exist; check the path")
-    return path
 
 
-Converted = Annotated[
-    Path, typer.Argument(metavar="FOLDER", help="Folder that `consa convert` wrote.", callback=existing)
-]
+Converted = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that `consa convert` wrote.")]
 
 
 def was_given(ctx: typer.Context, name: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from consa.cli.options import Converted, number, text, was_given, with_fields_of
+from consa.cli.options import Converted, check_exists, number, text, was_given, with_fields_of
 from consa.config import EvalConfig
 from consa.errors import ConsaError
 from consa.files import read_text
@@ -82,6 +82,7 @@ def generate(
     ctx: typer.Context,
 ) -> None:
     """Continue a prompt with a converted model, and print the text as it is generated."""
+    check_exists(folder)
     if (prompt is None) == (file is None):
         raise ConsaError("give either --prompt or --file")
     if model_sampling and (was_given(ctx, "temperature") or was_given(ctx, "top_p")):
@@ -112,6 +113,7 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a converted model with vLLM behind an OpenAI-compatible API. See docs/SERVING.md."""
+    check_exists(folder)
     from consa.serving import server
 
     command = server.command(folder, options or [])

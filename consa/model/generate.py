@@ -110,9 +110,10 @@ def generate_text(
     if on_text:
         streamer = TextStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
         streamer.on_finalized_text = lambda text, stream_end=False: text and on_text(text)  # instead of printing
-    ends: Any = getattr(model.generation_config, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    options |= {"add_special_tokens": not chat, "streamer": streamer, "eos_token_id": sorted(ends) or None}
+    own: Any = getattr(model.generation_config, "eos_token_id", None)
+    named: list[Any] = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    ends = [end for end in dict.fromkeys(named) if end is not None]
+    options |= {"add_special_tokens": not chat, "streamer": streamer, "eos_token_id": ends or None}
     (text,) = generate_texts(model, tokenizer, [prompt], **options)
     return text
 
@@ -153,7 +154,8 @@ def generate_texts(
     if not all(texts):
         raise ConsaError("the prompt is empty; pass some text")
     length = max(map(len, texts))
-    known = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    known: int = embeddings.num_embeddings
     if (largest := max(map(max, texts))) >= known:
         raise ConsaError(
             f"the prompt holds {tokenizer.convert_ids_to_tokens(largest)!r}, token {largest} of the tokenizer, but the"
@@ -167,7 +169,7 @@ def generate_texts(
         )
     sampling = sampling or Sampling()
     torch.manual_seed(sampling.seed)
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    candidates: Any = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     padding = next((token for token in candidates if token is not None and token < known), 0)
     missing = torch.tensor([[length - len(text)] for text in texts])
     ids = torch.tensor([[padding] * (length - len(text)) + text for text in texts])

@@ -358,6 +358,7 @@ def test_learn_from_the_shell(tmp_path: Path, tiny_model_folder: Path, text_fold
         "Found",
         "Learning",
         "Refining",
+        "Not",  # separated
         "Undecided:",
         "Not",  # separated
         "Measuring",

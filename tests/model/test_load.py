@@ -15,7 +15,7 @@ from consa.errors import ConsaError
 from consa.model import load as model_module
 from consa.model.layout import attention_layout
 from consa.model.load import load_model, quiet, read_layout
-from tests.models import byte_tokenizer, tiny
+from tests.models import byte_tokenizer, tiny, write_gguf
 
 
 @pytest.fixture(autouse=True)
@@ -206,3 +206,49 @@ def test_a_softcap_is_not_left_to_an_attention_without(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(model_module, "_whole", chosen)
     assert load_model(str(tmp_path), device="cpu").model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("keys", [["scaling_type", "scaling_factor"], ["scaling_factor"]])
+def test_linear_rope_of_a_gguf_is_applied(keys: list[str], tmp_path: Path):
+    values = {"scaling_type": "linear", "scaling_factor": 4.0}
+
+    def extra(writer: Any) -> None:
+        from gguf import RopeScalingType
+
+        for key in keys:
+            value: Any = RopeScalingType.LINEAR if key == "scaling_type" else values[key]
+            getattr(writer, f"add_rope_{key}")(value)
+
+    plain, scaled = (
+        load_model(str(write_gguf(tmp_path / f"{name}.gguf", one)), device="cpu").model
+        for name, one in (("plain", lambda writer: None), ("scaled", extra))
+    )
+    ids = torch.arange(2, 42)[None]
+    with torch.no_grad():
+        options = {"use_cache": False, "attention_mask": torch.ones_like(ids)}  # else these would be packed sequences
+        wanted = plain(ids, position_ids=torch.arange(40)[None] / 4, **options).logits
+        assert torch.allclose(scaled(ids, **options).logits, wanted, atol=1e-4)
+        assert not torch.allclose(plain(ids, **options).logits, wanted, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (lambda writer: writer.add_rope_scaling_type(_yarn()), "rope.scaling.type 'yarn'"),
+        (lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)), "rope_freqs.weight"),
+        (lambda writer: writer.add_tensor("rope_factors_long.weight", np.ones(8, np.float32)), "rope_factors_long"),
+        (lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(32, np.float32)), "blk.0.attn_q.bias"),
+        (lambda writer: writer.add_sliding_window(16), "attention.sliding_window 16"),
+    ],
+)
+def test_what_a_gguf_says_and_the_model_would_lack_is_refused_by_name(extra: Any, message: str, tmp_path: Path):
+    path = write_gguf(tmp_path / "a.gguf", extra)
+    with pytest.raises(ConsaError, match=message) as caught:
+        load_model(str(path), device="cpu")
+    assert "a.gguf" in str(caught.value) and "safetensors" in str(caught.value)
+
+
+def _yarn() -> Any:
+    from gguf import RopeScalingType
+
+    return RopeScalingType.YARN
