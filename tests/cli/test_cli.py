@@ -360,7 +360,6 @@ def test_learn_from_the_shell(tmp_path: Path, tiny_model_folder: Path, text_fold
         "Refining",
         "Not",  # separated
         "Undecided:",
-        "Not",  # separated
         "Measuring",
     }
     for part in ("loss", "sparsity", "target", "multiplier", "tokens/s", "GiB", "left"):

@@ -434,7 +434,7 @@ def test_padding_may_be_a_token_without_an_embedding(tiny_model_folder, tmp_path
     assert first not in second
     ended = generate_texts(model, tokenizer, prompts, max_new_tokens=6, eos_token_id=first)
     assert ended == [tokenizer.decode([first]), alone[1]]
-    with pytest.raises(ConsaError, match="the prompt holds .*PAD"):
+    with pytest.raises(ConsaError, match=r"the prompt holds .*PAD"):
         generate_texts(model, tokenizer, ["a [PAD] b"], max_new_tokens=6)
 
 
