@@ -9,14 +9,17 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.models import ArgumentInfo
 
-from consa.config import FORMER_NAMES, RunConfig
+from consa.config import FORMER_NAMES, EvalConfig, RunConfig
 from consa.errors import ConsaError
 from consa.settings import Kind, help_of, kinds
+
+if TYPE_CHECKING:
+    from consa.allocation import Allocation
 
 FORMER_OPTIONS = {
     f"--{no}{old.replace('_', '-')}": f"--{no}{new.replace('_', '-')}"
@@ -142,8 +145,16 @@ def text(metavar: str, help: str, *names: str) -> Any:
 
 Out = Annotated[Path | None, text("FOLDER", "Folder for the results. Default: a folder under runs/.")]
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Also write the metrics for TensorBoard.")]
-KEPT_HELP = "Allocation: an allocation.json, the folder of a run, or the name of a published one."
-Kept = Annotated[Path, text("FILE", KEPT_HELP, "--allocation")]
+Chosen = Annotated[
+    str,
+    text(
+        "NAME",
+        "Allocation: an allocation.json, the folder of a run, the name of a published allocation or of a rule,"
+        " dense, all_swa, or a .tsv of DuoAttention or PruLong.",
+        "--allocation",
+    ),
+]
+RULE_FIELDS = ("sparsity", "granularity", "window", "num_sink_tokens")  # of EvalConfig, for allocations that are rules
 
 
 def check_exists(path: Path) -> None:
@@ -164,3 +175,23 @@ def was_given(ctx: typer.Context, name: str) -> bool:
 def model_name(run_config: RunConfig) -> str:
     """A name for the model in names of folders."""
     return re.sub(r"[^\w.-]+", "-", Path(run_config.model).name) or "model"
+
+
+def chosen(ctx: typer.Context, name: str, model: str, config: EvalConfig) -> Allocation:
+    """Return the allocation that --allocation names, before MODEL is loaded; `config` holds the options of rules.
+
+    Raises:
+        ConsaError: as `consa.evaluation.suite.named`, or an option that the named allocation would ignore.
+    """
+    from consa import rules
+    from consa.evaluation.suite import ALL_SWA, file_of, named
+    from consa.model.load import read_layout
+
+    used = RULE_FIELDS if name in (ALL_SWA, *rules.RULES) else RULE_FIELDS[2:] if name.endswith(".tsv") else ()
+    for field in RULE_FIELDS:
+        if was_given(ctx, field) and field not in used:
+            raise ConsaError(f"{option_name(field)} applies to rules, and the allocation {name!r} is none; it keeps its own")
+    file_of(name)
+    layout = read_layout(model)
+    found = named(name, model, layout, config)
+    return found or rules.dense(*layout.shape, native_windows=layout.native_windows)

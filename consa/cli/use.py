@@ -9,24 +9,27 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from consa.cli.options import Converted, check_exists, number, text, was_given, with_fields_of
+from consa.cli.options import (
+    RULE_FIELDS,
+    Chosen,
+    Converted,
+    check_exists,
+    chosen,
+    number,
+    text,
+    was_given,
+    with_fields_of,
+)
 from consa.config import EvalConfig
 from consa.errors import ConsaError
 from consa.files import read_text
 
 
-@with_fields_of(EvalConfig, only=("sparsity", "granularity", "window", "num_sink_tokens", "seed"))
+@with_fields_of(EvalConfig, only=(*RULE_FIELDS, "seed"))
 def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model, as for `consa learn`.")],
     *,
-    allocation: Annotated[
-        str,
-        text(
-            "NAME",
-            "Allocation: an allocation.json, the folder of a run, the name of a published allocation or of a rule,"
-            " dense, all_swa, or a .tsv of DuoAttention or PruLong.",
-        ),
-    ],
+    allocation: Chosen,
     out: Annotated[Path, text("FOLDER", "New folder for the checkpoint.")],
     kind: Annotated[
         str,
@@ -36,26 +39,22 @@ def convert(
             " without sink tokens. auto writes a plain checkpoint whenever it is equivalent.",
         ),
     ] = "auto",
+    ctx: typer.Context,
     **options: Any,
 ) -> None:
     """Write MODEL with an allocation as a checkpoint that generates with a small KV cache."""
     config = EvalConfig(**options)
-    from consa import rules
-    from consa.evaluation.suite import file_of, named
     from consa.model import convert
-    from consa.model.load import load_model, read_layout
+    from consa.model.load import load_model
     from consa.progress import note
 
     convert.check_wish(out, kind)
-    file_of(allocation)
-    layout = read_layout(model)
-    chosen = named(allocation, model, layout, config)
-    chosen = chosen or rules.dense(*layout.shape, native_windows=layout.native_windows)
+    allocated = chosen(ctx, allocation, model, config)
     loaded = load_model(model, device="cpu", dtype="auto")
-    match chosen.provenance.get("config"):
+    match allocated.provenance.get("config"):
         case {"mode": "joint"}:
             note("Mode joint trained weights along with this allocation; they are in the folder `model` of its run")
-    written = convert.convert(loaded.model, chosen, out, tokenizer=loaded.tokenizer, kind=cast(Any, kind))
+    written = convert.convert(loaded.model, allocated, out, tokenizer=loaded.tokenizer, kind=cast(Any, kind))
     print(f"{written.folder}: {written.kind} checkpoint ({written.reason})")
 
 

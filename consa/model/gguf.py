@@ -11,6 +11,13 @@ from consa.errors import UnsupportedModelError
 
 FREQUENCIES = ("rope_freqs.", "rope_factors_long.", "rope_factors_short.")  # tensors that change the angles of RoPE
 
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
 
 def check_header(path: Path) -> Any:
     """Read the header and map every tensor; returns the reader.
@@ -59,7 +66,9 @@ def apply_header(reader: Any, fields: dict[str, Any], weights: set[str]) -> None
     elif scaling != "none":
         raise UnsupportedModelError(f"rope.scaling.type {scaling!r} of a GGUF file is not supported; {fix}")
     for tensor in reader.tensors:
-        if tensor.name.startswith(FREQUENCIES):
+        if tensor.name == "rope_freqs.weight" and scaling == "none" and (rope := _llama3(tensor.data, fields)):
+            fields["rope_parameters"] = rope
+        elif tensor.name.startswith(FREQUENCIES):
             raise UnsupportedModelError(f"its RoPE frequencies ({tensor.name}) are not supported; {fix}")
     biases = [tensor.name for tensor in reader.tensors if tensor.name.endswith(".bias")]
     if len(biases) > sum(name.endswith("bias") for name in weights):
@@ -71,3 +80,18 @@ def apply_header(reader: Any, fields: dict[str, Any], weights: set[str]) -> None
         raise UnsupportedModelError(
             f"its attention.sliding_window {window} would become {fields.get('sliding_window')} in the model; {fix}"
         )
+
+
+def _llama3(factors: Any, fields: dict[str, Any]) -> dict[str, Any] | None:
+    """The RoPE scaling of Llama 3 (Grattafiori et al. 2024) that divides the frequencies by `factors`, or None.
+
+    The factor is 1 for wavelengths below 8192 / 4 tokens and the largest for those above 8192; in between, the share of
+    the unscaled frequency grows linearly with the frequency.
+    """
+    rope = fields.get("rope_parameters") or {}
+    scaling = LLAMA3 | {"factor": float(np.max(factors))}
+    low, high, positions = (scaling[name] for name in list(LLAMA3)[1:])
+    wavelengths = 2 * np.pi * rope["rope_theta"] ** (np.arange(len(factors)) / len(factors))
+    share = np.clip((positions / wavelengths - low) / (high - low), 0, 1)
+    expected = 1 / (share + (1 - share) / scaling["factor"])
+    return rope | scaling if np.allclose(factors, expected, rtol=1e-4) else None

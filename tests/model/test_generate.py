@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizer
 
 from consa import Allocation, ConsaError, HybridCache, attached, convert, load, rules
 from consa.cache.hybrid import allocated_bytes
 from consa.cache.layer import GROWTH, HybridLayer
 from consa.cache.static import StaticHybridLayer
+from consa.data.prompts import for_prompts
 from consa.data.questions import examples
 from consa.model.generate import Sampling, generate_text, generate_texts
 from consa.model.load import load_model
@@ -461,3 +462,38 @@ def test_a_padding_token_that_is_content_too_is_content_after_the_first_other_to
     assert torch.equal(got, hybrid.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY))
     padded = torch.cat([torch.zeros(batch, 3, dtype=torch.long), ids], dim=1)
     assert torch.equal(hybrid.generate(padded, **GREEDY)[:, 3:], got)
+
+
+def test_a_token_that_a_slow_tokenizer_appends_is_left_out():
+    class Letters(PreTrainedTokenizer):
+        """A token for each letter, between <s> and </s>."""
+
+        def __init__(self) -> None:
+            self.words = ["<s>", "</s>", *"abcdefgh"]
+            super().__init__(bos_token="<s>", eos_token="</s>")
+
+        @property
+        def vocab_size(self):
+            return len(self.words)
+
+        def get_vocab(self):
+            return {word: number for number, word in enumerate(self.words)}
+
+        def _tokenize(self, text, **_):
+            return list(text)
+
+        def _convert_token_to_id(self, token):
+            return self.words.index(token)
+
+        def _convert_id_to_token(self, index):
+            return self.words[index]
+
+        def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
+            return [0, *token_ids_0, 1]
+
+    tokenizer = Letters()
+    assert not tokenizer.is_fast and tokenizer("ab").input_ids == [0, 2, 3, 1]
+    prompts = for_prompts(tokenizer)
+    assert prompts("ab").input_ids == [0, 2, 3]
+    assert prompts("ab", add_special_tokens=False).input_ids == [2, 3]
+    assert tokenizer("ab").input_ids == [0, 2, 3, 1], "the tokenizer itself is as it was"

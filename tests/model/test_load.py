@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from consa.errors import ConsaError
@@ -231,11 +233,28 @@ def test_linear_rope_of_a_gguf_is_applied(keys: list[str], tmp_path: Path):
         assert not torch.allclose(plain(ids, **options).logits, wanted, atol=1e-2)
 
 
+def test_the_frequencies_of_llama_3_in_a_gguf_are_applied(tmp_path: Path):
+    # As converters write them: of 8 frequencies, some stay, some are divided by 32, one lies between.
+    rope = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+    config = transformers.LlamaConfig(hidden_size=32, num_attention_heads=2, rope_parameters=rope)
+    (scaled, _), plain = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu"), 500000.0 ** (-torch.arange(8) / 8)
+    factors = (plain / scaled).numpy()
+    assert round(factors.min(), 5) == 1 and 1.1 < sorted(factors)[4] < factors.max() == 32
+
+    def extra(writer: Any) -> None:
+        writer.add_rope_freq_base(500000.0)
+        writer.add_tensor("rope_freqs.weight", factors)
+
+    model: Any = load_model(str(write_gguf(tmp_path / "a.gguf", extra)), device="cpu").model
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, scaled)
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         (lambda writer: writer.add_rope_scaling_type(_yarn()), "rope.scaling.type 'yarn'"),
-        (lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)), "rope_freqs.weight"),
+        (lambda writer: writer.add_tensor("rope_freqs.weight", np.full(8, 2, np.float32)), "rope_freqs.weight"),
         (lambda writer: writer.add_tensor("rope_factors_long.weight", np.ones(8, np.float32)), "rope_factors_long"),
         (lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(32, np.float32)), "blk.0.attn_q.bias"),
         (lambda writer: writer.add_sliding_window(16), "attention.sliding_window 16"),
