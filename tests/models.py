@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,10 @@ def save_tiny(folder: Path) -> Path:
     return folder
 
 
-def write_gguf(path: Path, **numbers: int) -> Path:
+def write_gguf(path: Path, extra: Callable[[Any], None] = lambda writer: None, **numbers: int) -> Path:
     """Write a random Llama of 2 layers x 1 KV head with `byte_tokenizer` as GGUF to a file, which is returned.
 
-    `numbers` stand in the header in place of the true ones.
+    `numbers` stand in the header in place of the true ones, and `extra` may add to it.
     """
     import gguf
 
@@ -120,6 +120,7 @@ def write_gguf(path: Path, **numbers: int) -> Path:
     rng = np.random.default_rng(0)
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", rng.normal(size=shape).astype(np.float32))
+    extra(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

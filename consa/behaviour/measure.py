@@ -28,8 +28,7 @@ from consa.data.questions import examples
 from consa.errors import ConsaError
 from consa.model import loss
 from consa.model.attach import attached
-from consa.model.layout import attention_layout
-from consa.model.load import num_positions
+from consa.model.layout import attention_layout, max_positions
 from consa.provenance import environment
 
 MAX_BLOCK_SCORES = 2**22  # scores of one layer that exist at once; 16 MiB fit a CPU's caches
@@ -78,7 +77,7 @@ def measure(
         raise ConsaError(f"num_sink_tokens must be an integer >= 0, got {num_sink_tokens}")
     if not 0 <= causal_sequences <= len(sequences):
         raise ConsaError(f"causal_sequences must lie in 0..{len(sequences)}, got {causal_sequences}")
-    longest = num_positions(model.config) or sys.maxsize
+    longest = max_positions(model.config) or sys.maxsize
     if seq_len > longest:
         raise ConsaError(f"seq_len must be at most the {longest} positions of the model, got {seq_len}")
     needles = _needles(tokenizer, min(longest, NEEDLE_TOKENS), seed) if tokenizer is not None else []

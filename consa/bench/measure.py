@@ -23,7 +23,7 @@ from consa.errors import ConsaError
 from consa.files import png, write_atomically
 from consa.model import interface
 from consa.model.attach import make_dense
-from consa.model.load import num_positions
+from consa.model.layout import max_positions
 from consa.provenance import hardware, versions
 
 MEASURED = ("prefill_seconds", "decode_tokens_per_second", "cache_bytes", "peak_bytes")
@@ -111,7 +111,7 @@ def benchmark(
         raise ConsaError(
             "there is nothing to compare: the model is not a hybrid; make one with consa convert --kind hybrid"
         )
-    check_settings(contexts, batch_sizes, decode_tokens, repeats, num_positions(model.config))
+    check_settings(contexts, batch_sizes, decode_tokens, repeats, max_positions(model.config))
     models = {"dense": dense_twin(model), "hybrid": model}
     measurements, done = [], 0
     for context in contexts:

@@ -347,7 +347,7 @@ class HybridLayer(CacheLayerMixin):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens.
+        """Remove the last `-tokens_to_remove` tokens, or all if there are fewer.
 
         Raises:
             ConsaError: SWA heads have dropped tokens that they would need.
@@ -355,8 +355,9 @@ class HybridLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise ConsaError(f"crop needs a negative number of tokens to remove, got {tokens_to_remove}")
         length = self.length + tokens_to_remove
-        if length < 0:
-            raise ConsaError(f"cannot remove {-tokens_to_remove} tokens from a cache of {self.length}")
+        if length <= 0:
+            self.reset()
+            return
         dropped = self.split.sliding and self.length - self._earliest > self.split.kept
         if dropped and length < self.length:
             if not self._undo or self._undo[0].length > length:

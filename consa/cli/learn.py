@@ -10,9 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from consa.cli.options import (
-    Kept,
+    RULE_FIELDS,
+    Chosen,
     Out,
     Tensorboard,
+    chosen,
     command_line,
     from_options,
     model_name,
@@ -63,15 +65,17 @@ def demo(
     _run(DEMO_RUN, config, folder, f"consa demo --seed {seed}", tensorboard)
 
 
+@with_fields_of(EvalConfig, only=RULE_FIELDS)
 @with_fields_of(RunConfig, AdaptConfig)
-def adapt(*, allocation: Kept, out: Out = None, tensorboard: Tensorboard = False, **options: Any) -> None:
+def adapt(
+    *, allocation: Chosen = None, out: Out = None, tensorboard: Tensorboard = False, ctx: typer.Context, **options: Any
+) -> None:
     """Continue training MODEL under a fixed allocation, and compare with the hybrid before training."""
     run_config, config = from_options(options, RunConfig, AdaptConfig)
-    command = f"{command_line('adapt', run_config, config)} --allocation {shlex.quote(str(allocation))}"
+    rule = EvalConfig(**{name: options[name] for name in RULE_FIELDS})
+    kept = chosen(ctx, allocation, run_config.model, replace(rule, seed=config.seed))
+    command = f"{command_line('adapt', run_config, config, rule)} --allocation {shlex.quote(str(allocation))}"
     folder = out or Path("runs") / f"adapt-{model_name(run_config)}-{config.method}-seed{config.seed}"
-    from consa.allocation import Allocation
-
-    kept = Allocation.load(allocation)
     from consa.runs.adaptation import run_adaptation
 
     summary = run_adaptation(run_config, kept, config, folder, command=command, tensorboard=tensorboard)

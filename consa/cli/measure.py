@@ -11,8 +11,8 @@ import typer
 from consa.cli.options import (
     Converted,
     Out,
+    check_exists,
     command_line,
-    existing,
     from_options,
     model_name,
     number,
@@ -92,6 +92,7 @@ def bench(
             raise ConsaError(f"{name} must be integers separated by commas, got {value!r}") from None
     if engine not in ("transformers", "vllm"):
         raise ConsaError(f"engine must be transformers or vllm, got {engine!r}")
+    check_exists(folder)
     from consa.bench import measure as stock
     from consa.bench import vllm
     from consa.model.convert import load
@@ -128,7 +129,6 @@ def behaviour(
             "FOLDER",
             "Folder of a run of MODEL. Its window and sink tokens are used, and the measures are compared with its"
             " allocation.",
-            callback=existing,
         ),
     ] = None,
     out: Annotated[
@@ -140,6 +140,8 @@ def behaviour(
     """Measure what each KV head of MODEL attends to: spans, sinks, induction, copying, needles and more."""
     if out is None and run is None:
         raise ConsaError("give --out FILE or --run FOLDER, so that there is a place to write to")
+    if run is not None:
+        check_exists(run)
     from consa.allocation import Allocation
 
     limits = {name: options.pop(name) for name in ("window", "num_sink_tokens")}

@@ -9,14 +9,17 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.models import ArgumentInfo
 
-from consa.config import FORMER_NAMES, RunConfig
+from consa.config import FORMER_NAMES, EvalConfig, RunConfig
 from consa.errors import ConsaError
 from consa.settings import Kind, help_of, kinds
+
+if TYPE_CHECKING:
+    from consa.allocation import Allocation
 
 FORMER_OPTIONS = {
     f"--{no}{old.replace('_', '-')}": f"--{no}{new.replace('_', '-')}"
@@ -135,27 +138,32 @@ def command_line(verb: str, *configs: Any) -> str:
     return shlex.join(words)
 
 
-def text(metavar: str, help: str, *names: str, **details: Any) -> Any:
+def text(metavar: str, help: str, *names: str) -> Any:
     """An option for text or a path."""
-    return typer.Option(*names, metavar=metavar, help=help, **details)
+    return typer.Option(*names, metavar=metavar, help=help)
 
 
 Out = Annotated[Path | None, text("FOLDER", "Folder for the results. Default: a folder under runs/.")]
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Also write the metrics for TensorBoard.")]
-KEPT_HELP = "Allocation: an allocation.json, the folder of a run, or the name of a published one."
-Kept = Annotated[Path, text("FILE", KEPT_HELP, "--allocation")]
-
-
-def existing(path: Path | None) -> Path | None:
-    """Return a path that the user named, or refuse one that does not exist."""
-    if path is not None and not os.path.exists(path):
-        raise ConsaError(f"{path} does not exist; check the path")
-    return path
-
-
-Converted = Annotated[
-    Path, typer.Argument(metavar="FOLDER", help="Folder that `consa convert` wrote.", callback=existing)
+Chosen = Annotated[
+    str | None,
+    text(
+        "NAME",
+        "Allocation: an allocation.json, the folder of a run, the name of a published allocation or of a rule,"
+        " dense, all_swa, or a .tsv of DuoAttention or PruLong. Without it, an error lists the names for MODEL.",
+        "--allocation",
+    ),
 ]
+RULE_FIELDS = ("sparsity", "granularity", "window", "num_sink_tokens")  # of EvalConfig, for allocations that are rules
+
+
+def check_exists(path: Path) -> None:
+    """Raise a ConsaError for a path that does not exist."""
+    if not os.path.exists(path):
+        raise ConsaError(f"{path} does not exist; check the path")
+
+
+Converted = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that `consa convert` wrote.")]
 
 
 def was_given(ctx: typer.Context, name: str) -> bool:
@@ -167,3 +175,27 @@ def was_given(ctx: typer.Context, name: str) -> bool:
 def model_name(run_config: RunConfig) -> str:
     """A name for the model in names of folders."""
     return re.sub(r"[^\w.-]+", "-", Path(run_config.model).name) or "model"
+
+
+def chosen(ctx: typer.Context, name: str | None, model: str, config: EvalConfig) -> Allocation:
+    """Return the allocation that --allocation names, before MODEL is loaded; `config` holds the options of rules.
+
+    Raises:
+        ConsaError: as `consa.evaluation.suite.named`, or an option that the named allocation would ignore.
+    """
+    from consa import rules
+    from consa.evaluation.suite import ALL_SWA, file_of, named, names_for
+    from consa.model.load import read_layout
+
+    if name is None:
+        raise ConsaError(f"--allocation is missing: give a file or one of {', '.join(names_for(model))}")
+    used = RULE_FIELDS if name in (ALL_SWA, *rules.RULES) else RULE_FIELDS[2:] if name.endswith(".tsv") else ()
+    for field in RULE_FIELDS:
+        if was_given(ctx, field) and field not in used:
+            raise ConsaError(
+                f"{option_name(field)} applies to rules; the allocation {name!r} is none and keeps its own"
+            )
+    file_of(name, model)
+    layout = read_layout(model)
+    found = named(name, model, layout, config)
+    return found or rules.dense(*layout.shape, native_windows=layout.native_windows)

@@ -9,25 +9,28 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from consa.cli.options import Converted, number, text, was_given, with_fields_of
+from consa.cli.options import (
+    RULE_FIELDS,
+    Chosen,
+    Converted,
+    check_exists,
+    chosen,
+    number,
+    text,
+    was_given,
+    with_fields_of,
+)
 from consa.config import EvalConfig
 from consa.errors import ConsaError
 from consa.files import read_text
 
 
-@with_fields_of(EvalConfig, only=("sparsity", "granularity", "window", "num_sink_tokens", "seed"))
+@with_fields_of(EvalConfig, only=(*RULE_FIELDS, "seed"))
 def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model, as for `consa learn`.")],
     *,
     out: Annotated[Path, text("FOLDER", "New folder for the checkpoint.")],
-    allocation: Annotated[
-        str | None,
-        text(
-            "NAME",
-            "Allocation: an allocation.json, the folder of a run, the name of a published allocation or of a rule,"
-            " dense, all_swa, or a .tsv of DuoAttention or PruLong. Without it, an error lists the names for MODEL.",
-        ),
-    ] = None,
+    allocation: Chosen = None,
     kind: Annotated[
         str,
         text(
@@ -36,28 +39,22 @@ def convert(
             " without sink tokens. auto writes a plain checkpoint whenever it is equivalent.",
         ),
     ] = "auto",
+    ctx: typer.Context,
     **options: Any,
 ) -> None:
     """Write MODEL with an allocation as a checkpoint that generates with a small KV cache."""
     config = EvalConfig(**options)
-    from consa import rules
-    from consa.evaluation.suite import file_of, named, names_for
     from consa.model import convert
-    from consa.model.load import load_model, read_layout
+    from consa.model.load import load_model
     from consa.progress import note
 
     convert.check_wish(out, kind)
-    if allocation is None:
-        raise ConsaError(f"--allocation is missing: give a file or one of {', '.join(names_for(model))}")
-    file_of(allocation, model)
-    layout = read_layout(model)
-    chosen = named(allocation, model, layout, config)
-    chosen = chosen or rules.dense(*layout.shape, native_windows=layout.native_windows)
+    allocated = chosen(ctx, allocation, model, config)
     loaded = load_model(model, device="cpu", dtype="auto")
-    match chosen.provenance.get("config"):
+    match allocated.provenance.get("config"):
         case {"mode": "joint"}:
             note("Mode joint trained weights along with this allocation; they are in the folder `model` of its run")
-    written = convert.convert(loaded.model, chosen, out, tokenizer=loaded.tokenizer, kind=cast(Any, kind))
+    written = convert.convert(loaded.model, allocated, out, tokenizer=loaded.tokenizer, kind=cast(Any, kind))
     print(f"{written.folder}: {written.kind} checkpoint ({written.reason})")
 
 
@@ -84,6 +81,7 @@ def generate(
     ctx: typer.Context,
 ) -> None:
     """Continue a prompt with a converted model, and print the text as it is generated."""
+    check_exists(folder)
     if (prompt is None) == (file is None):
         raise ConsaError("give either --prompt or --file")
     if model_sampling and (was_given(ctx, "temperature") or was_given(ctx, "top_p")):
@@ -114,6 +112,7 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a converted model with vLLM behind an OpenAI-compatible API. See docs/SERVING.md."""
+    check_exists(folder)
     from consa.serving import server
 
     command = server.command(folder, options or [])

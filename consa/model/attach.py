@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -13,10 +12,12 @@ from consa.errors import ConsaError
 from consa.model import interface
 from consa.model.layout import attention_layout, check_fits
 from consa.model.plan import Observer, Plan
+from consa.model.register import INTERNAL
 
 
-@contextmanager
-def attached(model: PreTrainedModel, allocation: Allocation, *, observer: Observer | None = None) -> Iterator[Plan]:
+def attached(
+    model: PreTrainedModel, allocation: Allocation, *, observer: Observer | None = None
+) -> AbstractContextManager[Plan]:
     """Within the block, `model` computes the exact hybrid attention of `allocation`; on exit it is restored.
 
     Args:
@@ -24,33 +25,50 @@ def attached(model: PreTrainedModel, allocation: Allocation, *, observer: Observ
         allocation: which KV heads keep full attention.
         observer: called by each layer before it attends.
 
-    Yields:
-        The `Plan` that the model's attention layers follow.
+    Returns:
+        A context manager that yields the `Plan` that the model's attention layers follow.
 
     Raises:
         UnsupportedModelError: consa cannot take over this model's attention exactly.
         InvalidAllocationError: the allocation was made for a model of another shape.
     """
-    layout = attention_layout(model)
-    check_fits(allocation, layout, type(model).__name__)
-    modules: list[Any] = [model.get_submodule(name) for name in layout.names]
-    if interface.allocation_of(model.config) is not None:
-        raise ConsaError(
-            f"{type(model).__name__} is a converted hybrid with its own allocation; load the original model"
-        )
-    if any(hasattr(module, "consa_plan") for module in modules):
-        raise ConsaError(f"{type(model).__name__} already has an allocation attached; leave that `with` block first")
-    before: Any = model.config._attn_implementation
-    plan = Plan(allocation, observer)
-    try:
-        model.set_attn_implementation(interface.NAME)
-        for module in modules:
+    return _Attachment(model, allocation, observer)
+
+
+class _Attachment(AbstractContextManager[Plan]):
+    """What `attached` returns. A generator would detach the model when it is garbage-collected."""
+
+    def __init__(self, model: PreTrainedModel, allocation: Allocation, observer: Observer | None) -> None:
+        self._model, self._allocation, self._observer = model, allocation, observer
+
+    def __enter__(self) -> Plan:
+        name = type(self._model).__name__
+        layout = attention_layout(self._model)
+        check_fits(self._allocation, layout, name)
+        self._modules: list[Any] = [self._model.get_submodule(name) for name in layout.names]
+        if interface.allocation_of(self._model.config) is not None:
+            raise ConsaError(f"{name} is a converted hybrid with its own allocation; load the original model")
+        if any(hasattr(module, "consa_plan") for module in self._modules):
+            raise ConsaError(f"{name} already has an allocation attached; leave that `with` block first")
+        self._before = [(fields, fields[INTERNAL]) for fields in _configs(self._model)]
+        plan = Plan(self._allocation, self._observer)
+        for module in self._modules:
             module.consa_plan = plan
-        yield plan
-    finally:
-        for module in modules:
-            module.__dict__.pop("consa_plan", None)
-        model.set_attn_implementation(before)
+        for fields, _ in self._before:
+            fields[INTERNAL] = interface.NAME
+        return plan
+
+    def __exit__(self, *exception: object) -> None:
+        for module in self._modules:
+            vars(module).pop("consa_plan", None)
+        for fields, attention in self._before:
+            fields[INTERNAL] = attention
+
+
+def _configs(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """The fields of the configs of a model and its submodels."""
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    return [vars(config) for config in configs.values()]
 
 
 def make_dense(model: PreTrainedModel) -> None:
@@ -58,7 +76,8 @@ def make_dense(model: PreTrainedModel) -> None:
     for module in model.modules():
         vars(module).pop("consa_plan", None)
     if vars(model.config).pop("consa", None):
-        model.set_attn_implementation("eager" if has_softcap(model) else "sdpa")
+        for fields in _configs(model):
+            fields[INTERNAL] = "eager" if has_softcap(model) else "sdpa"
 
 
 def has_softcap(model: PreTrainedModel) -> bool:

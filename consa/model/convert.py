@@ -23,8 +23,7 @@ from consa.files import JsonObject, check_writable, read_json, sha256_of
 from consa.model import interface
 from consa.model.layout import attention_layout, check_fits, inspect_attention
 from consa.model.load import cannot_write, check_device, new_folder, quiet
-from consa.model.plan import Plan
-from consa.model.register import ARCHITECTURE_PREFIX, PREFIX, TAKEN
+from consa.model.register import config_record, hybrid_config
 
 SCHEMA = "consa.checkpoint/1"
 MANIFEST = "consa.json"
@@ -91,15 +90,18 @@ def convert(
         )
     try:
         with new_folder(folder) as temporary, quiet():
-            record = vars(model.config).pop("consa", None)  # without it, a hybrid's config may be saved
+            record = vars(model.config).pop("consa", None)  # the family's config is written, and changed below
             try:
                 model.save_pretrained(temporary)
             finally:
                 if record is not None:
                     model.config.consa = record
             config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
-            describe = _hybrid_config if kind == "hybrid" else _plain_config
-            _write_json(temporary / "config.json", config | describe(model, config, allocation))
+            if kind == "hybrid":
+                config = hybrid_config(config, allocation)
+            else:
+                config |= _plain_config(model, allocation)
+            _write_json(temporary / "config.json", config)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
             allocation.save(temporary / ALLOCATION)
@@ -132,7 +134,7 @@ def load(
     """Load a converted model; its `generate()` uses the small cache automatically.
 
     Args:
-        folder: a folder written by `convert`, of either kind.
+        folder: a folder written by `convert`, of either kind, or by `save_pretrained` of a hybrid.
         device: None selects "cuda" if available, else "cpu".
         dtype: None keeps the saved dtype.
 
@@ -157,11 +159,7 @@ def load(
     except Exception as error:
         raise ConsaError(f"cannot load {folder}: {first_line(error)}") from error
     if kind == "hybrid":
-        layout = attention_layout(model)
-        check_fits(allocation, layout, type(model).__name__)
-        plan = Plan(allocation)
-        for name in layout.names:
-            model.get_submodule(name).consa_plan = plan
+        check_fits(allocation, attention_layout(model), type(model).__name__)
     return model.to(device)
 
 
@@ -170,6 +168,8 @@ def verify(folder: str | Path) -> tuple[Literal["hybrid", "plain"], Allocation]:
     folder = Path(folder)
     manifest_file, config_file = folder / MANIFEST, folder / "config.json"
     if not os.path.isfile(manifest_file):  # unlike Path.is_file, accepts names that are too long
+        if (saved := _saved_allocation(folder)) is not None:
+            return "hybrid", saved
         raise ConsaError(f"{folder} holds no {MANIFEST}, so it is not a converted model; make one with consa convert")
     manifest = _read_json(manifest_file)
     files = manifest.get("files")
@@ -189,11 +189,21 @@ def verify(folder: str | Path) -> tuple[Literal["hybrid", "plain"], Allocation]:
     config = _read_json(config_file)
     if manifest.get("kind") == "plain" and "consa" not in config:
         return "plain", allocation
-    if manifest.get("kind") != "hybrid" or config.get("consa") != _record(allocation):
+    if manifest.get("kind") != "hybrid" or config.get("consa") != config_record(allocation):
         raise _damaged(f"{config_file} does not hold the allocation of {ALLOCATION}")
     if config.get("model_type") != interface.NAME:
         raise _damaged(f"{config_file}: model_type must be {interface.NAME!r}, got {config.get('model_type')!r}")
     return "hybrid", allocation
+
+
+def _saved_allocation(folder: Path) -> Allocation | None:
+    """The allocation of a hybrid that `save_pretrained` wrote, which writes neither manifest nor allocation.json."""
+    if not os.path.isfile(folder / "config.json") or os.path.exists(folder / ALLOCATION):
+        return None
+    config = _read_json(folder / "config.json")
+    if config.get("model_type") != interface.NAME or not isinstance(config.get("consa"), dict):
+        return None
+    return Allocation.from_json(json.dumps(config["consa"]))
 
 
 def plain_obstacle(config: Any, allocation: Allocation) -> str | None:
@@ -213,22 +223,7 @@ def plain_obstacle(config: Any, allocation: Allocation) -> str | None:
     return None
 
 
-def _hybrid_config(model: PreTrainedModel, written: JsonObject, allocation: Allocation) -> JsonObject:
-    """The changes to a config `written` by the family so that only `register.HybridConfig` can read it."""
-    return {PREFIX + name: written[name] for name in TAKEN if name in written} | {
-        "model_type": interface.NAME,  # read by AutoModel
-        "layer_types": [interface.NAME] * allocation.num_layers,  # read by the classes of all families
-        "architectures": [ARCHITECTURE_PREFIX + type(model).__name__],  # read by vLLM and others
-        "consa": _record(allocation),
-    }
-
-
-def _record(allocation: Allocation) -> JsonObject:
-    """The allocation as a config holds it."""
-    return json.loads(allocation.to_json()) | {"scores": None, "provenance": {}}
-
-
-def _plain_config(model: PreTrainedModel, written: JsonObject, allocation: Allocation) -> JsonObject:
+def _plain_config(model: PreTrainedModel, allocation: Allocation) -> JsonObject:
     """The changes that express the allocation in the config of the family."""
     config: Any = model.config
     kinds = ("sliding_attention", "full_attention")

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from consa.data.prompts import for_prompts
 from consa.errors import ConsaError
 from consa.model.convert import load
-from consa.model.load import num_positions
+from consa.model.layout import max_positions
 
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Settings of generation_config.json that decide how a token is drawn, besides penalties."""
@@ -110,9 +110,10 @@ def generate_text(
     if on_text:
         streamer = TextStreamer(cast(Any, tokenizer), skip_prompt=True, skip_special_tokens=True)
         streamer.on_finalized_text = lambda text, stream_end=False: text and on_text(text)  # instead of printing
-    ends: Any = getattr(model.generation_config, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    options |= {"add_special_tokens": not chat, "streamer": streamer, "eos_token_id": sorted(ends) or None}
+    own: Any = getattr(model.generation_config, "eos_token_id", None)
+    named: list[Any] = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    ends = [end for end in dict.fromkeys(named) if end is not None]
+    options |= {"add_special_tokens": not chat, "streamer": streamer, "eos_token_id": ends or None}
     (text,) = generate_texts(model, tokenizer, [prompt], **options)
     return text
 
@@ -153,13 +154,14 @@ def generate_texts(
     if not all(texts):
         raise ConsaError("the prompt is empty; pass some text")
     length = max(map(len, texts))
-    known = model.get_input_embeddings().num_embeddings
+    embeddings: Any = model.get_input_embeddings()
+    known: int = embeddings.num_embeddings
     if (largest := max(map(max, texts))) >= known:
         raise ConsaError(
             f"the prompt holds {tokenizer.convert_ids_to_tokens(largest)!r}, token {largest} of the tokenizer, but the"
             f" model has embeddings for {known} tokens; remove it from the prompt"
         )
-    longest = num_positions(model.config)
+    longest = max_positions(model.config)
     if longest is not None and length + max_new_tokens > longest:
         raise ConsaError(
             f"the prompt's {length} tokens and {max_new_tokens} new tokens exceed the {longest} positions of the model;"
@@ -167,7 +169,7 @@ def generate_texts(
         )
     sampling = sampling or Sampling()
     torch.manual_seed(sampling.seed)
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    candidates: Any = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     padding = next((token for token in candidates if token is not None and token < known), 0)
     missing = torch.tensor([[length - len(text)] for text in texts])
     ids = torch.tensor([[padding] * (length - len(text)) + text for text in texts])
@@ -177,4 +179,12 @@ def generate_texts(
         output = generate(
             ids.to(model.device), attention_mask=(torch.arange(length) >= missing).long().to(model.device), **options
         )
-    return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+    ends = options.get("eos_token_id", tokenizer.eos_token_id)
+    ends = set(ends) if isinstance(ends, (list, tuple)) else {ends}
+    rows = [_until(row, ends) for row in output[:, length:].tolist()]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def _until(tokens: list[int], ends: set[Any]) -> list[int]:
+    """The tokens up to the first of `ends`; what follows is padding."""
+    return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in ends), tokens)

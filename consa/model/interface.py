@@ -19,10 +19,11 @@ INSPECT_NAME = "consa_inspect"  # used only on skeletons without weights
 
 
 def consa_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **options: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention function: `(batch, heads, tokens, head_dim)` in, `(batch, tokens, heads, head_dim)` out.
 
+    Further arguments have the order of transformers' flash attention: dropout, scaling, sliding_window, softcap.
     torch.compile compiles it only for attention over a cache. Elsewhere, the values of the gates decide at every draw
     which kernels run on which rows.
 
@@ -30,7 +31,7 @@ def consa_attention(
         ConsaError: the module has no plan, or asks for something that consa cannot compute exactly.
     """
     attend = _attend if isinstance(key, NewKeys) else _attend_uncompiled
-    return attend(module, query, key, value, attention_mask, **options)
+    return attend(module, query, key, value, attention_mask, *args, **options)
 
 
 def _attend(
@@ -39,8 +40,9 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,  # the allocation holds native windows
     softcap: float | None = None,
     **ignored: Any,
 ) -> tuple[Tensor, None]:
@@ -113,6 +115,8 @@ def consa_mask(
     Raises:
         ConsaError: packed sequences, a StaticCache, or a mask with holes, which consa cannot compute exactly.
     """
+    if torch.compiler.is_exporting():
+        raise ConsaError("torch.export of a hybrid is not supported; use torch.compile, or consa convert and a server")
     # StaticHybridLayer reports length 0, for which transformers never skips the mask.
     static = kv_length == 0
     if not allow_is_causal_skip and not static:
@@ -139,9 +143,22 @@ def consa_mask(
     return first[:, None, None, None] if bool(first.any()) else None
 
 
+def is_attention(module: Any) -> bool:
+    """Whether a module is an attention layer, as transformers writes them."""
+    return hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups")
+
+
+def inspected_mask(*args: Any, allow_is_causal_skip: bool = True, **ignored: Any) -> None:
+    """The mask function of a skeleton: None, unless `consa_mask` would refuse the masks of the family."""
+    if not allow_is_causal_skip:
+        raise ConsaError("its masks are not causal ones")
+
+
 def record_call(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
+    module: Any, query: Tensor, key: Tensor | NewKeys, value: Tensor, attention_mask: Tensor | None, **keywords: Any
 ) -> tuple[Tensor, None]:
     """The attention function of a skeleton: stores its arguments on the module and returns an empty tensor."""
+    if isinstance(key, NewKeys):
+        _, key, value = key
     module.consa_call = (query, key, value, keywords)
     return query.new_empty((*query.shape[:3], value.shape[3])).transpose(1, 2), None

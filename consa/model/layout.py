@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from consa.allocation import Allocation
+from consa.cache.hybrid import cache_argument
+from consa.cache.layer import HybridLayer, NewKeys
+from consa.cache.split import HeadSplit
 from consa.errors import InvalidAllocationError, UnsupportedModelError
 from consa.model import interface
 from consa.model import register as _register  # noqa: F401 (the attention that records a skeleton's calls)
@@ -104,20 +108,22 @@ def inspect_attention(model_class: type[PreTrainedModel], config: Any) -> Attent
     num_layers = config.get_text_config().num_hidden_layers
     if not isinstance(num_layers, int) or not 1 <= num_layers <= MAX_LAYERS:
         raise refuse(f"its config says num_hidden_layers {num_layers!r}, which is not 1 to {MAX_LAYERS}")
-    config = type(config).from_dict(config.to_dict())  # a copy: the skeleton must not change the caller's
-    config._attn_implementation = interface.INSPECT_NAME
+    fields = config.to_dict()  # a copy: the skeleton must not change the caller's
+    fields.pop("consa", None)  # a hybrid is inspected as the dense model of its weights
     try:
+        config = type(config).from_dict(fields)
+        config._attn_implementation = interface.INSPECT_NAME
         with torch.device("meta"):
             skeleton = model_class(config).eval()
             for parent in skeleton.modules():
-                if any(map(_is_attention, parent.children())):
+                if any(map(interface.is_attention, parent.children())):
                     # Feed-forward layers and norms keep the shape, and some cannot run on the meta device.
                     for child in parent.children():
-                        if not _is_attention(child):
+                        if not interface.is_attention(child):
                             child.forward = _first_argument
-            tokens = torch.zeros(1, 2, dtype=torch.long)
-            # Without a mask, transformers would look for packed sequences in the data.
-            skeleton(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+                elif hasattr(parent, "rope_type"):  # some scale with the values of positions, which are not there
+                    parent.forward = functools.partial(inspect.unwrap(type(parent).forward), parent)
+            _run(skeleton, 2, use_cache=False)
     except Exception as error:  # model code may raise anything
         raise refuse(f"a forward pass of its skeleton failed: {type(error).__name__}: {error}") from error
     modules: Any = {n: m for n, m in skeleton.named_modules() if hasattr(m, "consa_call")}
@@ -128,7 +134,8 @@ def inspect_attention(model_class: type[PreTrainedModel], config: Any) -> Attent
         q, k, v, keywords = module.consa_call
         shapes.add((q.shape[1], k.shape[1], q.shape[3], k.shape[3], v.shape[3]))
         asked = {key for key, value in keywords.items() if value is not None}
-        if asked - KNOWN_KEYWORDS or keywords.get("is_causal") is False:
+        causal = keywords.get("is_causal")
+        if asked - KNOWN_KEYWORDS or not (getattr(module, "is_causal", True) if causal is None else causal):
             raise refuse(f"its attention uses {', '.join(sorted(asked - KNOWN_KEYWORDS)) or 'no causality'}")
         if "sliding_window" in asked:
             native_windows[layer] = keywords["sliding_window"]
@@ -142,11 +149,43 @@ def inspect_attention(model_class: type[PreTrainedModel], config: Any) -> Attent
         raise refuse("layer_types in its config and its attention layers disagree about which layers slide")
     if len(native_windows) == num_layers:
         raise refuse("every layer already uses a sliding window, so there is nothing to allocate")
+    cache: Any = Cache(layers=[_CountingLayer(HeadSplit((), (), window=1, num_sink_tokens=0)) for _ in modules])
+    try:
+        with torch.device("meta"):
+            for queries in (2, 1):  # a prompt and a generated token
+                _run(skeleton, queries, use_cache=True, **{cache_argument(skeleton): cache})
+    except Exception as error:
+        raise refuse(f"a step of its skeleton with a cache failed: {type(error).__name__}: {error}") from error
+    for layer, module in enumerate(modules.values()):
+        if cache.layers[layer].get_seq_length() != 3 or [x.shape for x in module.consa_call[:3]] != [
+            (1, heads, 1, head_dim) for heads in (q_heads, kv_heads, kv_heads)
+        ]:
+            raise refuse(f"its layer {layer} does not keep its own keys and values in the cache")
     return AttentionLayout(tuple(modules), q_heads, kv_heads, head_dim, native_windows)
 
 
-def _is_attention(module: nn.Module) -> bool:
-    return hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups")
+class _CountingLayer(HybridLayer):
+    """A layer of a skeleton's cache: hands on keys as a `HybridLayer` does, and counts them."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.length += key_states.shape[2]
+        return NewKeys(self, key_states, value_states), None
+
+
+def _run(skeleton: Any, queries: int, **options: Any) -> None:
+    # Without a mask, transformers would look for packed sequences in the data.
+    mask = torch.ones(1, queries, dtype=torch.long)
+    skeleton(input_ids=torch.zeros_like(mask), attention_mask=mask, **options)
+
+
+def max_positions(config: Any) -> int | None:
+    """The number of tokens that a model's positions cover, with those that RoPE scaling adds; None without a limit."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    longest = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if longest is None or rope.get("rope_type") not in ("yarn", "linear", "dynamic"):
+        return longest  # other kinds, and scaling by layer type, have it in max_position_embeddings
+    return max(longest, int((rope.get("original_max_position_embeddings") or longest) * rope["factor"]))
 
 
 def _first_argument(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -154,5 +193,6 @@ def _first_argument(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> t
 
 
 @functools.lru_cache(maxsize=32)  # attaching is frequent, and a skeleton takes 0.15 s
-def _inspect_cached(model_class: type, config_class: type, config_json: str) -> AttentionLayout:
-    return inspect_attention(model_class, config_class.from_dict(json.loads(config_json)))
+def _inspect_cached(model_class: type, config_class: Any, config_json: str) -> AttentionLayout:
+    fields = config_class._decode_special_floats(json.loads(config_json))
+    return inspect_attention(model_class, config_class.from_dict(fields))

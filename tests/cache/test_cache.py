@@ -263,14 +263,29 @@ def test_crop_refuses_what_is_gone(model):
             cache.crop(-1)
         with pytest.raises(ConsaError, match="negative number of tokens to remove, got 3"):
             cache.crop(3)
-        with pytest.raises(ConsaError, match="cannot remove 21 tokens from a cache of 20"):
-            cache.crop(-21)
         cache.activate_past_recording()
         decode(model, cache, tokens(1, 22), [2])
         with pytest.raises(ConsaError, match="cannot remove 3 tokens"):
             cache.crop(-3)
         cache.crop(-2)
         assert cache.get_seq_length() == 20
+
+
+@pytest.mark.parametrize("max_length", [None, 64])
+def test_crop_of_more_than_there_is_empties_the_cache_as_that_of_transformers(model, max_length):
+    allocation, ids = allocate(model, window=7, num_sink_tokens=2), tokens(1, 20)
+    with torch.no_grad(), attached(model, allocation):
+        cache, stock = HybridCache(allocation, max_length=max_length), DynamicCache()
+        for removed in (-1, 0):
+            cache.crop(removed)
+            assert cache.get_seq_length() == 0
+        for removed in (-20, -21):
+            wanted = decode(model, HybridCache(allocation, max_length=max_length), ids, [20])
+            assert torch.equal(decode(model, cache, ids, [20]), wanted)
+            model(ids, **{CACHE: stock})
+            for each in (cache, stock):
+                each.crop(removed)
+                assert each.get_seq_length() == 0
 
 
 @pytest.mark.parametrize("max_length", [None, 64])

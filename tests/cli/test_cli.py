@@ -358,8 +358,8 @@ def test_learn_from_the_shell(tmp_path: Path, tiny_model_folder: Path, text_fold
         "Found",
         "Learning",
         "Refining",
-        "Undecided:",
         "Not",  # separated
+        "Undecided:",
         "Measuring",
     }
     for part in ("loss", "sparsity", "target", "multiplier", "tokens/s", "GiB", "left"):

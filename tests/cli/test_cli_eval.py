@@ -13,7 +13,9 @@ import pytest
 from consa import Allocation, rules
 from consa.cli import commands as cli
 from consa.config import EvalConfig, RunConfig, SweepConfig
-from consa.runs import inputs
+from consa.errors import ConsaError
+from consa.model import convert
+from consa.runs import adaptation, inputs
 from consa.settings import help_of
 from tests.cli.test_cli import apart, consa_cli, refused  # noqa: F401 (apart is a fixture, for every test)
 
@@ -153,3 +155,50 @@ def test_a_sparsity_that_no_rule_takes_is_refused(tmp_path: Path):
     rules.top(4, 3, sparsity=0.25, window=8).save(tmp_path / "a.json")
     line = refused("eval", "m", "--sparsity", 0.5, "--allocation", tmp_path / "a.json", "--out", tmp_path / "out")
     assert "sparsity applies to rules" in line
+
+
+@pytest.mark.parametrize("verb", ["adapt", "convert"])
+@pytest.mark.parametrize(
+    ("name", "options", "want"),
+    [
+        ("top", ["--sparsity", "0.5", "--window", "9"], (0.5, 9)),
+        ("all_swa", ["--window", "9"], (1.0, 9)),
+        ("dense", [], (0.0, None)),
+        ("{0}/a.tsv", ["--window", "9"], (0.5, 9)),
+    ],
+)
+def test_adapt_and_convert_take_the_allocations_that_eval_takes(
+    verb: str,
+    name: str,
+    options: list[str],
+    want: tuple[float, int | None],
+    tmp_path: Path,
+    tiny_model_folder: Path,
+    text_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    (tmp_path / "a.tsv").write_text("\n".join(["1\t1\t1", "0\t0\t0"] * 2))
+    given: list[Any] = []
+
+    def stop(*args: Any, **_: Any) -> None:
+        given.extend(x for x in args if isinstance(x, Allocation))
+        raise ConsaError("stopped")
+
+    monkeypatch.setattr(adaptation, "run_adaptation", stop)
+    monkeypatch.setattr(convert, "convert", stop)
+    words = [verb, tiny_model_folder, "--allocation", name.format(tmp_path), *options, "--out", tmp_path / "out"]
+    if verb == "adapt":
+        words += ["--data", text_folder]
+    assert "stopped" in refused(*words)
+    assert given[0].sparsity == want[0] and want[1] in (None, given[0].window)
+
+
+@pytest.mark.parametrize("verb", ["adapt", "convert"])
+@pytest.mark.parametrize("option", ["--sparsity", "--window"])
+def test_options_of_rules_are_refused_beside_a_file(verb: str, option: str, tmp_path: Path, tiny_model_folder: Path):
+    rules.top(4, 3, sparsity=0.25, window=8).save(tmp_path / "a.json")
+    number = {"--sparsity": "0.5", "--window": "9"}[option]
+    line = refused(
+        verb, tiny_model_folder, "--allocation", tmp_path / "a.json", option, number, "--out", tmp_path / "out"
+    )
+    assert option in line and "a.json" in line and "keeps its own" in line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -12,11 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import consa
 from consa import Allocation, ConsaError, attached, convert, load
 from consa.errors import InvalidAllocationError
+from consa.model import interface
 from consa.model.convert import verify
 from tests.models import CACHE, FAMILIES, allocate, tiny, tokens
 
@@ -29,9 +40,9 @@ def layerwise(num_layers: int = 4, num_kv_heads: int = 3, num_sink_tokens: int =
     return Allocation(full_attention=full, granularity="layer", window=6, num_sink_tokens=num_sink_tokens)
 
 
-def logits(model, ids, **options):
+def logits(model, *ids, **options):
     with torch.no_grad():
-        return model(ids, **options).logits
+        return model(*ids, **options).logits
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +110,22 @@ def test_without_consa_transformers_refuses_whichever_class_and_attention_is_ask
     assert len(refused) == 15, done.stdout
     for line in refused:
         auto = line.startswith("Auto")
-        assert ("has model type `consa`" if auto else "validate_layer_type") in line, line
+        assert ("has model type `consa`" if auto else "import consa.register before loading it") in line, line
 
 
-def test_a_family_class_refuses_with_consa_too(folder):
-    with pytest.raises(Exception, match="layer_types` entries must be in"):
+def test_a_tokenizer_needs_no_consa(tiny_model_folder, tmp_path):
+    source = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    convert(source, allocate(source), tmp_path / "out", tokenizer=AutoTokenizer.from_pretrained(tiny_model_folder))
+    done = fresh(f"import transformers; transformers.AutoTokenizer.from_pretrained({str(tmp_path / 'out')!r})")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_classes_of_the_family_read_a_hybrid_as_a_hybrid(folder):
+    assert LlamaConfig.from_pretrained(folder).num_hidden_layers == 4
+    ids = tokens(1, 40)
+    hybrid = LlamaForCausalLM.from_pretrained(folder).eval()
+    assert torch.equal(logits(hybrid, ids, use_cache=False), logits(load(folder), ids))
+    with pytest.raises(ConsaError, match="would run it as full attention"):
         LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
 
 
@@ -132,25 +154,107 @@ def test_another_attention_than_the_hybrid_is_refused(folder):
     with pytest.raises(ConsaError, match=message):
         model.set_attn_implementation("sdpa")
     assert torch.equal(model(tokens(1, 5), use_cache=False).logits, wanted)
-    model.config._attn_implementation = "sdpa"
     with pytest.raises(ConsaError, match=message):
-        model.generate(tokens(1, 5), max_new_tokens=2)
-    with pytest.raises(ConsaError, match=message):
-        model(tokens(1, 5))
+        model.config._attn_implementation = "sdpa"
+    assert torch.equal(model(tokens(1, 5)).logits, wanted)
 
 
-@pytest.mark.parametrize("load", [load, AutoModelForCausalLM.from_pretrained])
-def test_a_loaded_hybrid_neither_attaches_nor_saves_itself(model, folder, tmp_path, load):
-    hybrid = load(folder)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("way", ["from_config", "from_dict", "constructor", "config argument", "stored value"])
+def test_a_hybrid_never_runs_full_attention_however_it_is_constructed(folder, way, training):
+    config, hybrid = AutoConfig.from_pretrained(folder), load(folder)
+    fields = config.to_dict()
+    if way == "stored value":
+        vars(config)["_attn_implementation_internal"] = "sdpa"
+    other = {
+        "from_config": lambda: AutoModelForCausalLM.from_config(config),
+        "from_dict": lambda: LlamaForCausalLM(LlamaConfig.from_dict(fields)),
+        "constructor": lambda: LlamaForCausalLM(LlamaConfig(**fields)),
+        "config argument": lambda: AutoModelForCausalLM.from_pretrained(folder, config=config),
+        "stored value": lambda: LlamaForCausalLM(config),
+    }[way]().eval()
+    other.load_state_dict(hybrid.state_dict())
+    if training:
+        other.train()
+        other.gradient_checkpointing_enable()
+    ids = tokens(1, 40)
+    assert torch.equal(logits(other, ids, use_cache=False), logits(hybrid, ids))
+    for name in ("sdpa", "eager"):
+        with pytest.raises(ConsaError, match="would run it as full attention"):
+            AutoModelForCausalLM.from_config(config, attn_implementation=name)
+
+
+@pytest.mark.parametrize("loader", [load, AutoModelForCausalLM.from_pretrained])
+def test_a_loaded_hybrid_attaches_nothing_and_saves_itself(model, folder, tmp_path, loader):
+    hybrid = loader(folder)
     with pytest.raises(ConsaError, match="converted hybrid with its own allocation"), attached(hybrid, allocate(model)):
         pass
-    with pytest.raises(ConsaError, match=r"use consa\.convert"):
-        hybrid.save_pretrained(tmp_path / "refused")
+    hybrid.save_pretrained(tmp_path / "saved")
     convert(hybrid, allocate(model), tmp_path / "again")
     ids = tokens(1, 40)
-    assert torch.equal(logits(load(tmp_path / "again"), ids), logits(hybrid, ids))
-    for name in ("config.json", "model.safetensors"):
-        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    for name in ("saved", "again"):
+        for loader_of_saved in (load, AutoModelForCausalLM.from_pretrained, LlamaForCausalLM.from_pretrained):
+            assert torch.equal(logits(loader_of_saved(tmp_path / name).eval(), ids), logits(hybrid, ids))
+        for file in ("config.json", "model.safetensors"):
+            assert (tmp_path / name / file).read_bytes() == (folder / file).read_bytes()
+    assert verify(tmp_path / "saved")[1] == allocate(model)
+    hybrid.config.to_json_file(tmp_path / "config.json")
+    assert "import consa.register" in json.loads((tmp_path / "config.json").read_text())["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_trainer_saves_and_reloads_hybrids(folder, tmp_path, checkpointing):
+    pytest.importorskip("accelerate", reason="needs accelerate")
+    hybrid = AutoModelForCausalLM.from_pretrained(folder)
+    rows = [{"input_ids": tokens(1, 12, seed=i)[0], "labels": tokens(1, 12, seed=i)[0]} for i in range(4)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        save_steps=1,
+        eval_steps=1,
+        eval_strategy="steps",
+        load_best_model_at_end=True,
+        gradient_checkpointing=checkpointing,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    Trainer(model=hybrid, args=arguments, train_dataset=rows, eval_dataset=rows).train()
+    ids = tokens(1, 40)
+    saved = load(tmp_path / "checkpoint-2")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2"), ids), logits(saved, ids))
+    assert verify(tmp_path / "checkpoint-2")[1].full_attention.tolist() == verify(folder)[1].full_attention.tolist()
+    assert not torch.equal(logits(saved, ids), logits(load(folder), ids)), "it was trained"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_weights_of_a_hybrid_are_saved_as_usual(folder, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs consa[lora]")
+    options = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    wrapped = peft.get_peft_model(load(folder), options).eval()
+    wrapped.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(load(folder), tmp_path).eval()
+    assert torch.equal(logits(again, input_ids=tokens(1, 40)), logits(wrapped, input_ids=tokens(1, 40)))
+
+
+def test_a_model_of_an_auto_class_compiles_before_any_other_call(folder):
+    hybrid, ids = AutoModelForCausalLM.from_pretrained(folder), tokens(1, 20)
+    options = {"cache_implementation": "static", "max_new_tokens": 4, "do_sample": False, "disable_compile": True}
+    wanted = load(folder).generate(ids, **options)
+    hybrid.forward = torch.compile(hybrid.forward, backend="eager", fullgraph=True)
+    assert torch.equal(hybrid.generate(ids, **options), wanted)
+
+
+def test_export_is_refused_in_those_words(folder):
+    ids = tokens(1, 8)
+    for options in ({"use_cache": False}, {"attention_mask": torch.ones_like(ids)}):
+        with pytest.raises(ConsaError, match=r"torch\.export of a hybrid is not supported"):
+            torch.export.export(load(folder), (ids,), kwargs=options)
+
+
+def test_the_attention_function_takes_the_parameters_of_flash_attention_in_their_order():
+    flash = list(inspect.signature(AttentionInterface()["flash_attention_2"]).parameters)[:9]
+    assert list(inspect.signature(interface._attend).parameters)[:9] == flash
 
 
 def test_converting_leaves_the_model_as_it_was(tmp_path):

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizer
 
 from consa import Allocation, ConsaError, HybridCache, attached, convert, load, rules
 from consa.cache.hybrid import allocated_bytes
 from consa.cache.layer import GROWTH, HybridLayer
 from consa.cache.static import StaticHybridLayer
+from consa.data.prompts import for_prompts
 from consa.data.questions import examples
 from consa.model.generate import Sampling, generate_text, generate_texts
 from consa.model.load import load_model
@@ -419,3 +420,80 @@ def test_positions_that_rope_scaling_adds_count(scaling, tmp_path):
     assert generate_texts(loaded.model, loaded.tokenizer, ["the quick brown fox " * 50], max_new_tokens=4)
     with pytest.raises(ConsaError, match="exceed the 512 positions"):
         generate_texts(loaded.model, loaded.tokenizer, ["the quick brown fox " * 50], max_new_tokens=400)
+
+
+def test_padding_may_be_a_token_without_an_embedding(tiny_model_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    model = load_model(str(tiny_model_folder)).model
+    assert tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
+    prompts = ["the quick brown fox", "a dog"]
+    alone = [generate_text(model, tokenizer, prompt, max_new_tokens=6) for prompt in prompts]
+    assert generate_texts(model, tokenizer, prompts, max_new_tokens=6) == alone
+    # One ends early, and what fills its row is not its text.
+    (first, *_), second = (tokenizer(text)["input_ids"] for text in alone)
+    assert first not in second
+    ended = generate_texts(model, tokenizer, prompts, max_new_tokens=6, eos_token_id=first)
+    assert ended == [tokenizer.decode([first]), alone[1]]
+    with pytest.raises(ConsaError, match=r"the prompt holds .*PAD"):
+        generate_texts(model, tokenizer, ["a [PAD] b"], max_new_tokens=6)
+
+
+def test_prompts_may_use_positions_that_rope_scaling_adds(tiny_model_folder):
+    loaded = load_model(str(tiny_model_folder))
+    model = tiny(
+        vocab_size=loaded.model.config.vocab_size,
+        max_position_embeddings=32,
+        rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0},
+    )
+    prompt = "the quick brown fox " * 10
+    length = len(loaded.tokenizer(prompt)["input_ids"])
+    assert 32 < length < 124
+    generate_texts(model, loaded.tokenizer, [prompt], max_new_tokens=4)
+    with pytest.raises(ConsaError, match="exceed the 128 positions of the model"):
+        generate_texts(model, loaded.tokenizer, [prompt], max_new_tokens=129 - length)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_padding_token_that_is_content_too_is_content_after_the_first_other_token(hybrid, batch):
+    ids = tokens(batch, 22)
+    ids[:, 5] = ids[:, 13] = ids[0, 21] = 0
+    got = hybrid.generate(ids, **GREEDY)
+    assert torch.equal(got, hybrid.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY))
+    padded = torch.cat([torch.zeros(batch, 3, dtype=torch.long), ids], dim=1)
+    assert torch.equal(hybrid.generate(padded, **GREEDY)[:, 3:], got)
+
+
+def test_a_token_that_a_slow_tokenizer_appends_is_left_out():
+    class Letters(PreTrainedTokenizer):
+        """A token for each letter, between <s> and </s>."""
+
+        def __init__(self) -> None:
+            self.words = ["<s>", "</s>", *"abcdefgh"]
+            super().__init__(bos_token="<s>", eos_token="</s>")
+
+        @property
+        def vocab_size(self):
+            return len(self.words)
+
+        def get_vocab(self):
+            return {word: number for number, word in enumerate(self.words)}
+
+        def _tokenize(self, text, **_):
+            return list(text)
+
+        def _convert_token_to_id(self, token):
+            return self.words.index(token)
+
+        def _convert_id_to_token(self, index):
+            return self.words[index]
+
+        def build_inputs_with_special_tokens(self, token_ids_0, token_ids_1=None):
+            return [0, *token_ids_0, 1]
+
+    tokenizer = Letters()
+    assert not tokenizer.is_fast and tokenizer("ab").input_ids == [0, 2, 3, 1]
+    prompts = for_prompts(tokenizer)
+    assert prompts("ab").input_ids == [0, 2, 3]
+    assert prompts("ab", add_special_tokens=False).input_ids == [2, 3]
+    assert tokenizer("ab").input_ids == [0, 2, 3, 1], "the tokenizer itself is as it was"

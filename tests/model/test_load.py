@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from consa.errors import ConsaError
 from consa.model import load as model_module
 from consa.model.layout import attention_layout
 from consa.model.load import load_model, quiet, read_layout
-from tests.models import byte_tokenizer, tiny
+from tests.models import byte_tokenizer, tiny, write_gguf
 
 
 @pytest.fixture(autouse=True)
@@ -206,3 +208,66 @@ def test_a_softcap_is_not_left_to_an_attention_without(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(model_module, "_whole", chosen)
     assert load_model(str(tmp_path), device="cpu").model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("keys", [["scaling_type", "scaling_factor"], ["scaling_factor"]])
+def test_linear_rope_of_a_gguf_is_applied(keys: list[str], tmp_path: Path):
+    values = {"scaling_type": "linear", "scaling_factor": 4.0}
+
+    def extra(writer: Any) -> None:
+        from gguf import RopeScalingType
+
+        for key in keys:
+            value: Any = RopeScalingType.LINEAR if key == "scaling_type" else values[key]
+            getattr(writer, f"add_rope_{key}")(value)
+
+    plain, scaled = (
+        load_model(str(write_gguf(tmp_path / f"{name}.gguf", one)), device="cpu").model
+        for name, one in (("plain", lambda writer: None), ("scaled", extra))
+    )
+    ids = torch.arange(2, 42)[None]
+    with torch.no_grad():
+        options = {"use_cache": False, "attention_mask": torch.ones_like(ids)}  # else these would be packed sequences
+        wanted = plain(ids, position_ids=torch.arange(40)[None] / 4, **options).logits
+        assert torch.allclose(scaled(ids, **options).logits, wanted, atol=1e-4)
+        assert not torch.allclose(plain(ids, **options).logits, wanted, atol=1e-2)
+
+
+def test_the_frequencies_of_llama_3_in_a_gguf_are_applied(tmp_path: Path):
+    # As converters write them: of 8 frequencies, some stay, some are divided by 32, one lies between.
+    rope = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+    config = transformers.LlamaConfig(hidden_size=32, num_attention_heads=2, rope_parameters=rope)
+    (scaled, _), plain = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu"), 500000.0 ** (-torch.arange(8) / 8)
+    factors = (plain / scaled).numpy()
+    assert round(factors.min(), 5) == 1 and 1.1 < sorted(factors)[4] < factors.max() == 32
+
+    def extra(writer: Any) -> None:
+        writer.add_rope_freq_base(500000.0)
+        writer.add_tensor("rope_freqs.weight", factors)
+
+    model: Any = load_model(str(write_gguf(tmp_path / "a.gguf", extra)), device="cpu").model
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, scaled)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (lambda writer: writer.add_rope_scaling_type(_yarn()), "rope.scaling.type 'yarn'"),
+        (lambda writer: writer.add_tensor("rope_freqs.weight", np.full(8, 2, np.float32)), "rope_freqs.weight"),
+        (lambda writer: writer.add_tensor("rope_factors_long.weight", np.ones(8, np.float32)), "rope_factors_long"),
+        (lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(32, np.float32)), "blk.0.attn_q.bias"),
+        (lambda writer: writer.add_sliding_window(16), "attention.sliding_window 16"),
+    ],
+)
+def test_what_a_gguf_says_and_the_model_would_lack_is_refused_by_name(extra: Any, message: str, tmp_path: Path):
+    path = write_gguf(tmp_path / "a.gguf", extra)
+    with pytest.raises(ConsaError, match=message) as caught:
+        load_model(str(path), device="cpu")
+    assert "a.gguf" in str(caught.value) and "safetensors" in str(caught.value)
+
+
+def _yarn() -> Any:
+    from gguf import RopeScalingType
+
+    return RopeScalingType.YARN

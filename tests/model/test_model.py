@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from consa import Allocation, HybridCache, rules
 from consa.attention.reference import reference_attention
 from consa.errors import ConsaError, InvalidAllocationError, UnsupportedModelError
 from consa.model.attach import attached
-from consa.model.layout import attention_layout, inspect_attention
+from consa.model.layout import attention_layout, inspect_attention, max_positions
 from consa.model.load import load_model, read_layout
 from tests.compare import assert_close
 from tests.models import CACHE, FAMILIES, NATIVE_WINDOW, SHAPE, allocate, tiny, tokens
@@ -262,6 +264,20 @@ def test_copies_and_saves_inside_the_block_hold_nothing_of_it(tmp_path: Path):
     assert "consa" not in (tmp_path / "config.json").read_text()
 
 
+def test_attention_stays_attached_until_the_end_of_the_block():
+    model, ids = tiny(), tokens(1, 19)
+    with torch.no_grad():
+        untouched = logits(model, ids)
+        attached(model, allocate(model)).__enter__()
+        gc.collect()
+        hybrid = logits(model, ids)
+        assert not torch.equal(hybrid, untouched)
+        for change in (model.set_attn_implementation, lambda name: setattr(model.config, "_attn_implementation", name)):
+            with pytest.raises(ConsaError, match=r"attn_implementation='sdpa' would run it as full attention"):
+                change("sdpa")
+        assert torch.equal(logits(model, ids), hybrid)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plain_generation_follows_the_exact_masks(family: str, batch: int):
@@ -356,6 +372,56 @@ def test_a_model_that_cannot_be_taken_over_is_refused_by_name_before_its_weights
         model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
         assert model_class.__name__ in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("Glm4MoeLite", {"num_key_value_heads": 4, "n_routed_experts": 4}, "with a cache failed"),
+        ("DiffLlama", {}, "with a cache failed"),
+        ("Doge", {}, "its masks are not causal ones"),
+        ("OPT", {}, "with a cache failed"),
+        ("Bert", {}, "its masks are not causal ones"),
+        ("Blenderbot", {"d_model": 32}, "its masks are not causal ones"),
+    ],
+)
+def test_a_family_that_would_fail_at_the_first_generated_token_is_refused(name: str, options: Any, reason: str):
+    config = getattr(transformers, f"{name}Config")(
+        num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=32, vocab_size=61, **options
+    )
+    model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    with pytest.raises(UnsupportedModelError, match=reason):
+        inspect_attention(model_class, config)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_depend_on_the_positions_are_no_obstacle(kind: str):
+    scaling: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "longrope":
+        scaling |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 16}
+    model = tiny(rope_parameters=scaling, max_position_embeddings=16)
+    allocation, ids = allocate(model), tokens(1, 40)
+    with torch.no_grad(), truth(model, allocation):
+        wanted = logits(model, ids)
+    with torch.no_grad(), attached(model, allocation):
+        assert_close(logits(model, ids), wanted)
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        (None, 128),
+        ({"rope_type": "default"}, 128),
+        ({"rope_type": "yarn", "factor": 4.0}, 512),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"rope_type": "dynamic", "factor": 2.0}, 256),
+        ({"rope_type": "linear", "factor": 2.0}, 256),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}, 128),
+        ({"full_attention": {"rope_type": "linear", "factor": 8.0}}, 128),
+    ],
+)
+def test_positions_count_those_that_rope_scaling_adds(rope: Any, positions: int):
+    assert max_positions(SimpleNamespace(max_position_embeddings=128, rope_parameters=rope)) == positions
 
 
 def test_an_encoder_is_refused(tmp_path: Path):
