@@ -1,8 +1,8 @@
 """Converted models on disk: weights, config, tokenizer and allocation in one folder, whole or absent.
 
 There are two kinds. A *hybrid* checkpoint needs consa: its config.json has a model type, layer types and architecture
-of consa, so transformers and other engines refuse it without consa. A *plain* checkpoint needs nothing: it is written as a
-family whose config expresses a layer-wise allocation without sinks (`consa.model.spelling`).
+of consa, so transformers and other engines refuse it without consa. A *plain* checkpoint needs nothing: it is written as
+a family whose config expresses a layer-wise allocation without sinks (`consa.model.spelling`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ from consa.model.layout import attention_layout, check_fits
 from consa.model.load import cannot_write, check_device, new_folder, num_positions, quiet
 from consa.model.plan import Plan
 from consa.model.register import ARCHITECTURE_PREFIX, PREFIX, TAKEN
-from consa.model.spelling import check_engine, layers_obstacle, model_obstacle, respelt, spelling_for, windows
+from consa.model.spelling import (
+    LIST_ENGINE,
+    check_engine,
+    layers_obstacle,
+    model_obstacle,
+    respelt,
+    spelling_for,
+    window_of_layers,
+    windows,
+)
 
 SCHEMA = "consa.checkpoint/1"
 MANIFEST = "consa.json"
@@ -96,9 +105,8 @@ def convert(
                 config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
                 _write_json(temporary / "config.json", config | _hybrid_config(model, config, allocation))
             else:
-                _write_json(
-                    temporary / WINDOWS, windows(allocation, max_tokens=num_positions(model.config) or 2**31 - 1)
-                )
+                listed = windows(allocation, num_positions(model.config))
+                _write_json(temporary / WINDOWS, listed)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
             allocation.save(temporary / ALLOCATION)
@@ -117,8 +125,10 @@ def convert(
 def check_wish(folder: Path, kind: str, engine: str | None = None) -> None:
     """Raise a ConsaError for arguments of `convert` that are wrong with any model."""
     if kind not in ("auto", "hybrid", "plain"):
-        raise ConsaError(f"kind must be auto, hybrid or plain, got {kind!r}")
+        raise ConsaError(f"kind must be auto, hybrid, plain or gguf, got {kind!r}")
     check_engine(engine)
+    if engine and kind == "hybrid":
+        raise ConsaError(f"a hybrid needs consa, and {engine} is to do without; leave out kind or engine")
     check_writable(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ConsaError(f"{folder} already exists; choose another folder, or delete it")
@@ -196,7 +206,12 @@ def verify(folder: str | Path) -> tuple[Literal["hybrid", "plain"], Allocation]:
 
 def plain_obstacle(config: Any, allocation: Allocation, engine: str | None = None) -> str | None:
     """Why no stock config, or none that the engine reads, can express this allocation; None if one can."""
-    return layers_obstacle(allocation) or model_obstacle(config, engine)
+    if obstacle := layers_obstacle(allocation):
+        return obstacle
+    if engine == LIST_ENGINE:
+        each = window_of_layers(allocation, num_positions(config))
+        return f"TensorRT-LLM takes the dense model and a list: set kv_cache_config.max_attention_window={each}"
+    return model_obstacle(config, engine)
 
 
 def _hybrid_config(model: PreTrainedModel, written: JsonObject, allocation: Allocation) -> JsonObject:

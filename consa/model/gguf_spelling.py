@@ -66,7 +66,9 @@ def respell(source: Path, allocation: Allocation, out: Path) -> str:
     except Exception as error:  # GGUFReader raises many types
         raise ConsaError(f"cannot read {source}: {first_line(error)}") from error
     if family not in TARGETS:
-        raise ConsaError(f"llama.cpp slides no layers of {family} by another name (those of {', '.join(TARGETS)} it can)")
+        raise ConsaError(
+            f"llama.cpp slides no layers of {family} by another name (those of {', '.join(TARGETS)} it can)"
+        )
     layers, heads = (int(fields[f"{family}.{key}"].contents()) for key in ("block_count", "attention.head_count"))
     kv_heads = int(fields[f"{family}.attention.head_count_kv"].contents())
     if allocation.full_attention.shape != (layers, kv_heads):

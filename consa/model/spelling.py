@@ -1,8 +1,8 @@
 """Layer-wise hybrids in the words of engines that have never heard of consa.
 
-A *spelling* writes a model as another family that computes the same and whose config can slide single layers. Only such
-families are used that an engine without support for them refuses. Llama and Qwen have a window in their configs too, but
-several engines ignore it and compute full attention in silence.
+A *spelling* writes a model as another family that computes the same and whose config can slide single layers. Engines
+that lack these families refuse them. Llama and Qwen can have a window in their configs too, but several engines ignore
+it and compute full attention in silence.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from consa.files import JsonObject
 from consa.model.attach import attached
 from consa.model.load import quiet
 
-ENGINES = ("transformers", "vllm", "sglang", "llama.cpp", "mlx", "tensorrt-llm")
+LIST_ENGINE = "tensorrt-llm"  # takes the dense model and a list of windows
+ENGINES = ("transformers", "vllm", "sglang", "llama.cpp", "mlx", LIST_ENGINE)
 NO_SINK = -1e4
 """Logit of a learned sink that gets no weight: exp(-1e4) is 0 beside any score."""
 EXTRA_TOKENS = 64  # beyond the window, so that the comparison sees a window that is wrong by one
@@ -74,7 +75,7 @@ GRANITE_SWA = Spelling(
     name="granite_swa",
     families=("llama", "mistral", "qwen2", "smollm3"),
     engines={
-        "transformers": "transformers 5.19 or later, with eager attention: its memory grows with the square of the length",
+        "transformers": "transformers 5.19 or later, with eager attention, whose memory grows with length squared",
         "vllm": "vLLM 0.32 or later, in its own class",
         "sglang": "SGLang 0.5.23 or later, in its own class",
         "llama.cpp": "llama.cpp of October 2026 or later, after its convert_hf_to_gguf.py",
@@ -156,7 +157,6 @@ def respelt(model: PreTrainedModel, allocation: Allocation) -> PreTrainedModel:
         ConsaError: the two differ, or this version of transformers lacks the family.
     """
     spelling, source = spelling_for(model.config.model_type), model.config.to_dict()
-    kinds = ("sliding_attention", "full_attention")
     try:
         own = AutoConfig.for_model(spelling.name)
     except ValueError as error:
@@ -164,7 +164,7 @@ def respelt(model: PreTrainedModel, allocation: Allocation) -> PreTrainedModel:
     fields = {name: source[name] for name in own.to_dict() if name in source and name != "model_type"}
     fields |= spelling.config(model.config) | {
         "sliding_window": allocation.window,
-        "layer_types": [kinds[int(full)] for full in allocation.full_attention[:, 0]],
+        "layer_types": _layer_types(allocation),
         "architectures": [AutoModelForCausalLM._model_mapping[type(own)].__name__],
     }
     config = AutoConfig.for_model(spelling.name, **fields)
@@ -200,16 +200,20 @@ def _compare(written: Any, model: Any, allocation: Allocation) -> None:
         )
 
 
-def windows(allocation: Allocation, *, max_tokens: int) -> JsonObject:
-    """The window of every layer, in the words of engines that take a list beside the dense model.
+def window_of_layers(allocation: Allocation, num_positions: int | None) -> list[int]:
+    """The window of every layer in tokens; that of full attention is the number of positions."""
+    longest = num_positions or 2**31 - 1
+    return [longest if full else allocation.window for full in allocation.full_attention[:, 0]]
 
-    Args:
-        allocation: of whole layers.
-        max_tokens: the window of a layer with full attention.
-    """
-    each = [max_tokens if full else allocation.window for full in allocation.full_attention[:, 0]]
+
+def windows(allocation: Allocation, num_positions: int | None) -> JsonObject:
+    """The window of every layer, in the words of engines that take a list beside the dense model."""
     return {
-        "tensorrt-llm": {"kv_cache_config": {"max_attention_window": each}},
-        "layer_types": [("sliding_attention", "full_attention")[full == max_tokens] for full in each],
+        LIST_ENGINE: {"kv_cache_config": {"max_attention_window": window_of_layers(allocation, num_positions)}},
+        "layer_types": _layer_types(allocation),
         "sliding_window": allocation.window,
     }
+
+
+def _layer_types(allocation: Allocation) -> list[str]:
+    return ["full_attention" if full else "sliding_attention" for full in allocation.full_attention[:, 0]]
