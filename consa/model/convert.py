@@ -1,8 +1,8 @@
 """Converted models on disk: weights, config, tokenizer and allocation in one folder, whole or absent.
 
 There are two kinds. A *hybrid* checkpoint needs consa: its config.json has a model type, layer types and architecture
-of consa, so transformers and other engines refuse it without consa. A *plain* checkpoint needs nothing: it is written as
-a family whose config expresses a layer-wise allocation without sinks (`consa.model.spelling`).
+of consa, so transformers and other engines refuse it without consa. A *plain* checkpoint needs nothing: it is written
+as a family whose config expresses a layer-wise allocation without sinks (`consa.model.spelling`).
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def respell(source: Path, allocation: Allocation, out: Path) -> str:
     kv_heads = int(fields[f"{family}.attention.head_count_kv"].contents())
     if allocation.full_attention.shape != (layers, kv_heads):
         raise ConsaError(
-            f"the allocation is for {allocation.num_layers} layers x {allocation.num_kv_heads} KV heads, and {source} has"
-            f" {layers} x {kv_heads}"
+            f"the allocation is for {allocation.num_layers} layers x {allocation.num_kv_heads} KV heads, and {source}"
+            f" has {layers} x {kv_heads}"
         )
     part = out.with_name(f".{out.name}.part")
     try:

@@ -383,7 +383,7 @@ def test_a_hybrid_is_written_where_it_is_asked_for(model, tmp_path):
     ids = tokens(1, 40)
     with attached(model, layerwise()):
         assert torch.equal(logits(load(tmp_path / "out"), ids), logits(model, ids))
-    with pytest.raises(ConsaError, match="kind must be auto, hybrid or plain, got 'stock'"):
+    with pytest.raises(ConsaError, match="kind must be auto, hybrid, plain or gguf, got 'stock'"):
         convert(model, layerwise(), tmp_path / "other", kind="stock")  # pyright: ignore[reportArgumentType]
 
 
