@@ -30,9 +30,9 @@ def check_wish(source: str, out: Path, engine: str | None) -> None:
         raise ConsaError(f"kind gguf writes a file that ends in .gguf, got {str(out)!r}")
     if engine not in (None, "llama.cpp"):
         raise ConsaError(f"kind gguf is for llama.cpp, and the engine is {engine}; leave one of the two out")
-    check_writable(out)
     if out.exists():
         raise ConsaError(f"{out} already exists; choose another file, or delete it")
+    check_writable(out.parent)
 
 
 def respell(source: Path, allocation: Allocation, out: Path) -> str:
