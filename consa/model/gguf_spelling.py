@@ -16,8 +16,8 @@ from consa.model.load import cannot_write
 from consa.model.spelling import NO_SINK, layers_obstacle
 
 # Architecture -> the one that slides its layers. A GGUF of Mistral has the architecture llama.
-TARGETS = {"llama": "granite-swa", "qwen2": "granite-swa", "qwen3": "mellum", "qwen3moe": "mellum"}
-HALVES = ("qwen2",)  # rotate the halves of a head; granite-swa rotates neighbours
+TARGETS = {"llama": "granite_swa", "qwen2": "granite_swa", "qwen3": "mellum", "qwen3moe": "mellum"}
+HALVES = ("qwen2",)  # rotate the halves of a head; granite_swa rotates neighbours
 ROTATED = ("attn_q", "attn_k")
 READER = "read by llama.cpp of October 2026 or later"
 
@@ -105,7 +105,7 @@ def _add_metadata(writer: Any, fields: dict[str, Any], family: str, allocation: 
     writer.add_sliding_window(allocation.window)
     pattern = [not full for full in allocation.full_attention[:, 0].tolist()]
     writer.add_array(f"{target}.attention.sliding_window_pattern", pattern)
-    if target == "granite-swa":
+    if target == "granite_swa":
         writer.add_logit_scale(1.0)
     elif family == "qwen3":  # one expert, which gets every token
         writer.add_expert_count(1)
@@ -130,7 +130,7 @@ def _tensors(reader: Any, family: str, layers: int, heads: int, kv_heads: int) -
         if name == "token_embd.weight" and TARGETS[family] == "mellum" and "output.weight" not in names:
             made.append(("output.weight", data, tensor.tensor_type))  # llama.cpp's mellum ties no embeddings
     for layer in range(layers):
-        if TARGETS[family] == "granite-swa":
+        if TARGETS[family] == "granite_swa":
             made.append((f"blk.{layer}.attn_sinks.weight", np.full(heads, NO_SINK, np.float32), float32))
         elif family == "qwen3":
             width = next(len(data) for name, data, _ in made if name == "output_norm.weight")

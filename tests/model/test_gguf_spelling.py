@@ -46,7 +46,7 @@ def written(path: Path, family: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("family", "target"), [("llama", "granite-swa"), ("qwen2", "granite-swa"), ("qwen3", "mellum")]
+    ("family", "target"), [("llama", "granite_swa"), ("qwen2", "granite_swa"), ("qwen3", "mellum")]
 )
 def test_tensors_are_copied_and_layers_listed(family: str, target: str, tmp_path: Path):
     source = written(tmp_path / "in.gguf", family)
@@ -64,7 +64,7 @@ def test_tensors_are_copied_and_layers_listed(family: str, target: str, tmp_path
         if family == "qwen3" and "ffn_gate" in name:
             name, data = name.replace("ffn_gate", "ffn_gate_exps"), data[None]
         np.testing.assert_array_equal(tensors[name].data.reshape(data.shape), data)
-    extra = "attn_sinks" if target == "granite-swa" else "ffn_gate_inp"
+    extra = "attn_sinks" if target == "granite_swa" else "ffn_gate_inp"
     assert all(f"blk.{layer}.{extra}.weight" in tensors for layer in range(3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.gguf", "out.gguf"]
 
