@@ -36,7 +36,9 @@ def test_those_that_fit_a_model_have_its_type_and_shape(tmp_path: Path):
         name for name in published.names() if name.startswith("smollm2-135m/")
     ]
     assert published.fitting("qwen2", (30, 3)) == published.fitting("llama", (30, 2)) == []
-    LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3).save_pretrained(tmp_path / "alike")
+    LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3).save_pretrained(
+        tmp_path / "alike"
+    )
     models.save_tiny(tmp_path / "tiny")
     for given in ([], ["--allocation", "nowhere"]):
         for model, fits in (("alike", True), ("tiny", False)):

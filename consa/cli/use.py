@@ -34,28 +34,51 @@ def convert(
     kind: Annotated[
         str,
         text(
-            "auto|plain|hybrid",
-            "Kind of checkpoint. A plain one loads without consa; some model families allow it for whole layers"
-            " without sink tokens. auto writes a plain checkpoint whenever it is equivalent.",
+            "auto|plain|hybrid|gguf",
+            "Kind of checkpoint. A hybrid needs consa. A plain one loads without; some model families allow it for"
+            " whole layers without sink tokens. gguf copies a GGUF file for llama.cpp. auto is plain with --for, else"
+            " hybrid.",
         ),
     ] = "auto",
     ctx: typer.Context,
+    engine: Annotated[
+        str | None,
+        text(
+            "ENGINE",
+            "Engine that must be able to read the plain checkpoint: transformers, vllm, sglang, llama.cpp, mlx or"
+            " tensorrt-llm.",
+            "--for",
+        ),
+    ] = None,
     **options: Any,
 ) -> None:
     """Write MODEL with an allocation as a checkpoint that generates with a small KV cache."""
     config = EvalConfig(**options)
-    from consa.model import convert
+    from consa.model import convert, gguf_spelling, spelling
+    from consa.model.layout import max_positions
     from consa.model.load import load_model
     from consa.progress import note
 
-    convert.check_wish(out, kind)
+    if kind == "gguf":
+        gguf_spelling.check_wish(model, out, engine)
+    else:
+        convert.check_wish(out, kind, engine)
     allocated = chosen(ctx, allocation, model, config)
+    if kind == "gguf":
+        print(f"{out}: {gguf_spelling.respell(Path(model), allocated, out)}")
+        return
+    if (kind == "plain" or engine) and (obstacle := spelling.layers_obstacle(allocated)):
+        raise ConsaError(f"no plain checkpoint is possible: {obstacle}; write a hybrid, which consa.load reads")
     loaded = load_model(model, device="cpu", dtype="auto")
     match allocated.provenance.get("config"):
         case {"mode": "joint"}:
             note("Mode joint trained weights along with this allocation; they are in the folder `model` of its run")
-    written = convert.convert(loaded.model, allocated, out, tokenizer=loaded.tokenizer, kind=cast(Any, kind))
+    written = convert.convert(
+        loaded.model, allocated, out, tokenizer=loaded.tokenizer, kind=cast(Any, kind), engine=engine
+    )
     print(f"{written.folder}: {written.kind} checkpoint ({written.reason})")
+    if written.kind == "plain":
+        print(f"Window of each layer: {spelling.window_of_layers(allocated, max_positions(loaded.model.config))}")
 
 
 def generate(

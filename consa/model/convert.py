@@ -1,8 +1,8 @@
 """Converted models on disk: weights, config, tokenizer and allocation in one folder, whole or absent.
 
 There are two kinds. A *hybrid* checkpoint needs consa: its config.json has a model type, layer types and architecture
-of consa, so transformers and other engines refuse it without consa. A *plain* checkpoint needs nothing: it expresses a
-layer-wise allocation without sinks in the config fields of the model's own family.
+of consa, so transformers and other engines refuse it without consa. A *plain* checkpoint needs nothing: it is written
+as a family whose config expresses a layer-wise allocation without sinks (`consa.model.spelling`).
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from consa.allocation import Allocation
-from consa.errors import ConsaError, UnsupportedModelError, first_line
+from consa.errors import ConsaError, first_line
 from consa.files import JsonObject, check_writable, read_json, sha256_of
 from consa.model import interface
-from consa.model.layout import attention_layout, check_fits, inspect_attention
+from consa.model.layout import attention_layout, check_fits, max_positions
 from consa.model.load import cannot_write, check_device, new_folder, quiet
 from consa.model.register import config_record, hybrid_config
+from consa.model.spelling import (
+    LIST_ENGINE,
+    check_engine,
+    layers_obstacle,
+    model_obstacle,
+    respelt,
+    spelling_for,
+    window_of_layers,
+    windows,
+)
 
 SCHEMA = "consa.checkpoint/1"
 MANIFEST = "consa.json"
 ALLOCATION = "allocation.json"
+WINDOWS = "windows.json"
 MAX_JSON_BYTES = 64 * 2**20
-# Families whose config can mix FA and SWA layers: model_type -> fields to write besides window and layer_types. Llama's
-# cannot: with layer_types it would use a sliding cache under a full mask. Ministral is the same network with these
-# fields. vLLM runs both under the name of Llama's class.
-PLAIN_FAMILIES: dict[str, JsonObject] = {
-    "llama": {"model_type": "ministral", "architectures": ["LlamaForCausalLM"]},
-    "mistral": {"model_type": "ministral", "architectures": ["LlamaForCausalLM"]},
-    "qwen2": {"use_sliding_window": True, "max_window_layers": 0},
-    "qwen3": {"use_sliding_window": True, "max_window_layers": 0},
-    "smollm3": {"use_sliding_window": True},
-}
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,19 @@ def convert(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     kind: Literal["auto", "hybrid", "plain"] = "auto",
+    engine: str | None = None,
 ) -> Converted:
     """Write a model with its allocation to a folder for `load`.
+
+    Beside a plain checkpoint, `windows.json` has the window of every layer in the words of engines that take a list.
 
     Args:
         model: the pretrained model, or one trained further under the allocation.
         allocation: which KV heads keep full attention.
         out_dir: a folder that does not exist yet, or is empty.
         tokenizer: also written, unless None.
-        kind: "plain", "hybrid", or "auto", which writes a plain checkpoint whenever it is equivalent.
+        kind: "plain", "hybrid", or "auto", which is plain if an engine is named.
+        engine: one of `spelling.ENGINES`, which must be able to read the plain checkpoint; None allows any.
 
     Raises:
         InvalidAllocationError: the allocation was made for another model.
@@ -73,40 +78,36 @@ def convert(
             written.
     """
     folder = Path(out_dir)
-    check_wish(folder, kind)
+    check_wish(folder, kind, engine)
     check_fits(allocation, attention_layout(model), type(model).__name__)
-    obstacle = None if kind == "hybrid" else plain_obstacle(model.config, allocation)
+    obstacle = plain_obstacle(model.config, allocation, engine)
+    if kind == "auto":
+        kind = "hybrid" if engine is None else "plain"
     if kind == "plain" and obstacle:
         raise ConsaError(f"no plain checkpoint is possible: {obstacle}; write a hybrid, which consa.load reads")
-    if kind == "hybrid" or obstacle:
-        kind, reason = "hybrid", f"needs consa: {obstacle or 'as requested'}"
+    if kind == "plain":
+        chosen = spelling_for(model.config.model_type, engine)
+        readers = [chosen.engines[engine]] if engine else list(chosen.engines.values())
+        reason = f"{chosen.name}, which needs no consa; read by {'; '.join(readers)}"
     else:
-        ministral = PLAIN_FAMILIES[model.config.model_type].get("model_type") == "ministral"
-        vllm = "vLLM" if ministral else "vLLM (with --model-impl transformers)"
-        kind = "plain"
-        reason = (
-            f"stock configs can express whole layers without sinks; transformers and {vllm} read it without consa."
-            " Other engines may silently run it as full attention: compare before use"
-        )
+        reason = f"needs consa: {obstacle or 'a plain checkpoint is possible too'}"
     try:
         with new_folder(folder) as temporary, quiet():
             record = vars(model.config).pop("consa", None)  # the family's config is written, and changed below
             try:
-                model.save_pretrained(temporary)
+                written = model if kind == "hybrid" else respelt(model, allocation)
+                written.save_pretrained(temporary)
             finally:
                 if record is not None:
                     model.config.consa = record
-            config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
             if kind == "hybrid":
-                config = hybrid_config(config, allocation)
+                config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+                _write_json(temporary / "config.json", hybrid_config(config, allocation))
             else:
-                config |= _plain_config(model, allocation)
-            _write_json(temporary / "config.json", config)
+                _write_json(temporary / WINDOWS, windows(allocation, max_positions(model.config)))
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
             allocation.save(temporary / ALLOCATION)
-            if kind == "plain":
-                _check_plain(temporary, allocation)
             files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
             digests = {path.as_posix(): sha256_of(temporary / path) for path in files}
             _write_json(temporary / MANIFEST, {"schema": SCHEMA, "kind": kind, "files": digests})
@@ -119,10 +120,13 @@ def convert(
     return Converted(folder, kind, reason)
 
 
-def check_wish(folder: Path, kind: str) -> None:
+def check_wish(folder: Path, kind: str, engine: str | None = None) -> None:
     """Raise a ConsaError for arguments of `convert` that are wrong with any model."""
     if kind not in ("auto", "hybrid", "plain"):
-        raise ConsaError(f"kind must be auto, hybrid or plain, got {kind!r}")
+        raise ConsaError(f"kind must be auto, hybrid, plain or gguf, got {kind!r}")
+    check_engine(engine)
+    if engine and kind == "hybrid":
+        raise ConsaError(f"a hybrid needs consa, and {engine} is to do without; leave out kind or engine")
     check_writable(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ConsaError(f"{folder} already exists; choose another folder, or delete it")
@@ -206,51 +210,14 @@ def _saved_allocation(folder: Path) -> Allocation | None:
     return Allocation.from_json(json.dumps(config["consa"]))
 
 
-def plain_obstacle(config: Any, allocation: Allocation) -> str | None:
-    """Why a stock config of the model's family cannot express this allocation; None if it can."""
-    if (allocation.full_attention.any(1) != allocation.full_attention.all(1)).any():
-        return "heads of one layer differ, and stock configs express whole layers only"
-    if allocation.num_sink_tokens and allocation.sparsity:
-        return f"stock configs have no sink tokens, and the allocation has {allocation.num_sink_tokens}"
-    if allocation.native_windows:
-        return "the model already has sliding layers, and stock configs have only one window"
-    if config.model_type not in PLAIN_FAMILIES:
-        known = ", ".join(PLAIN_FAMILIES)
-        return f"{config.model_type}'s config cannot express it (those of {known} can)"
-    for name in ("attention_bias", "mlp_bias"):
-        if config.model_type == "llama" and getattr(config, name, False):
-            return f"a Llama is written as a Ministral, which has no {name}"
-    return None
-
-
-def _plain_config(model: PreTrainedModel, allocation: Allocation) -> JsonObject:
-    """The changes that express the allocation in the config of the family."""
-    config: Any = model.config
-    kinds = ("sliding_attention", "full_attention")
-    changes = PLAIN_FAMILIES[config.model_type] | {
-        "sliding_window": allocation.window,
-        "layer_types": [kinds[int(full)] for full in allocation.full_attention[:, 0]],
-    }
-    if changes.get("model_type") == "ministral":
-        changes["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return changes
-
-
-def _check_plain(folder: Path, allocation: Allocation) -> None:
-    """Check that this version of transformers reads the config as intended."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    wanted = {layer: allocation.window for layer, full in enumerate(allocation.full_attention[:, 0]) if not full}
-    try:
-        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-        found = inspect_attention(model_class, config).native_windows
-    except UnsupportedModelError:
-        if len(wanted) < allocation.num_layers:
-            raise
-        return  # every layer slides as intended; `inspect_attention` refuses such models
-    if found != wanted:
-        raise ConsaError(
-            f"this version of transformers would slide layers {found}, not {wanted}; write a hybrid instead"
-        )
+def plain_obstacle(config: Any, allocation: Allocation, engine: str | None = None) -> str | None:
+    """Why no stock config, or none that the engine reads, can express this allocation; None if one can."""
+    if obstacle := layers_obstacle(allocation):
+        return obstacle
+    if engine == LIST_ENGINE:
+        each = window_of_layers(allocation, max_positions(config))
+        return f"TensorRT-LLM takes the dense model and a list: set kv_cache_config.max_attention_window={each}"
+    return model_obstacle(config, engine)
 
 
 def _write_json(path: Path, record: JsonObject) -> None:

@@ -13,7 +13,7 @@ PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN = "consa"
 # Classes of transformers that vLLM has a class of the same name for, whose attention the plugin replaces.
 SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-NATIVE_PLAIN = "ministral"  # the model_type of plain folders that vLLM's own classes read
+NATIVE_PLAIN = "granite_swa"  # the model_type of plain folders that vLLM's own classes read
 
 
 def vllm_version() -> str | None:

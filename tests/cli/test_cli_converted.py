@@ -46,7 +46,7 @@ def converted(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     convert(model, HEADS, folder / "hybrid", tokenizer=tokenizer)
-    convert(model, LAYERS, folder / "plain", tokenizer=tokenizer)
+    convert(model, LAYERS, folder / "plain", tokenizer=tokenizer, kind="plain")
     convert(model, HEADS, folder / "mute")
     return folder
 
@@ -75,7 +75,8 @@ def test_weights_are_not_read_for_an_allocation_of_another_model(
     ("allocation", "options", "kind"),
     [
         ("heads", [], "hybrid"),
-        ("layers", [], "plain"),
+        ("layers", [], "hybrid"),
+        ("layers", ["--for", "vllm"], "plain"),
         ("layers", ["--kind", "hybrid"], "hybrid"),
         ("layers", ["--kind", "plain"], "plain"),
     ],
@@ -87,6 +88,7 @@ def test_convert(
     result = consa_cli("convert", tiny_model_folder, "--allocation", file, "--out", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"{tmp_path / 'out'}: {kind} checkpoint (")
+    assert ("Window of each layer: [" in result.stdout) == (kind == "plain")
     assert verify(tmp_path / "out") == (kind, Allocation.load(file))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -107,8 +109,10 @@ def test_convert(
         ({"--allocation": "nowhere.json"}, ["nowhere.json' is neither a file", "all_swa", "interleaved"]),
         ({"--allocation": "cut.json"}, ["cut.json", "not JSON"]),
         ({"--allocation": "other.json"}, ["4 layers x 2 KV heads", "4 x 3"]),
-        ({"--kind": "stock"}, ["auto, hybrid or plain", "'stock'"]),
+        ({"--kind": "stock"}, ["auto, hybrid, plain or gguf", "'stock'"]),
         ({"--kind": "plain"}, ["no plain checkpoint is possible", "heads of one layer differ"]),
+        ({"--kind": "gguf"}, ["kind gguf copies a GGUF file"]),
+        ({"--for": "ollama"}, ["engine must be one of transformers", "'ollama'"]),
         ({"--out": "taken"}, ["taken already exists"]),
         ({"--out": "taken/file"}, ["cannot write", "taken/file", "Not a directory"]),
         ({"--out": "x" * 300}, ["cannot write", "File name too long"]),

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from transformers import (
 import consa
 from consa import Allocation, ConsaError, attached, convert, load
 from consa.errors import InvalidAllocationError
-from consa.model import interface
+from consa.model import interface, spelling
 from consa.model.convert import verify
 from tests.models import CACHE, FAMILIES, allocate, tiny, tokens
 
@@ -392,13 +393,13 @@ def test_an_allocation_of_another_model_is_refused(model, tmp_path):
 
 # Plain checkpoints.
 
-PLAIN = ["llama", "mistral", "qwen2", "qwen3", "smollm3"]
+PLAIN = ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "smollm3"]
 
 
 @pytest.mark.parametrize("family", PLAIN)
 def test_a_plain_checkpoint_needs_no_consa(family, tmp_path):
     model = tiny(family)
-    written = convert(model, layerwise(), tmp_path / "out")
+    written = convert(model, layerwise(), tmp_path / "out", engine="transformers")
     assert written.kind == "plain"
     ids = tokens(2, 50)
     with attached(model, layerwise()):
@@ -406,7 +407,7 @@ def test_a_plain_checkpoint_needs_no_consa(family, tmp_path):
         sequence = model.generate(ids, max_new_tokens=30, do_sample=False, use_cache=False)
     assert (wanted - logits(model, ids)).abs().max() > 1e-2  # there is something to get wrong
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert stock.config._attn_implementation == "sdpa" and not hasattr(stock.config, "consa")
+    assert stock.config.model_type in ("granite_swa", "mellum") and not hasattr(stock.config, "consa")
     torch.testing.assert_close(logits(stock, ids), wanted, atol=1e-4, rtol=0)
     out = stock.generate(ids, max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
     assert torch.equal(out.sequences, sequence)
@@ -415,19 +416,52 @@ def test_a_plain_checkpoint_needs_no_consa(family, tmp_path):
     torch.testing.assert_close(logits(load(tmp_path / "out"), ids), wanted, atol=1e-4, rtol=0)
 
 
-def test_a_plain_llama_is_written_as_what_has_layer_types(model, tmp_path):
-    convert(model, layerwise(), tmp_path / "out")
+def test_a_plain_folder_has_a_class_that_engines_without_it_refuse(model, tmp_path):
+    convert(model, layerwise(), tmp_path / "out", kind="plain")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["model_type"] == "ministral" and config["architectures"] == ["LlamaForCausalLM"]
+    assert config["model_type"] == "granite_swa" and config["architectures"] == ["GraniteSWAForCausalLM"]
     assert "consa" not in config and "attn_implementation" not in config
+    listed = json.loads((tmp_path / "out" / "windows.json").read_text())
+    assert listed["tensorrt-llm"] == {"kv_cache_config": {"max_attention_window": [6, 4096, 4096, 6]}}
+
+
+@pytest.mark.parametrize("changes", [{"attention_bias": True}, {"mlp_bias": True}, {"tie_word_embeddings": True}])
+def test_a_plain_llama_keeps_its_biases_and_ties(changes, tmp_path):
+    model = tiny(**changes)
+    convert(model, layerwise(), tmp_path / "out", kind="plain")
+    with attached(model, layerwise()):
+        wanted = logits(model, tokens(1, 40))
+    torch.testing.assert_close(logits(load(tmp_path / "out"), tokens(1, 40)), wanted, atol=1e-4, rtol=0)
+
+
+def test_a_spelling_that_computes_something_else_is_not_written(model, tmp_path, monkeypatch):
+    wrong = replace(spelling.GRANITE_SWA, config=lambda config: {"attention_multiplier": 1.0})
+    monkeypatch.setattr(spelling, "SPELLINGS", (wrong,))
+    with pytest.raises(ConsaError, match="as granite_swa this model's logits differ"):
+        convert(model, layerwise(), tmp_path / "out", kind="plain")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"engine": "ollama"}, "engine must be one of transformers, vllm, .* got 'ollama'"),
+        ({"engine": "vllm", "kind": "hybrid"}, "a hybrid needs consa, and vllm is to do without"),
+        ({"engine": "mlx"}, "mlx reads no spelling of llama; those who read granite_swa are transformers, vllm"),
+        ({"engine": "tensorrt-llm"}, r"max_attention_window=\[6, 4096, 4096, 6\]"),
+    ],
+)
+def test_engines_that_cannot_read_it_are_named(options, reason, model, tmp_path):
+    with pytest.raises(ConsaError, match=reason):
+        convert(model, layerwise(), tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("family", "changes", "allocation", "reason"),
     [
         ("llama", {}, layerwise(num_sink_tokens=4), "no sink tokens, and the allocation has 4"),
-        ("llama", {"attention_bias": True}, layerwise(), "Ministral, which has no attention_bias"),
-        ("llama", {"mlp_bias": True}, layerwise(), "Ministral, which has no mlp_bias"),
+        ("llama", {"head_dim": 16}, layerwise(), "granite_swa has heads of hidden_size / num_attention_heads numbers"),
         ("olmo2", {}, layerwise(), "olmo2's config cannot express it"),
         ("granite", {}, layerwise(), "granite's config cannot express it"),
         ("llama", {}, None, "heads of one layer differ"),
@@ -452,7 +486,7 @@ def test_a_hybrid_is_written_where_it_is_asked_for(model, tmp_path):
     ids = tokens(1, 40)
     with attached(model, layerwise()):
         assert torch.equal(logits(load(tmp_path / "out"), ids), logits(model, ids))
-    with pytest.raises(ConsaError, match="kind must be auto, hybrid or plain, got 'stock'"):
+    with pytest.raises(ConsaError, match="kind must be auto, hybrid, plain or gguf, got 'stock'"):
         convert(model, layerwise(), tmp_path / "other", kind="stock")  # pyright: ignore[reportArgumentType]
 
 
@@ -462,14 +496,6 @@ def test_what_transformers_does_not_save_is_one_line(tmp_path):
     with pytest.raises(ConsaError, match=r"^LlamaForCausalLM cannot be saved: "):
         convert(model, allocate(model), tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_plain_llama_keeps_heads_of_a_size_of_their_own(tmp_path):
-    model = tiny(head_dim=16)  # 6 heads of a hidden size of 48
-    convert(model, layerwise(), tmp_path / "out", kind="plain")
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    with attached(model, layerwise()):
-        torch.testing.assert_close(logits(stock, tokens(1, 40)), logits(model, tokens(1, 40)), atol=1e-4, rtol=0)
 
 
 def test_an_allocation_of_another_shape_in_a_config_is_refused():

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from consa import rules
 from research import adaptation
 from research.analysis import best_trained_rule
 from research.records import digits_of

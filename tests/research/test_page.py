@@ -1,4 +1,4 @@
-"""No number of docs/RESULTS.md, docs/STUDY.md and README.md is typed by hand, and each table says what its records say."""
+"""No number of the pages is typed by hand, and each table says what its records say."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def test_it_converts(method: Any, layer_wise: bool, tmp_path: Path):
     kept = kept if layer_wise else allocation()
     model = tiny()
     adapt(model, text(), kept, changed(method=method))
-    written = convert(model, kept, tmp_path / "model")
+    written = convert(model, kept, tmp_path / "model", kind="plain" if layer_wise else "auto")
     assert written.kind == ("plain" if layer_wise else "hybrid")
     ids = tokens(2, 20)
     with exact(model, kept):
