@@ -155,6 +155,10 @@ def _run(run_config: RunConfig, config: LearnConfig, folder: Path, command: str,
     summary = run_learning(run_config, config, folder, command=command, tensorboard=tensorboard)
     made = ("model",) if config.mode == "joint" else ()
     _show_losses(summary, folder, "allocation.json", *made, "heatmap.png", "summary.md")
+    if summary:
+        from consa.runs.verdict import advice, next_step, verdict
+
+        print("", verdict(summary), *advice(summary), f"Next: {next_step(summary, folder)}", sep="\n")
 
 
 def _show_losses(summary: Any, folder: Path, *names: str) -> None:

@@ -12,24 +12,21 @@ import numpy as np
 from consa import rules
 from consa.allocation import Allocation
 from consa.config import LearnConfig, RunConfig
-from consa.evaluation.losses import SAMPLED, sampled
+from consa.evaluation.cells import Results
+from consa.evaluation.losses import LOSSES, SAMPLED, sampled
 from consa.evaluation.suite import Suite
 from consa.evaluation.table import Table
 from consa.files import png, write_files
 from consa.model.convert import convert
 from consa.model.load import LoadedModel
-from consa.progress import note
 from consa.runs import figures, inputs, summary
 from consa.runs.display import Display, Record, board_of
 from consa.runs.evaluation import as_measured
 from consa.runs.folder import opened, record_settings
 from consa.runs.summary import Summary
+from consa.runs.verdict import LEARNED, against_best_rule
 from consa.training import distributed
 from consa.training.learning import LearnResult, learn, target_units, units_of
-
-LEARNED = "learned"  # name of the result in the table
-MIN_MARGIN = 0.1  # of log_alpha, below which a warning is shown
-MAX_FRACTIONAL = 0.2  # share of undecided gates above which a warning is shown
 
 
 def run_learning(
@@ -85,31 +82,30 @@ def run_learning(
         drawn |= {"curves.png": figures.curves(result.history)} if result.history else {}
         write_files(folder, {name: png(figure) for name, figure in drawn.items()})
         suite = Suite(loaded=loaded, heldout=heldout, config=measured, folder=folder, start=start)
-        table, stochastic = _measure(suite, result, config, sparsity)
+        table, results = _measure(suite, result, config, sparsity)
         last = result.history[-1] if result.history else {}
-        if last.get("fractional", 0) > MAX_FRACTIONAL:
-            note(f"Undecided: {last['fractional']:.0%} of the gates; take more steps, or read the result with care")
-        margin = result.allocation.margin
-        if margin is not None and result.history and margin < MIN_MARGIN:
-            note(
-                f"Not separated: the last FA and the first SWA unit are {margin:.2f} of log_alpha apart; another seed"
-                " may choose others. Take more steps, or read the result with care"
-            )
         seconds = summary.seconds_since("learning", began, learned)
         whole = summary.summarise(loaded.identity, result.allocation, config, heldout, table, seconds, record)
         dense, final = table.lines[0].loss.mean, table.line(LEARNED).loss.mean
-        whole["losses"] = {"dense": dense, "stochastic": stochastic, "final": final}
+        stochastic = results.get((LEARNED, SAMPLED))
+        whole["losses"] = {
+            "dense": dense,
+            "stochastic": None if stochastic is None else float(np.mean(stochastic["all"])),
+            "final": final,
+        }
         whole["expected_sparsity"] = last.get("expected_sparsity")
         whole["fractional"] = last.get("fractional")
-        whole["margin"] = margin
-        summary.write(whole, summary.of_learning(whole), folder)
+        whole["margin"] = result.allocation.margin
+        losses = {line.name: np.array(results[line.name, LOSSES]["all"]) for line in table.lines}
+        whole["best_rule"] = against_best_rule(losses, heldout.documents)
+        summary.write(whole, summary.of_learning(whole, folder), folder)
         if config.mode == "joint" and not (folder / "model").exists():
             convert(loaded.model, result.allocation, folder / "model", tokenizer=loaded.tokenizer, kind="hybrid")
     return whole
 
 
-def _measure(suite: Suite, result: LearnResult, config: LearnConfig, sparsity: float) -> tuple[Table, float | None]:
-    """The table, and the loss of sampled gates if gates were learned."""
+def _measure(suite: Suite, result: LearnResult, config: LearnConfig, sparsity: float) -> tuple[Table, Results]:
+    """The table and its results, with the losses of sampled gates if gates were learned."""
     learned, loaded, tokens = result.allocation, suite.loaded, suite.heldout.tokens
     allocations = suite.with_ends(_rules(loaded, config, sparsity) | {LEARNED: learned})
     gates = sampled(loaded, tokens, learned, start=suite.start, batch_size=config.micro_batch)
@@ -118,8 +114,7 @@ def _measure(suite: Suite, result: LearnResult, config: LearnConfig, sparsity: f
         also={LEARNED: gates} if result.history else None,
         trained=asdict(config) if config.mode == "joint" else None,
     )
-    table = suite.table(allocations, results, how={}, made=LEARNED)
-    return table, float(np.mean(results[LEARNED, SAMPLED]["all"])) if result.history else None
+    return suite.table(allocations, results, how={}, made=LEARNED), results
 
 
 def _rules(loaded: LoadedModel, config: LearnConfig, sparsity: float) -> dict[str, Allocation]:

@@ -14,6 +14,7 @@ from consa.data.sequences import SequenceSet
 from consa.evaluation.losses import buckets_of
 from consa.evaluation.table import Table
 from consa.files import JsonObject, write_atomically, write_json
+from consa.runs.verdict import advice, next_step, verdict
 
 
 class Summary(TypedDict):
@@ -29,7 +30,8 @@ class Summary(TypedDict):
         run: the settings of the run; "learn", or "adapt" and "allocation", hold the others.
         losses: of learning, in nats: "dense", "stochastic" with gates drawn for each sequence (None if none were
             learned), "final" with the decision. "expected_sparsity" and "fractional" are of learning's last step;
-            "margin" is the distance of the lowest score of FA from the highest of SWA.
+            "margin" is the distance of the lowest score of FA from the highest of SWA; "best_rule" is what
+            `verdict.against_best_rule` returned.
     """
 
     model: dict[str, str]
@@ -55,6 +57,7 @@ class Summary(TypedDict):
     expected_sparsity: NotRequired[float | None]
     fractional: NotRequired[float | None]
     margin: NotRequired[float | None]
+    best_rule: NotRequired[JsonObject | None]
     adapt: NotRequired[JsonObject]
     allocation: NotRequired[JsonObject]
 
@@ -116,8 +119,8 @@ def losses(summary: Summary) -> tuple[list[str], list[list[str]]]:
     return without[0], without[1:]
 
 
-def of_learning(summary: Summary) -> str:
-    """Markdown of a learning run's summary."""
+def of_learning(summary: Summary, folder: Path) -> str:
+    """Markdown of the summary of a learning run in `folder`."""
     assert "losses" in summary and "learn" in summary and "fractional" in summary
     kinds = {
         "dense": "dense",
@@ -128,7 +131,13 @@ def of_learning(summary: Summary) -> str:
     fractional = "none learned" if summary["fractional"] is None else f"{summary['fractional']:.1%}"
     margin = "none" if summary.get("margin") is None else f"{summary['margin']:.2f}"
     joint = summary["learn"]["mode"] == "joint"
-    return f"""{_measured(summary, "learned allocation")}
+    title, _, measured = _measured(summary, "learned allocation").partition("\n\n")
+    outcome = "\n\n".join([verdict(summary), *advice(summary), f"    {next_step(summary, folder)}"])
+    return f"""{title}
+
+{outcome}
+
+{measured}
 {JOINT if joint else ""}\
 ## From gates to a decision
 
