@@ -10,19 +10,15 @@ from typing import Annotated, Any
 import typer
 
 import consa
-from consa.cli import learn, measure, use
+from consa.cli import learn, look, measure, use
 from consa.cli.options import FORMER_OPTIONS, by_group
 from consa.cli.terminal import INTERRUPTED, Command, Commands, fail
 
 VERBS: dict[str, dict[str, Callable[..., None]]] = {
     "Learn": {"learn": learn.learn, "demo": learn.demo, "adapt": learn.adapt},
     "Choose": {"rules": learn.rules, "sweep": learn.sweep},
-    "Measure": {
-        "eval": measure.evaluate,
-        "bench": measure.bench,
-        "behaviour": measure.behaviour,
-        "report": measure.report,
-    },
+    "Measure": {"eval": measure.evaluate, "bench": measure.bench, "behaviour": measure.behaviour},
+    "Look": {"inspect": look.inspect, "compare": look.compare, "report": look.report},
     "Use": {"convert": use.convert, "generate": use.generate, "serve": use.serve},
 }
 

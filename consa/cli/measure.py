@@ -1,4 +1,4 @@
-"""Verbs that measure and show: quality, speed and memory, what heads attend to, a report."""
+"""Verbs that measure: quality, speed and memory, what heads attend to."""
 
 from __future__ import annotations
 
@@ -171,27 +171,3 @@ def behaviour(
             row += ["-" if v is None else f"{v:.3f}" for v in (relation.auc, relation.with_scores)]
     show(columns, rows)
     print(path)
-
-
-def report(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders of learn, adapt, eval or bench, or allocations.")
-    ],
-    *,
-    out: Annotated[Path, text("FILE", "File for the page.")] = Path("report.html"),
-    behaviour: Annotated[
-        Path | None, text("FILE", "File that `consa behaviour` wrote, for runs without one of their own.")
-    ] = None,
-    figures: Annotated[
-        Path | None, text("FOLDER", "Folder for every chart as SVG and PNG. Default: none are written.")
-    ] = None,
-) -> None:
-    """Write one HTML page about runs: allocations, losses, behaviour, memory and speed. It needs no network."""
-    from consa.behaviour.record import Behaviour
-    from consa.report import page
-
-    words = ["consa", "report", *map(str, runs), "--out", str(out)]
-    words += ["--behaviour", str(behaviour)] if behaviour else []
-    loaded = Behaviour.load(behaviour) if behaviour else None
-    for path in page.write(runs, out, command=shlex.join(words), behaviour=loaded, figures=figures):
-        print(path)

@@ -6,7 +6,7 @@ import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +15,7 @@ from consa.evaluation.table import Table
 from consa.files import JsonObject
 from consa.rules import RULES
 
-if TYPE_CHECKING:
-    from consa.runs.summary import Summary
-
+Summary = Mapping[str, Any]  # of learning; see consa.runs.summary
 LEARNED = "learned"  # name of the result in the table
 MIN_MARGIN = 0.1  # of log_alpha, below which another seed may choose other units
 MAX_FRACTIONAL = 0.2  # share of undecided gates above which more steps are advised
@@ -71,14 +69,13 @@ def verdict(summary: Summary) -> str:
 
 def advice(summary: Summary) -> list[str]:
     """What to change about an undecided or unlucky run, one sentence a line; empty for a clear success."""
-    assert "learn" in summary
     if summary.get("fractional") is None:  # nothing was learned, so nothing can be learned better
         return []
     steps, lines = summary["learn"]["num_steps"], []
     longer = f"--num-steps {2 * steps}"
     if (share := summary["fractional"]) and share > MAX_FRACTIONAL:
         lines.append(f"Undecided: {share:.0%} of the gates are neither open nor closed. Try {longer}.")
-    if (margin := summary.get("margin")) is not None and margin < MIN_MARGIN:
+    if (margin := summary.get("margin")) is not None and 0 <= margin < MIN_MARGIN:  # below 0: refined
         lines.append(
             f"Not separated: the last FA unit and the first SWA unit are {margin:.2f} of log_alpha apart, and another"
             f" --seed may choose others. Try {longer}."
@@ -99,7 +96,6 @@ def advice(summary: Summary) -> list[str]:
 
 def next_step(summary: Summary, folder: Path) -> str:
     """The command that uses the result."""
-    assert "learn" in summary
     if summary["learn"]["mode"] == "joint":  # whose weights the run has already written
         return shlex.join(["consa", "generate", str(folder / "model"), "--prompt", "Once upon a time"])
     model = summary["model"]["model"]

@@ -69,6 +69,7 @@ def test_needles_are_named_where_they_were_measured():
         (summary(GOOD), []),
         (summary(GOOD, fractional=0.3), ["Undecided: 30%"]),
         (summary(GOOD, margin=0.05), ["Not separated: "]),
+        (summary(GOOD, margin=-3.0), []),  # the refinement exchanged units
         (summary(UNCLEAR), ["Too little text"]),
         (summary(NO_INTERVAL), ["Too little text"]),
         (summary(BAD, fractional=0.3, margin=0.0), ["Undecided", "Not separated", "A rule is better"]),
