@@ -30,7 +30,7 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 ORDER = [
     "errors", "files", "published", "picture", "allocation", "rules", "constraints", "provenance", "progress", "data",
     "settings", "config", "attention", "cache", "model", "training", "methods", "evaluation", "behaviour", "serving",
-    "bench", "runs", "report", "cli", "register", "__main__",
+    "bench", "runs", "report", "api", "cli", "register", "__main__",
 ]  # fmt: skip
 MAX_ARROWS = 150  # pairs of (package, package that it imports)
 NUMPY_ONLY = ["errors", "files", "published", "picture", "allocation", "rules", "constraints", "settings", "config"]

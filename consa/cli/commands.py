@@ -12,6 +12,7 @@ import typer
 import consa
 from consa.cli import learn, look, measure, use
 from consa.cli.options import FORMER_OPTIONS, by_group
+from consa.cli.settings_file import with_config
 from consa.cli.terminal import INTERRUPTED, Command, Commands, fail
 
 VERBS: dict[str, dict[str, Callable[..., None]]] = {
@@ -24,7 +25,6 @@ VERBS: dict[str, dict[str, Callable[..., None]]] = {
 
 app = typer.Typer(
     cls=Commands,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 for group, verbs in VERBS.items():
     for verb, function in verbs.items():
-        app.command(verb, cls=Command, rich_help_panel=group)(function)
+        app.command(verb, cls=Command, rich_help_panel=group)(with_config(function))
 
 
 @app.callback(invoke_without_command=True)

@@ -9,30 +9,20 @@ from typing import Annotated, Any
 
 import typer
 
-from consa.cli.options import (
-    Kept,
-    Out,
-    Tensorboard,
-    command_line,
-    from_options,
-    model_name,
-    number,
-    text,
-    was_given,
-    with_fields_of,
-)
+from consa.cli.options import Kept, Out, Tensorboard, from_options, number, text, was_given, with_fields_of
 from consa.cli.terminal import show
-from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig, SweepConfig
+from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig, SweepConfig, folder_of
 from consa.errors import ConsaError
+from consa.settings import command_line
 
 
 @with_fields_of(RunConfig, LearnConfig)
 def learn(*, out: Out = None, tensorboard: Tensorboard = False, ctx: typer.Context, **options: Any) -> None:
-    """Learn which layers or KV heads of MODEL keep full attention, and compare with every rule."""
+    """Learn which layers or KV heads of MODEL keep full attention, and compare with rules."""
     if options["kv_budget"] is not None and was_given(ctx, "sparsity"):
         raise ConsaError("sparsity and kv_budget set the same thing; give only one of them")
     run_config, config = from_options(options, RunConfig, LearnConfig)
-    folder = out or Path("runs") / _name_of(run_config, config)
+    folder = out or folder_of(run_config, config)
     _run(run_config, config, folder, command_line("learn", run_config, config), tensorboard)
 
 
@@ -68,7 +58,7 @@ def adapt(*, allocation: Kept, out: Out = None, tensorboard: Tensorboard = False
     """Continue training MODEL under a fixed allocation, and compare with the hybrid before training."""
     run_config, config = from_options(options, RunConfig, AdaptConfig)
     command = f"{command_line('adapt', run_config, config)} --allocation {shlex.quote(str(allocation))}"
-    folder = out or Path("runs") / f"adapt-{model_name(run_config)}-{config.method}-seed{config.seed}"
+    folder = out or folder_of(run_config, config)
     from consa.allocation import Allocation
 
     kept = Allocation.load(allocation)
@@ -131,20 +121,13 @@ def sweep(*, out: Out = None, **options: Any) -> None:
     run_config, config = from_options(options, RunConfig, SweepConfig)
     measured = EvalConfig(**{name: options[name] for name in MEASURED})
     command = command_line("sweep", run_config, config, measured)
-    folder = out or Path("runs") / f"sweep-{model_name(run_config)}"
+    folder = out or folder_of(run_config, config)
     from consa.runs.sweep import sweep as run_sweep
 
     frontier, paths = run_sweep(run_config, config, measured, folder, command=command)
     show(*frontier.for_terminal())
     for path in paths:
         print(path)
-
-
-def _name_of(run_config: RunConfig, config: LearnConfig) -> str:
-    """The name of a run's folder: the same command finds its folder again."""
-    model = model_name(run_config)
-    size = f"{config.sparsity:g}" if config.kv_budget is None else f"{config.kv_budget}B"
-    return f"{model}-{config.granularity}-{size}-w{config.window}-seed{config.seed}"
 
 
 def _run(run_config: RunConfig, config: LearnConfig, folder: Path, command: str, tensorboard: bool) -> None:

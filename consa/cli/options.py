@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Annotated, Any
 import typer
 from typer.models import ArgumentInfo
 
-from consa.config import FORMER_NAMES, RunConfig
+from consa.config import FORMER_NAMES
 from consa.errors import ConsaError
-from consa.settings import Kind, help_of, kinds
+from consa.settings import Kind, help_of, kinds, option_name
 
 FORMER_OPTIONS = {
     f"--{no}{old.replace('_', '-')}": f"--{no}{new.replace('_', '-')}"
@@ -75,11 +74,6 @@ def _parameter(item: Field[Any], kind: Kind) -> inspect.Parameter:
     )
 
 
-def option_name(field: str) -> str:
-    """The option of a field."""
-    return f"--{field.replace('_', '-')}"
-
-
 HEADINGS = {"argument": "Arguments", "basic": "Options"} | {
     name: f"{name.capitalize()} options" for name in ("data", "speed", "solver")
 }
@@ -120,21 +114,6 @@ def from_options(options: Mapping[str, Any], *configs: type) -> list[Any]:
     return [config(**{field.name: options[field.name] for field in fields(config)}) for config in configs]
 
 
-def command_line(verb: str, *configs: Any) -> str:
-    """The command that gives these settings; defaults are left out."""
-    words = ["consa", verb]
-    for config in configs:
-        for field in fields(config):
-            value = getattr(config, field.name)
-            name = option_name(field.name)
-            if field.default is MISSING:
-                words.append(str(value))
-            elif value != field.default:
-                flag = [name if value else f"--no-{name[2:]}"]
-                words += flag if isinstance(value, bool) else [name, str(value)]
-    return shlex.join(words)
-
-
 def text(metavar: str, help: str, *names: str, **details: Any) -> Any:
     """An option for text or a path."""
     return typer.Option(*names, metavar=metavar, help=help, **details)
@@ -158,12 +137,20 @@ Converted = Annotated[
 ]
 
 
+def _known_dtype(name: str | None) -> str | None:
+    if name not in (None, "float32", "bfloat16"):
+        raise ConsaError(f"dtype must be float32 or bfloat16, got {name!r}")
+    return name
+
+
+Device = Annotated[str | None, text("DEVICE", "Device, for example cpu or cuda:1. Default: the GPU if there is one.")]
+SavedDtype = Annotated[
+    str | None,
+    text("float32|bfloat16", "Dtype of the model's weights. Default: as they are saved.", callback=_known_dtype),
+]
+
+
 def was_given(ctx: typer.Context, name: str) -> bool:
-    """Whether the user typed an option."""
+    """Whether the user typed an option, or a file of settings holds it."""
     source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def model_name(run_config: RunConfig) -> str:
-    """A name for the model in names of folders."""
-    return re.sub(r"[^\w.-]+", "-", Path(run_config.model).name) or "model"
+    return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from consa.cli.options import Converted, number, text, was_given, with_fields_of
+from consa.cli.options import Converted, Device, SavedDtype, number, text, was_given, with_fields_of
 from consa.config import EvalConfig
 from consa.errors import ConsaError
 from consa.files import read_text
@@ -79,6 +79,8 @@ def generate(
         ),
     ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
+    device: Device = None,
+    dtype: SavedDtype = None,
     ctx: typer.Context,
 ) -> None:
     """Continue a prompt with a converted model, and print the text as it is generated."""
@@ -92,7 +94,7 @@ def generate(
     from consa.model.generate import Sampling, generate_text, load_with_tokenizer
 
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, of_model=model_sampling)
-    model, tokenizer = load_with_tokenizer(folder)
+    model, tokenizer = load_with_tokenizer(folder, device=device, dtype=dtype)
     generate_text(
         model,
         tokenizer,

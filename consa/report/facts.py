@@ -18,7 +18,6 @@ from consa.files import read_json
 from consa.model.convert import MANIFEST
 from consa.picture import grid
 from consa.report.folder import MAX_FILE_BYTES, Run
-from consa.runs.verdict import verdict
 
 Facts = list[tuple[str, str]]
 MAX_NAMED = 12  # units that a line lists
@@ -61,7 +60,7 @@ def of(name: str, *, tokens: int, head_dim: int | None = None) -> Facts:
     facts += [(key, str(made[key])) for key in ("date", "hardware", "command") if key in made]
     if run.summary:
         facts.append(("command", run.summary["command"]))
-        facts += [] if run.adapted else [("verdict", verdict(run.summary))]
+        facts += [("verdict", run.verdict)] if run.verdict else []
     return facts
 
 

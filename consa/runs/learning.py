@@ -12,11 +12,12 @@ import numpy as np
 from consa import rules
 from consa.allocation import Allocation
 from consa.config import LearnConfig, RunConfig
+from consa.data.sequences import SequenceSet
 from consa.evaluation.cells import Results
 from consa.evaluation.losses import LOSSES, SAMPLED, sampled
 from consa.evaluation.suite import Suite
 from consa.evaluation.table import Table
-from consa.files import png, write_files
+from consa.files import JsonObject, png, write_files
 from consa.model.convert import convert
 from consa.model.load import LoadedModel
 from consa.runs import figures, inputs, summary
@@ -32,7 +33,7 @@ from consa.training.learning import LearnResult, learn, target_units, units_of
 def run_learning(
     where: RunConfig, config: LearnConfig, folder: Path, *, command: str, tensorboard: bool = False
 ) -> Summary | None:
-    """Learn an allocation, measure it beside dense, all-SWA and every rule, and write all of it to `folder`.
+    """Learn an allocation, measure it beside dense, all-SWA and rules, and write all of it to `folder`.
 
     An interrupted run resumes from its last checkpoint when it is called with the same arguments.
 
@@ -96,8 +97,7 @@ def run_learning(
         whole["expected_sparsity"] = last.get("expected_sparsity")
         whole["fractional"] = last.get("fractional")
         whole["margin"] = result.allocation.margin
-        losses = {line.name: np.array(results[line.name, LOSSES]["all"]) for line in table.lines}
-        whole["best_rule"] = against_best_rule(losses, heldout.documents)
+        whole["best_rule"] = _against_best_rule(results, heldout)
         summary.write(whole, summary.of_learning(whole, folder), folder)
         if config.mode == "joint" and not (folder / "model").exists():
             convert(loaded.model, result.allocation, folder / "model", tokenizer=loaded.tokenizer, kind="hybrid")
@@ -114,11 +114,21 @@ def _measure(suite: Suite, result: LearnResult, config: LearnConfig, sparsity: f
         also={LEARNED: gates} if result.history else None,
         trained=asdict(config) if config.mode == "joint" else None,
     )
+    if config.rules == "best" and (compared := _against_best_rule(results, suite.heldout)):
+        others = rules.RULES.keys() - {compared["rule"]}
+        allocations = {name: allocation for name, allocation in allocations.items() if name not in others}
     return suite.table(allocations, results, how={}, made=LEARNED), results
+
+
+def _against_best_rule(results: Results, heldout: SequenceSet) -> JsonObject | None:
+    losses = {name: np.array(result["all"]) for (name, measure), result in results.items() if measure == LOSSES}
+    return against_best_rule(losses, heldout.documents)
 
 
 def _rules(loaded: LoadedModel, config: LearnConfig, sparsity: float) -> dict[str, Allocation]:
     """The rule-based allocations that the learned one is compared with."""
+    if config.rules == "none":
+        return {}
     return rules.every_rule(
         *loaded.layout.shape,
         sparsity=sparsity,

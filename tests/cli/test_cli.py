@@ -96,7 +96,7 @@ def test_every_setting_is_an_option():
             else:
                 assert parameter.default == field.default
                 assert f"--{field.name.replace('_', '-')}" in parameter.opts
-    assert parameters.keys() - {"help"} == {"out", "tensorboard"}
+    assert parameters.keys() - {"help"} == {"out", "tensorboard", "config"}
 
 
 def test_every_help_line_is_a_sentence_and_stands_in_a_group():
