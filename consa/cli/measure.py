@@ -108,7 +108,7 @@ def bench(
     check_writable(out)
     measure: Any = vllm.benchmark if engine == "vllm" else stock.benchmark
     model = folder if engine == "vllm" else load(folder, device=device, dtype=dtype)
-    with progress("measuring", len(lists[0]) * len(lists[1]) * repeats * 2) as tell:
+    with progress("Measuring", len(lists[0]) * len(lists[1]) * repeats * 2) as tell:
         result = measure(
             model, contexts=lists[0], batch_sizes=lists[1], decode_tokens=decode_tokens, repeats=repeats, on_run=tell
         )

@@ -36,6 +36,9 @@ def convert(
             " without sink tokens. auto writes a plain checkpoint whenever it is equivalent.",
         ),
     ] = "auto",
+    push_to_hub: Annotated[
+        str | None, text("OWNER/NAME", "Repository on the Hugging Face hub to upload the folder to.")
+    ] = None,
     **options: Any,
 ) -> None:
     """Write MODEL with an allocation as a checkpoint that generates with a small KV cache."""
@@ -45,8 +48,11 @@ def convert(
     from consa.model import convert
     from consa.model.load import load_model, read_layout
     from consa.progress import note
+    from consa.runs import card
 
     convert.check_wish(out, kind)
+    if push_to_hub is not None:
+        card.check_repo(push_to_hub)
     file_of(allocation)
     layout = read_layout(model)
     chosen = named(allocation, model, layout, config)
@@ -57,6 +63,11 @@ def convert(
             note("Mode joint trained weights along with this allocation; they are in the folder `model` of its run")
     written = convert.convert(loaded.model, chosen, out, tokenizer=loaded.tokenizer, kind=cast(Any, kind))
     print(f"{written.folder}: {written.kind} checkpoint ({written.reason})")
+    print(card.write(out, loaded.identity["model"], allocation=allocation, repo=push_to_hub or "OWNER/NAME"))
+    if push_to_hub is None:
+        print(f"To share it: {shlex.join(['hf', 'upload', 'OWNER/NAME', str(out)])}")
+    else:
+        print(card.push(out, push_to_hub))
 
 
 def generate(

@@ -19,7 +19,7 @@ from consa.files import png, write_files
 from consa.model.convert import convert
 from consa.model.layout import check_fits
 from consa.model.load import read_layout
-from consa.runs import figures, inputs, summary
+from consa.runs import card, figures, inputs, summary
 from consa.runs.display import Display, Record, board_of
 from consa.runs.evaluation import as_measured
 from consa.runs.folder import opened, record_settings
@@ -97,12 +97,13 @@ def run_adaptation(
         adapted = time.monotonic()
         write_files(folder, {"curves.png": png(figures.adaptation_curves(history, means))})
         results |= suite.measure({ADAPTED: allocation}, trained=asdict(config))
-        if not (folder / "model").exists():
-            convert(loaded.model, allocation, folder / "model", tokenizer=loaded.tokenizer)
         table = suite.table({**before, ADAPTED: allocation}, results, how={}, made=ADAPTED)
         seconds = summary.seconds_since("adapting", began, adapted)
         whole = summary.summarise(loaded.identity, allocation, config, heldout, table, seconds, record)
         summary.write(whole, summary.of_adaptation(whole), folder)
+        if not (folder / "model").exists():
+            convert(loaded.model, allocation, folder / "model", tokenizer=loaded.tokenizer)
+            card.write(folder / "model", where.model, allocation=str(folder))
     return whole
 
 
@@ -117,5 +118,4 @@ def _evaluate(suite: Suite, means: dict[str, float], hybrid: PreTrainedModel) ->
 
 
 def _describe(record: Record) -> str:
-    heldout = f"held-out {record['heldout_loss']:.3f}, " if "heldout_loss" in record else ""
-    return f"{heldout}gradient {record['grad_norm']:.2f}, learning rate {record['learning_rate']:.1e}"
+    return f"held-out {record['heldout_loss']:.3f}" if "heldout_loss" in record else ""

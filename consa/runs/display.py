@@ -46,8 +46,8 @@ class Display(ExitStack):
     def on_step(self, record: Record) -> None:
         """Show a step."""
         step, speed = int(record["step"]), record["tokens_per_second"]
-        text = f"loss {record['loss']:.3f}, {self.describe(record)}, {speed:.0f} tokens/s, {memory()}"
-        self._show(self.title, self.num_steps, step, text)
+        parts = (f"loss {record['loss']:.3f}", self.describe(record), f"{speed:.0f} tokens/s", memory())
+        self._show(self.title, self.num_steps, step, ", ".join(filter(None, parts)))
         if self.board:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -20,7 +20,7 @@ from consa.evaluation.table import Table
 from consa.files import JsonObject, png, write_files
 from consa.model.convert import convert
 from consa.model.load import LoadedModel
-from consa.runs import figures, inputs, summary
+from consa.runs import card, figures, inputs, summary
 from consa.runs.display import Display, Record, board_of
 from consa.runs.evaluation import as_measured
 from consa.runs.folder import opened, record_settings
@@ -101,6 +101,7 @@ def run_learning(
         summary.write(whole, summary.of_learning(whole, folder), folder)
         if config.mode == "joint" and not (folder / "model").exists():
             convert(loaded.model, result.allocation, folder / "model", tokenizer=loaded.tokenizer, kind="hybrid")
+            card.write(folder / "model", where.model, allocation=str(folder))
     return whole
 
 
@@ -140,5 +141,4 @@ def _rules(loaded: LoadedModel, config: LearnConfig, sparsity: float) -> dict[st
 
 
 def _describe(record: Record) -> str:
-    sparsity = f"sparsity {record['expected_sparsity']:.3f} (target {record['target']:.3f})"
-    return f"{sparsity}, multiplier {record['multiplier']:.2f}"
+    return f"sparsity {record['expected_sparsity']:.3f}"

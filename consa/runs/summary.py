@@ -129,7 +129,7 @@ def of_learning(summary: Summary, folder: Path) -> str:
     }
     rows = [[text, f"{loss:.4f}"] for key, text in kinds.items() if (loss := summary["losses"][key]) is not None]
     fractional = "none learned" if summary["fractional"] is None else f"{summary['fractional']:.1%}"
-    margin = "none" if summary.get("margin") is None else f"{summary['margin']:.2f}"
+    margin = "none" if (value := summary.get("margin")) is None else f"{value:.2f}"
     joint = summary["learn"]["mode"] == "joint"
     title, _, measured = _measured(summary, "learned allocation").partition("\n\n")
     outcome = "\n\n".join([verdict(summary), *advice(summary), f"    {next_step(summary, folder)}"])
@@ -144,7 +144,7 @@ def of_learning(summary: Summary, folder: Path) -> str:
 Losses on the same text and positions. Share of gates that were still fractional at the end: {fractional}. \
 Margin between the last FA and the first SWA unit, in log_alpha: {margin}.
 
-{_table(["", "loss"], rows)}
+{markdown_table(["", "loss"], rows)}
 
 {_how(summary, "learned", "learning")}
 
@@ -179,7 +179,7 @@ def _measured(summary: Summary, title: str) -> str:
     buckets = [f"{first}-{end - 1}" for first, end in summary["buckets"]]
     absolute = [[row["name"], *(f"{value:.3f}" for value in row["by_position"])] for row in summary["rows"]]
     first, _, *others = Table.from_record(summary["table"]).sections()
-    parts = "\n\n".join(f"{part.title}:\n\n{_table(part.columns, part.rows)}" for part in (first, *others))
+    parts = "\n\n".join(f"{part.title}:\n\n{markdown_table(part.columns, part.rows)}" for part in (first, *others))
     return f"""# {Path(summary["model"]["model"]).name}: {title} at sparsity {summary["sparsity"]:.4g}
 
 Granularity {summary["granularity"]}, window {summary["window"]}, {summary["num_sink_tokens"]} sink tokens, \
@@ -196,7 +196,7 @@ from {summary["heldout_documents"]} documents.
 
 Mean cross-entropy (nats) in each range of positions:
 
-{_table(["allocation", *buckets], absolute)}
+{markdown_table(["allocation", *buckets], absolute)}
 """
 
 
@@ -211,6 +211,7 @@ def _how(summary: Summary, done: str, timed: str) -> str:
 for {seconds["evaluation"]:.0f} s."""
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> str:
+def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown, whose first column is text and whose others are numbers."""
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
