@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, overload
@@ -34,7 +34,7 @@ NOT_SWEPT = ("sparsity", "granularity")  # of `EvalConfig`: a sweep has its own
 
 @overload
 def learn(
-    model: str | Path, /, *, out: str | Path | None = None, tensorboard: bool = False, **settings: Any
+    model: str | Path, /, *, out: str | Path | None = None, boards: Collection[str] = (), **settings: Any
 ) -> Run: ...
 @overload
 def learn(
@@ -47,8 +47,8 @@ def learn(model: Any, /, *given: Any, **settings: Any) -> Any:
         model: a folder, a .gguf file or a Hugging Face name; or a loaded model.
         given: of a loaded model, the sequences and a `LearnConfig`.
         settings: by name, the options of `consa learn`, which are the fields of `RunConfig` and `LearnConfig`, besides
-            `out`, the folder for the results, and `tensorboard`. A run that was interrupted resumes when it is called
-            again with the same arguments.
+            `out`, the folder for the results, and `boards`, some of "tensorboard" and "wandb". A run that was
+            interrupted resumes when it is called again with the same arguments.
 
     Returns:
         By name, what the folder holds: `.allocation`, `.measured` (the table), `.history`, `.summary`, `.verdict`.
@@ -58,7 +58,7 @@ def learn(model: Any, /, *given: Any, **settings: Any) -> Any:
     """
     if not isinstance(model, (str, Path)):
         return learning.learn(model, *given, **settings)
-    own = _take(settings, "out", "tensorboard")
+    own = _take(settings, "out", "boards")
     where, config = _configs(model, settings, LearnConfig)
     folder = Path(own.pop("out", None) or folder_of(where, config))
     done = run_learning(where, config, folder, command=command_line("learn", where, config), **own)
@@ -72,7 +72,7 @@ def adapt(
     *,
     allocation: str | Path | Allocation,
     out: str | Path | None = None,
-    tensorboard: bool = False,
+    boards: Collection[str] = (),
     **settings: Any,
 ) -> Run: ...
 @overload
@@ -95,7 +95,7 @@ def adapt(model: Any, /, *given: Any, **settings: Any) -> Any:
     """
     if not isinstance(model, (str, Path)):
         return adaptation.adapt(model, *given, **settings)
-    own = _take(settings, "out", "tensorboard", "allocation")
+    own = _take(settings, "out", "boards", "allocation")
     if "allocation" not in own:
         raise ConsaError("adapt needs allocation: a run's folder, a file, a published name, or an Allocation")
     chosen = own.pop("allocation")

@@ -9,7 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from consa.cli.options import Kept, Out, Tensorboard, from_options, number, text, was_given, with_fields_of
+from consa.cli.options import (
+    Kept,
+    Out,
+    Tensorboard,
+    Wandb,
+    boards,
+    from_options,
+    number,
+    text,
+    was_given,
+    with_fields_of,
+)
 from consa.cli.terminal import show
 from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig, SweepConfig, folder_of
 from consa.errors import ConsaError
@@ -17,13 +28,21 @@ from consa.settings import command_line
 
 
 @with_fields_of(RunConfig, LearnConfig)
-def learn(*, out: Out = None, tensorboard: Tensorboard = False, ctx: typer.Context, **options: Any) -> None:
+def learn(
+    *, out: Out = None, tensorboard: Tensorboard = False, wandb: Wandb = False, ctx: typer.Context, **options: Any
+) -> None:
     """Learn which layers or KV heads of MODEL keep full attention, and compare with rules."""
     if options["kv_budget"] is not None and was_given(ctx, "sparsity"):
         raise ConsaError("sparsity and kv_budget set the same thing; give only one of them")
     run_config, config = from_options(options, RunConfig, LearnConfig)
     folder = out or folder_of(run_config, config)
-    _run(run_config, config, folder, command_line("learn", run_config, config), tensorboard)
+    _run(
+        run_config,
+        config,
+        folder,
+        command_line("learn", run_config, config),
+        boards(tensorboard=tensorboard, wandb=wandb),
+    )
 
 
 DEMO_RUN = RunConfig(model="smollm2-135m", data="stdlib", max_tokens=2**22, num_heldout=7)
@@ -46,15 +65,18 @@ def demo(
     out: Out = None,
     seed: Annotated[int, number(help="Random seed of the gates and of the order of the text.")] = 0,
     tensorboard: Tensorboard = False,
+    wandb: Wandb = False,
 ) -> None:
     """Learn KV heads of a real 135M model on Python's own sources, in 10 to 20 minutes on 2 CPU cores."""
     config = replace(DEMO_LEARN, seed=seed)
     folder = out or Path("runs") / ("demo" if seed == 0 else f"demo-seed{seed}")
-    _run(DEMO_RUN, config, folder, f"consa demo --seed {seed}", tensorboard)
+    _run(DEMO_RUN, config, folder, f"consa demo --seed {seed}", boards(tensorboard=tensorboard, wandb=wandb))
 
 
 @with_fields_of(RunConfig, AdaptConfig)
-def adapt(*, allocation: Kept, out: Out = None, tensorboard: Tensorboard = False, **options: Any) -> None:
+def adapt(
+    *, allocation: Kept, out: Out = None, tensorboard: Tensorboard = False, wandb: Wandb = False, **options: Any
+) -> None:
     """Continue training MODEL under a fixed allocation, and compare with the hybrid before training."""
     run_config, config = from_options(options, RunConfig, AdaptConfig)
     command = f"{command_line('adapt', run_config, config)} --allocation {shlex.quote(str(allocation))}"
@@ -64,7 +86,8 @@ def adapt(*, allocation: Kept, out: Out = None, tensorboard: Tensorboard = False
     kept = Allocation.load(allocation)
     from consa.runs.adaptation import run_adaptation
 
-    summary = run_adaptation(run_config, kept, config, folder, command=command, tensorboard=tensorboard)
+    wanted = boards(tensorboard=tensorboard, wandb=wandb)
+    summary = run_adaptation(run_config, kept, config, folder, command=command, boards=wanted)
     _show_losses(summary, folder, "model", "summary.md")
 
 
@@ -130,12 +153,12 @@ def sweep(*, out: Out = None, **options: Any) -> None:
         print(path)
 
 
-def _run(run_config: RunConfig, config: LearnConfig, folder: Path, command: str, tensorboard: bool) -> None:
+def _run(run_config: RunConfig, config: LearnConfig, folder: Path, command: str, wanted: tuple[str, ...]) -> None:
     """Learn, then show the table of losses."""
     run_config.start_for(config)  # bad settings raise before heavy imports
     from consa.runs.learning import run_learning
 
-    summary = run_learning(run_config, config, folder, command=command, tensorboard=tensorboard)
+    summary = run_learning(run_config, config, folder, command=command, boards=wanted)
     made = ("model",) if config.mode == "joint" else ()
     _show_losses(summary, folder, "allocation.json", *made, "heatmap.png", "summary.md")
     if summary:

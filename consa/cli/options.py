@@ -121,8 +121,14 @@ def text(metavar: str, help: str, *names: str, **details: Any) -> Any:
 
 Out = Annotated[Path | None, text("FOLDER", "Folder for the results. Default: a folder under runs/.")]
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Also write the metrics for TensorBoard.")]
+Wandb = Annotated[bool, typer.Option("--wandb", help="Also send the metrics to Weights & Biases.")]
 KEPT_HELP = "Allocation: an allocation.json, the folder of a run, or the name of a published one."
 Kept = Annotated[Path, text("FILE", KEPT_HELP, "--allocation")]
+
+
+def boards(*, tensorboard: bool, wandb: bool) -> tuple[str, ...]:
+    """The names in `consa.runs.display.BOARDS` of what was asked for."""
+    return ("tensorboard",) * tensorboard + ("wandb",) * wandb
 
 
 def existing(path: Path | None) -> Path | None:

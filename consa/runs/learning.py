@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from consa.files import JsonObject, png, write_files
 from consa.model.convert import convert
 from consa.model.load import LoadedModel
 from consa.runs import card, figures, inputs, summary
-from consa.runs.display import Display, Record, board_of
+from consa.runs.display import Display, Record, check_boards
 from consa.runs.evaluation import as_measured
 from consa.runs.folder import opened, record_settings
 from consa.runs.summary import Summary
@@ -31,7 +32,7 @@ from consa.training.learning import LearnResult, learn, target_units, units_of
 
 
 def run_learning(
-    where: RunConfig, config: LearnConfig, folder: Path, *, command: str, tensorboard: bool = False
+    where: RunConfig, config: LearnConfig, folder: Path, *, command: str, boards: Collection[str] = ()
 ) -> Summary | None:
     """Learn an allocation, measure it beside dense, all-SWA and rules, and write all of it to `folder`.
 
@@ -42,7 +43,7 @@ def run_learning(
         config: settings of learning.
         folder: for the results; one process at a time may use it.
         command: the command line that does the same again, for the record.
-        tensorboard: also write the metrics for TensorBoard.
+        boards: what else takes the metrics, by names in `display.BOARDS`.
 
     Returns:
         What summary.json holds; None in the other processes of a distributed run.
@@ -52,7 +53,7 @@ def run_learning(
     """
     measured = as_measured(config, config)
     start = where.start_for(measured)
-    board = board_of(folder, wanted=tensorboard)
+    check_boards(boards)
     inputs.check(where)
     settings = {"run": asdict(where), "learn": asdict(config)}
     with opened(where, config, folder, settings):
@@ -64,7 +65,7 @@ def run_learning(
         inputs.warn_if_repeated(len(train.tokens), config)
         record = record_settings(settings, command, folder)
         began = time.monotonic()
-        with Display("Learning", config.num_steps, _describe, board) as shown:
+        with Display("Learning", config.num_steps, _describe, folder, boards) as shown:
             is_main = distributed.is_main()
             result = learn(
                 loaded.model,

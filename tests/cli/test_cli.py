@@ -96,7 +96,7 @@ def test_every_setting_is_an_option():
             else:
                 assert parameter.default == field.default
                 assert f"--{field.name.replace('_', '-')}" in parameter.opts
-    assert parameters.keys() - {"help"} == {"out", "tensorboard", "config"}
+    assert parameters.keys() - {"help"} == {"out", "tensorboard", "wandb", "config"}
 
 
 def test_every_help_line_is_a_sentence_and_stands_in_a_group():
@@ -183,7 +183,7 @@ def test_options_arrive(caught: list[tuple[Any, ...]], tmp_path: Path):
     result = consa_cli("learn", "m", "--kv-budget", "2GiB", "--context", 131072, "--out", tmp_path, "--num-heldout", 3)
     (where, config, folder, options) = caught[0]
     assert (config.kv_budget, config.context, where.num_heldout, folder) == (2 * 2**30, 131072, 3, tmp_path)
-    assert options["tensorboard"] is False
+    assert options["boards"] == ()
     assert "no rule was measured" in result.stdout and str(tmp_path / "heatmap.png") in result.stdout
 
 
@@ -230,6 +230,7 @@ def test_sizes(text: str, expected: int):
         (["--heldout-data", "./nowhere"], ["./nowhere", "names no file"]),
         (["--colour", "red"], ["--colour"]),
         (["--tensorboard"], ["pip install 'consa[tensorboard]'"]),
+        (["--wandb"], ["pip install 'consa[wandb]'"]),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(
