@@ -43,7 +43,7 @@ def _read_into(ctx: typer.Context, value: str | None) -> str | None:
         return None
     path = Path(value) / "config.json" if Path(value).is_dir() else Path(value)
     known = {one.name: one for one in ctx.command.params if one.name not in ("config", "help")}
-    settings = _flat(_parsed(path), ctx.info_name, known, path)
+    settings = _flat(_parsed(path), str(ctx.info_name), known, path)
     ctx.default_map = {name: given for name, given in settings.items() if given != known[name].default}
     return value
 

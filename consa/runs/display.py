@@ -41,7 +41,7 @@ class Wandb:
     """Sends records to Weights & Biases, as a run of the project consa that has the name of `folder`."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         # One id per folder, so that a resumed run goes on; wandb drops the steps that it has already.
         path = hashlib.sha256(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]
