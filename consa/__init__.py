@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from consa import rules as rules
     from consa.allocation import Allocation as Allocation
+    from consa.api import adapt as adapt
+    from consa.api import evaluate as evaluate
+    from consa.api import learn as learn
+    from consa.api import sweep as sweep
     from consa.cache.hybrid import HybridCache as HybridCache
     from consa.config import AdaptConfig as AdaptConfig
     from consa.config import LearnConfig as LearnConfig
@@ -19,8 +23,6 @@ if TYPE_CHECKING:
     from consa.model.attach import attached as attached
     from consa.model.convert import convert as convert
     from consa.model.convert import load as load
-    from consa.training.adaptation import adapt as adapt
-    from consa.training.learning import learn as learn
 
 __version__ = "0.1.0"
 
@@ -30,12 +32,14 @@ _HOMES = {  # public name -> the module that defines it, or that it is
     "ConsaError": "consa.errors",
     "HybridCache": "consa.cache.hybrid",
     "LearnConfig": "consa.config",
-    "adapt": "consa.training.adaptation",
+    "adapt": "consa.api",
     "attached": "consa.model.attach",
     "convert": "consa.model.convert",
-    "learn": "consa.training.learning",
+    "evaluate": "consa.api",
+    "learn": "consa.api",
     "load": "consa.model.convert",
     "rules": "consa.rules",
+    "sweep": "consa.api",
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
-from consa import published
+from consa import picture, published
 from consa.errors import ConsaError, InvalidAllocationError
 from consa.files import JsonObject, read_text, write_atomically
 
@@ -239,6 +239,9 @@ class Allocation:
         shape = f"{self.num_layers} layers x {self.num_kv_heads} KV heads"
         limits = f"window {self.window}, sinks {self.num_sink_tokens}"
         return f"Allocation({shape}, sparsity {self.sparsity:.3f}, {limits})"
+
+    def _repr_html_(self) -> str:
+        return picture.html(self)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Allocation) and self.to_json() == other.to_json()

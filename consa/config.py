@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from consa.allocation import NUM_SINK_TOKENS, WINDOW, Granularity
@@ -16,12 +18,12 @@ from consa.settings import Settings, option, words_of
 _data, _speed, _solver = (partial(option, group=group) for group in ("data", "speed", "solver"))
 
 WINDOW_HELP = "Sliding window in tokens: how many a query sees, itself included."
-SINKS_HELP = "Sink tokens: first tokens of a sequence that stay visible besides the window."
+SINKS_HELP = "Sink tokens: first tokens of a sequence that every query sees."
 GRANULARITY_HELP = "Unit that is decided as one: a whole layer or a KV head."
 SPARSITY_HELP = "Share of the units that use sliding-window attention."
 SEQ_LEN_HELP = "Length of a training sequence, in tokens."
-BATCH_HELP = "Global batch size: sequences of one optimizer step, over all processes."
-MICRO_BATCH_HELP = "Micro-batch size: sequences computed at once. Gradients of the others are accumulated."
+BATCH_HELP = "Sequences of one optimizer step, over all processes."
+MICRO_BATCH_HELP = "Sequences computed at once. Gradients of the others are accumulated."
 RECOMPUTE_HELP = "Gradient checkpointing: recompute layers in the backward pass to save memory."
 FULL_LEARNING_RATE, MEASURED_PARAMETERS = 5e-4, 135_000_000
 """The peak learning rate of full adaptation that was best, and the size of the one model it was measured on."""
@@ -64,7 +66,10 @@ class LearnConfig(Settings):
     micro_batch: int = _speed(1, MICRO_BATCH_HELP, ge=1)
     seed: int = option(0, "Random seed of the gates and of the order of the text.", ge=0)
     mode: Literal["frozen", "joint"] = option(
-        "frozen", "Whether the model's weights stay frozen or are trained jointly with the gates."
+        "frozen", "Whether the weights stay frozen or are trained jointly with the gates."
+    )
+    rules: Literal["all", "best", "none"] = _data(
+        "all", "Rules to compare with: all, only the best of them in the table, or none."
     )
     weight_lr: float = _solver(1e-5, "Learning rate of AdamW for the weights in joint mode.", gt=0)
     gate_lr: float | None = _solver(None, "Learning rate of Adam for the gates. Default: min(1, 60 / num_steps).", gt=0)
@@ -78,16 +83,12 @@ class LearnConfig(Settings):
     multiplier_step: float = _solver(
         3.0, "Step size (eta) of the sparsity constraint's Lagrange multiplier, in nats.", gt=0
     )
-    penalty_growth: float = _solver(
-        10.0,
-        "Factor by which penalty and multiplier step have grown at the last step. Growth starts after the warm-up.",
-        gt=0,
-    )
+    penalty_growth: float = _solver(10.0, "Factor by which penalty and multiplier step grow after the warm-up.", gt=0)
     sharpening: float = _solver(
-        3.0, "Largest coefficient of the term P(1 - P), in nats. It drives every gate to a decision.", ge=0
+        3.0, "Largest coefficient of P(1 - P), in nats, which drives gates to a decision.", ge=0
     )
     sharpening_start: float = _solver(0.75, "Share of the steps after which the sharpening rises from 0.", ge=0, le=1)
-    averaged: float = _solver(0.2, "Last share of the steps whose average log_alpha ranks the units.", gt=0, le=1)
+    averaged: float = _solver(0.2, "Share of the last steps whose mean log_alpha ranks the units.", gt=0, le=1)
     retrieval: float = option(
         0.0,
         "Share of the training sequences in which facts are hidden and asked for, so that the allocation also keeps"
@@ -241,10 +242,7 @@ class RunConfig(Settings):
     )
     num_heldout: int = _data(16, "Held-out sequences to measure on, spread over all documents.", ge=1)
     start: int | None = _data(
-        None,
-        "First position whose loss counts. Default: max(4 * window, seq_len / 8), at most seq_len / 2, from where most"
-        " of the text lies beyond the window.",
-        ge=0,
+        None, "First position whose loss counts. Default: max(4 * window, seq_len / 8), at most seq_len / 2.", ge=0
     )
     device: str | None = _speed(None, "Device, for example cpu or cuda:1. Default: the GPU if there is one.")
     dtype: Literal["float32", "bfloat16"] | None = _speed(
@@ -384,6 +382,20 @@ class ChoiceConfig(Settings):
     num_sink_tokens: int = option(NUM_SINK_TOKENS, SINKS_HELP, ge=0)
     seed: int = option(0, "Random seed of the method.", ge=0)
     micro_batch: int = _speed(1, "Sequences of one length that are computed at once.", ge=1)
+
+
+def folder_of(where: RunConfig, config: Settings) -> Path:
+    """The folder of a run that names none; the same settings find their folder again."""
+    model = re.sub(r"[^\w.-]+", "-", Path(where.model).name) or "model"
+    match config:
+        case LearnConfig():
+            size = f"{config.sparsity:g}" if config.kv_budget is None else f"{config.kv_budget}B"
+            name = f"{model}-{config.granularity}-{size}-w{config.window}-seed{config.seed}"
+        case AdaptConfig():
+            name = f"adapt-{model}-{config.method}-seed{config.seed}"
+        case _:
+            name = f"{'sweep' if isinstance(config, SweepConfig) else 'eval'}-{model}"
+    return Path("runs") / name
 
 
 FORMER_NAMES = {"activation_checkpointing": "gradient_checkpointing"}

@@ -1,4 +1,4 @@
-"""Progress on stderr: a live bar on a terminal, and a plain line every ten seconds elsewhere."""
+"""Progress on stderr: a line that changes on a terminal, and a plain line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 SECONDS_BETWEEN_LINES = 10
+WIDTH = 79
 
 
 def note(text: str) -> None:
@@ -17,7 +18,7 @@ def note(text: str) -> None:
 
 @contextmanager
 def progress(title: str, total: int, *, began: float | None = None) -> Iterator[Callable[[int, str], None]]:
-    """Show how far a long job has come.
+    """Show how far a long job has come, in one line of at most `WIDTH` characters.
 
     Args:
         title: name of the job.
@@ -25,49 +26,57 @@ def progress(title: str, total: int, *, began: float | None = None) -> Iterator[
         began: when this process began its first unit, by `time.monotonic`; the default is now.
 
     Yields:
-        A function to call after one or more units, with the number of units done so far and a text about them.
+        A function to call before the first unit or after one or more, with the number of units done so far and a text.
     """
-    from rich.console import Console, Group
+    from rich.console import Console
     from rich.live import Live
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.text import Text
 
     began = time.monotonic() if began is None else began
     first = last_line = None
 
-    def time_left(done: int) -> str:
+    def line(done: int, text: str) -> str:
         nonlocal first
-        first = done - 1 if first is None else first  # a resumed job does not begin at 0
-        seconds = (time.monotonic() - began) / max(1, done - first) * (total - done)
-        return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02} left"
+        first = max(0, done - 1) if first is None else first  # a resumed job does not begin at 0
+        per_unit = (time.monotonic() - began) / max(1, done - first)
+        left = f", {duration(per_unit * (total - done))} left" if done > first else ""
+        return shortened(f"{title} {done}/{total}{left}: {text}")
 
     console = Console(stderr=True)
     if not sys.stderr.isatty() or console.is_dumb_terminal:
 
         def print_line(done: int, text: str) -> None:
             nonlocal last_line
-            left, now = time_left(done), time.monotonic()
+            content, now = line(done, text), time.monotonic()
             if last_line is None or now - last_line >= SECONDS_BETWEEN_LINES or done == total:
                 last_line = now
-                note(f"{title} {done}/{total}  {text}  {left}")
+                note(content)
 
         yield print_line
         return
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
-    )
-    task = bar.add_task(title, total=total, left="")
-    live = Live(bar, console=console, refresh_per_second=4)
+    live = Live(console=console, refresh_per_second=4)
 
     def redraw(done: int, text: str) -> None:
-        bar.update(task, completed=done, left=time_left(done))
-        live.update(Group(bar, Text(f"  {text}")))
+        live.update(Text(line(done, text), no_wrap=True, overflow="ellipsis"))
         live.start()  # only once there is something to show; later calls do nothing
 
     try:
         yield redraw
     finally:
         live.stop()
+
+
+def shortened(line: str) -> str:
+    """The line, cut to the width of a terminal."""
+    return line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..."
+
+
+def duration(seconds: float) -> str:
+    """A time to wait in one or two units: 45s, 12m, 3h 05m."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m" if minutes else f"{rest}s"
+    return f"{minutes // 60}h {minutes % 60:02}m"
 
 
 def memory() -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
 import types
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -152,3 +153,22 @@ def help_of(item: Any) -> str:
 def words_of(text: str | None) -> tuple[str, ...]:
     """The words of a setting that takes several, separated by commas; each once."""
     return tuple(dict.fromkeys(word.strip() for word in (text or "").split(",") if word.strip()))
+
+
+def option_name(field: str) -> str:
+    """The option of a field."""
+    return f"--{field.replace('_', '-')}"
+
+
+def command_line(verb: str, *configs: Any) -> str:
+    """The command that gives these settings; defaults are left out."""
+    words = ["consa", verb]
+    for config in configs:
+        for item in fields(config):
+            value, name = getattr(config, item.name), option_name(item.name)
+            if item.default is MISSING:
+                words.append(str(value))
+            elif value != item.default:
+                flag = [name if value else f"--no-{name[2:]}"]
+                words += flag if isinstance(value, bool) else [name, str(value)]
+    return shlex.join(words)

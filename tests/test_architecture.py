@@ -28,12 +28,12 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 # Every package and module, from the bottom to the top: each imports only what stands before it.
 ORDER = [
-    "errors", "files", "published", "allocation", "rules", "constraints", "provenance", "progress", "data", "settings",
-    "config", "attention", "cache", "model", "training", "methods", "evaluation", "behaviour", "serving", "bench",
-    "runs", "report", "cli", "register", "__main__",
+    "errors", "files", "published", "picture", "allocation", "rules", "constraints", "provenance", "progress", "data",
+    "settings", "config", "attention", "cache", "model", "training", "methods", "evaluation", "behaviour", "serving",
+    "bench", "runs", "report", "api", "cli", "register", "__main__",
 ]  # fmt: skip
 MAX_ARROWS = 150  # pairs of (package, package that it imports)
-NUMPY_ONLY = ["errors", "files", "published", "allocation", "rules", "constraints", "settings", "config"]
+NUMPY_ONLY = ["errors", "files", "published", "picture", "allocation", "rules", "constraints", "settings", "config"]
 TORCH_ONLY = ["attention.masks", "training.gates", "training.lagrangian"]
 
 

@@ -20,6 +20,7 @@ BAD: dict[str, list[Any]] = {
     "full_heads_per_layer": ["odd"],
     "tensor_parallel": [0, 1.5],
     "parallel": ["tensor", "fsdp", None],
+    "rules": ["some", None],
     "window": [0, -1, 2.5, "8", None],
     "num_sink_tokens": [-1, 0.5],
     "seq_len": [1, 0, 16.0],

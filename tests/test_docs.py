@@ -155,6 +155,17 @@ def run(words: list[str], servers: list[Any]) -> str:
     return result.output
 
 
+def keywords() -> dict[str, dict[str, Any]]:
+    """`SMALL` for Python: `small` of `consa.learn`, `small_text` of `consa.evaluate`."""
+
+    def of(command: str) -> dict[str, Any]:
+        words = SMALL[command].split()
+        pairs = zip(words[::2], words[1::2], strict=True)
+        return {k[2:].replace("-", "_"): int(v) if v.isdigit() and k != "--lengths" else v for k, v in pairs}
+
+    return {"small": of("learn"), "small_text": of("eval")}
+
+
 def skeleton(text: str) -> set[str]:
     """Of a command's output, the lines that are the same whatever was measured."""
     lines = (" ".join(line.split()) for line in text.splitlines())
@@ -202,7 +213,7 @@ def folder(tmp_path: Path, tiny_model_folder: Path, text_folder: Path, monkeypat
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_blocks_run(path: Path, folder: Path, servers: list[Any]):
-    names: dict[str, Any] = {"input_ids": models.tokens(1, 20)}
+    names: dict[str, Any] = {"input_ids": models.tokens(1, 20), **keywords()}
     output, found = "", list(blocks(path.read_text(encoding="utf-8")))
     assert bool(found) == (path.name in WITH_BLOCKS)
     for block in found:

@@ -10,25 +10,21 @@ from typing import Annotated, Any
 import typer
 
 import consa
-from consa.cli import learn, measure, use
+from consa.cli import learn, look, measure, use
 from consa.cli.options import FORMER_OPTIONS, by_group
+from consa.cli.settings_file import with_config
 from consa.cli.terminal import INTERRUPTED, Command, Commands, fail
 
 VERBS: dict[str, dict[str, Callable[..., None]]] = {
     "Learn": {"learn": learn.learn, "demo": learn.demo, "adapt": learn.adapt},
     "Choose": {"rules": learn.rules, "sweep": learn.sweep},
-    "Measure": {
-        "eval": measure.evaluate,
-        "bench": measure.bench,
-        "behaviour": measure.behaviour,
-        "report": measure.report,
-    },
+    "Measure": {"eval": measure.evaluate, "bench": measure.bench, "behaviour": measure.behaviour},
+    "Look": {"inspect": look.inspect, "compare": look.compare, "report": look.report},
     "Use": {"convert": use.convert, "generate": use.generate, "serve": use.serve},
 }
 
 app = typer.Typer(
     cls=Commands,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -36,7 +32,7 @@ app = typer.Typer(
 )
 for group, verbs in VERBS.items():
     for verb, function in verbs.items():
-        app.command(verb, cls=Command, rich_help_panel=group)(function)
+        app.command(verb, cls=Command, rich_help_panel=group)(with_config(function))
 
 
 @app.callback(invoke_without_command=True)

@@ -14,28 +14,37 @@ from consa.cli.options import (
     Chosen,
     Out,
     Tensorboard,
+    Wandb,
+    boards,
     chosen,
-    command_line,
     from_options,
-    model_name,
     number,
     text,
     was_given,
     with_fields_of,
 )
 from consa.cli.terminal import show
-from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig, SweepConfig
+from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig, SweepConfig, folder_of
 from consa.errors import ConsaError
+from consa.settings import command_line
 
 
 @with_fields_of(RunConfig, LearnConfig)
-def learn(*, out: Out = None, tensorboard: Tensorboard = False, ctx: typer.Context, **options: Any) -> None:
-    """Learn which layers or KV heads of MODEL keep full attention, and compare with every rule."""
+def learn(
+    *, out: Out = None, tensorboard: Tensorboard = False, wandb: Wandb = False, ctx: typer.Context, **options: Any
+) -> None:
+    """Learn which layers or KV heads of MODEL keep full attention, and compare with rules."""
     if options["kv_budget"] is not None and was_given(ctx, "sparsity"):
         raise ConsaError("sparsity and kv_budget set the same thing; give only one of them")
     run_config, config = from_options(options, RunConfig, LearnConfig)
-    folder = out or Path("runs") / _name_of(run_config, config)
-    _run(run_config, config, folder, command_line("learn", run_config, config), tensorboard)
+    folder = out or folder_of(run_config, config)
+    _run(
+        run_config,
+        config,
+        folder,
+        command_line("learn", run_config, config),
+        boards(tensorboard=tensorboard, wandb=wandb),
+    )
 
 
 DEMO_RUN = RunConfig(model="smollm2-135m", data="stdlib", max_tokens=2**22, num_heldout=7)
@@ -58,27 +67,35 @@ def demo(
     out: Out = None,
     seed: Annotated[int, number(help="Random seed of the gates and of the order of the text.")] = 0,
     tensorboard: Tensorboard = False,
+    wandb: Wandb = False,
 ) -> None:
     """Learn KV heads of a real 135M model on Python's own sources, in 10 to 20 minutes on 2 CPU cores."""
     config = replace(DEMO_LEARN, seed=seed)
     folder = out or Path("runs") / ("demo" if seed == 0 else f"demo-seed{seed}")
-    _run(DEMO_RUN, config, folder, f"consa demo --seed {seed}", tensorboard)
+    _run(DEMO_RUN, config, folder, f"consa demo --seed {seed}", boards(tensorboard=tensorboard, wandb=wandb))
 
 
 @with_fields_of(EvalConfig, only=RULE_FIELDS)
 @with_fields_of(RunConfig, AdaptConfig)
 def adapt(
-    *, allocation: Chosen = None, out: Out = None, tensorboard: Tensorboard = False, ctx: typer.Context, **options: Any
+    *,
+    allocation: Chosen = None,
+    out: Out = None,
+    tensorboard: Tensorboard = False,
+    wandb: Wandb = False,
+    ctx: typer.Context,
+    **options: Any,
 ) -> None:
     """Continue training MODEL under a fixed allocation, and compare with the hybrid before training."""
     run_config, config = from_options(options, RunConfig, AdaptConfig)
     rule = EvalConfig(**{name: options[name] for name in RULE_FIELDS})
     kept = chosen(ctx, allocation, run_config.model, replace(rule, seed=config.seed))
     command = f"{command_line('adapt', run_config, config, rule)} --allocation {shlex.quote(str(allocation))}"
-    folder = out or Path("runs") / f"adapt-{model_name(run_config)}-{config.method}-seed{config.seed}"
+    folder = out or folder_of(run_config, config)
     from consa.runs.adaptation import run_adaptation
 
-    summary = run_adaptation(run_config, kept, config, folder, command=command, tensorboard=tensorboard)
+    wanted = boards(tensorboard=tensorboard, wandb=wandb)
+    summary = run_adaptation(run_config, kept, config, folder, command=command, boards=wanted)
     _show_losses(summary, folder, "model", "summary.md")
 
 
@@ -135,7 +152,7 @@ def sweep(*, out: Out = None, **options: Any) -> None:
     run_config, config = from_options(options, RunConfig, SweepConfig)
     measured = EvalConfig(**{name: options[name] for name in MEASURED})
     command = command_line("sweep", run_config, config, measured)
-    folder = out or Path("runs") / f"sweep-{model_name(run_config)}"
+    folder = out or folder_of(run_config, config)
     from consa.runs.sweep import sweep as run_sweep
 
     frontier, paths = run_sweep(run_config, config, measured, folder, command=command)
@@ -144,21 +161,18 @@ def sweep(*, out: Out = None, **options: Any) -> None:
         print(path)
 
 
-def _name_of(run_config: RunConfig, config: LearnConfig) -> str:
-    """The name of a run's folder: the same command finds its folder again."""
-    model = model_name(run_config)
-    size = f"{config.sparsity:g}" if config.kv_budget is None else f"{config.kv_budget}B"
-    return f"{model}-{config.granularity}-{size}-w{config.window}-seed{config.seed}"
-
-
-def _run(run_config: RunConfig, config: LearnConfig, folder: Path, command: str, tensorboard: bool) -> None:
+def _run(run_config: RunConfig, config: LearnConfig, folder: Path, command: str, wanted: tuple[str, ...]) -> None:
     """Learn, then show the table of losses."""
     run_config.start_for(config)  # bad settings raise before heavy imports
     from consa.runs.learning import run_learning
 
-    summary = run_learning(run_config, config, folder, command=command, tensorboard=tensorboard)
+    summary = run_learning(run_config, config, folder, command=command, boards=wanted)
     made = ("model",) if config.mode == "joint" else ()
     _show_losses(summary, folder, "allocation.json", *made, "heatmap.png", "summary.md")
+    if summary:
+        from consa.runs.verdict import advice, next_step, verdict
+
+        print("", verdict(summary), *advice(summary), f"Next: {next_step(summary, folder)}", sep="\n")
 
 
 def _show_losses(summary: Any, folder: Path, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""Verbs that measure and show: quality, speed and memory, what heads attend to, a report."""
+"""Verbs that measure: quality, speed and memory, what heads attend to."""
 
 from __future__ import annotations
 
@@ -8,22 +8,12 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from consa.cli.options import (
-    Converted,
-    Out,
-    check_exists,
-    command_line,
-    from_options,
-    model_name,
-    number,
-    text,
-    was_given,
-    with_fields_of,
-)
+from consa.cli.options import Converted, Device, Out, SavedDtype, from_options, number, text, was_given, with_fields_of
 from consa.cli.terminal import show
-from consa.config import EvalConfig, LearnConfig, RunConfig
+from consa.config import EvalConfig, LearnConfig, RunConfig, folder_of
 from consa.errors import ConsaError
 from consa.files import check_writable
+from consa.settings import command_line, words_of
 
 
 @with_fields_of(RunConfig, EvalConfig)
@@ -34,7 +24,8 @@ def evaluate(
         text(
             "NAME",
             "Allocation to measure besides dense and all-SWA: an allocation.json, the folder of a run, the name of"
-            " a published allocation or of a rule, or a .tsv of DuoAttention or PruLong. May be repeated.",
+            " a published allocation or of a rule, or a .tsv of DuoAttention or PruLong. Separated by commas, or"
+            " repeated.",
         ),
     ] = None,
     out: Out = None,
@@ -43,20 +34,21 @@ def evaluate(
 ) -> None:
     """Measure allocations of MODEL beside dense and all-SWA: held-out loss, retrieval, lm-eval tasks."""
     run_config, config = from_options(options, RunConfig, EvalConfig)
+    allocation = [word for name in allocation or () for word in words_of(name)]
     command = command_line("eval", run_config, config)
-    for name in allocation or ():
+    for name in allocation:
         command += f" --allocation {shlex.quote(name)}"
     from consa.rules import RULES
     from consa.runs.evaluation import run_evaluation
 
     for name in ("sparsity", "granularity"):
-        if was_given(ctx, name) and not set(allocation or ()) & RULES.keys():
+        if was_given(ctx, name) and not set(allocation) & RULES.keys():
             raise ConsaError(f"{name} applies to rules, and no --allocation is one; files keep their own")
     table, paths = run_evaluation(
         run_config,
         config,
-        allocation or [],
-        out or Path("runs") / f"eval-{model_name(run_config)}",
+        allocation,
+        out or folder_of(run_config, config),
         command=command,
         follow_files=not (was_given(ctx, "window") or was_given(ctx, "num_sink_tokens")),
     )
@@ -81,6 +73,8 @@ def bench(
             "Engine that is measured. With vllm, KV cache is the bytes in use while all requests decode.",
         ),
     ] = "transformers",
+    device: Device = None,
+    dtype: SavedDtype = None,
     out: Annotated[Path | None, text("FOLDER", "Folder for bench.json and bench.png. Default: FOLDER-bench.")] = None,
 ) -> None:
     """Measure prefill, decoding, KV cache and peak memory of a converted model, beside the dense one."""
@@ -92,7 +86,8 @@ def bench(
             raise ConsaError(f"{name} must be integers separated by commas, got {value!r}") from None
     if engine not in ("transformers", "vllm"):
         raise ConsaError(f"engine must be transformers or vllm, got {engine!r}")
-    check_exists(folder)
+    if engine == "vllm" and (device or dtype):
+        raise ConsaError("device and dtype apply to engine transformers; vLLM chooses its own")
     from consa.bench import measure as stock
     from consa.bench import vllm
     from consa.model.convert import load
@@ -101,8 +96,8 @@ def bench(
     out = out or Path(f"{folder if folder.name.strip('.') else folder.resolve()}-bench")
     check_writable(out)
     measure: Any = vllm.benchmark if engine == "vllm" else stock.benchmark
-    model = folder if engine == "vllm" else load(folder)
-    with progress("measuring", len(lists[0]) * len(lists[1]) * repeats * 2) as tell:
+    model = folder if engine == "vllm" else load(folder, device=device, dtype=dtype)
+    with progress("Measuring", len(lists[0]) * len(lists[1]) * repeats * 2) as tell:
         result = measure(
             model, contexts=lists[0], batch_sizes=lists[1], decode_tokens=decode_tokens, repeats=repeats, on_run=tell
         )
@@ -140,8 +135,7 @@ def behaviour(
     """Measure what each KV head of MODEL attends to: spans, sinks, induction, copying, needles and more."""
     if out is None and run is None:
         raise ConsaError("give --out FILE or --run FOLDER, so that there is a place to write to")
-    if run is not None:
-        check_exists(run)
+    existing(run)
     from consa.allocation import Allocation
 
     limits = {name: options.pop(name) for name in ("window", "num_sink_tokens")}
@@ -173,27 +167,3 @@ def behaviour(
             row += ["-" if v is None else f"{v:.3f}" for v in (relation.auc, relation.with_scores)]
     show(columns, rows)
     print(path)
-
-
-def report(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders of learn, adapt, eval or bench, or allocations.")
-    ],
-    *,
-    out: Annotated[Path, text("FILE", "File for the page.")] = Path("report.html"),
-    behaviour: Annotated[
-        Path | None, text("FILE", "File that `consa behaviour` wrote, for runs without one of their own.")
-    ] = None,
-    figures: Annotated[
-        Path | None, text("FOLDER", "Folder for every chart as SVG and PNG. Default: none are written.")
-    ] = None,
-) -> None:
-    """Write one HTML page about runs: allocations, losses, behaviour, memory and speed. It needs no network."""
-    from consa.behaviour.record import Behaviour
-    from consa.report import page
-
-    words = ["consa", "report", *map(str, runs), "--out", str(out)]
-    words += ["--behaviour", str(behaviour)] if behaviour else []
-    loaded = Behaviour.load(behaviour) if behaviour else None
-    for path in page.write(runs, out, command=shlex.join(words), behaviour=loaded, figures=figures):
-        print(path)

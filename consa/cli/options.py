@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.models import ArgumentInfo
 
-from consa.config import FORMER_NAMES, EvalConfig, RunConfig
+from consa.config import FORMER_NAMES, EvalConfig
 from consa.errors import ConsaError
-from consa.settings import Kind, help_of, kinds
+from consa.settings import Kind, help_of, kinds, option_name
 
 if TYPE_CHECKING:
     from consa.allocation import Allocation
@@ -78,11 +77,6 @@ def _parameter(item: Field[Any], kind: Kind) -> inspect.Parameter:
     )
 
 
-def option_name(field: str) -> str:
-    """The option of a field."""
-    return f"--{field.replace('_', '-')}"
-
-
 HEADINGS = {"argument": "Arguments", "basic": "Options"} | {
     name: f"{name.capitalize()} options" for name in ("data", "speed", "solver")
 }
@@ -123,28 +117,14 @@ def from_options(options: Mapping[str, Any], *configs: type) -> list[Any]:
     return [config(**{field.name: options[field.name] for field in fields(config)}) for config in configs]
 
 
-def command_line(verb: str, *configs: Any) -> str:
-    """The command that gives these settings; defaults are left out."""
-    words = ["consa", verb]
-    for config in configs:
-        for field in fields(config):
-            value = getattr(config, field.name)
-            name = option_name(field.name)
-            if field.default is MISSING:
-                words.append(str(value))
-            elif value != field.default:
-                flag = [name if value else f"--no-{name[2:]}"]
-                words += flag if isinstance(value, bool) else [name, str(value)]
-    return shlex.join(words)
-
-
-def text(metavar: str, help: str, *names: str) -> Any:
+def text(metavar: str, help: str, *names: str, **details: Any) -> Any:
     """An option for text or a path."""
-    return typer.Option(*names, metavar=metavar, help=help)
+    return typer.Option(*names, metavar=metavar, help=help, **details)
 
 
 Out = Annotated[Path | None, text("FOLDER", "Folder for the results. Default: a folder under runs/.")]
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Also write the metrics for TensorBoard.")]
+Wandb = Annotated[bool, typer.Option("--wandb", help="Also send the metrics to Weights & Biases.")]
 Chosen = Annotated[
     str | None,
     text(
@@ -157,24 +137,40 @@ Chosen = Annotated[
 RULE_FIELDS = ("sparsity", "granularity", "window", "num_sink_tokens")  # of EvalConfig, for allocations that are rules
 
 
-def check_exists(path: Path) -> None:
-    """Raise a ConsaError for a path that does not exist."""
-    if not os.path.exists(path):
+def boards(*, tensorboard: bool, wandb: bool) -> tuple[str, ...]:
+    """The names in `consa.runs.display.BOARDS` of what was asked for."""
+    return ("tensorboard",) * tensorboard + ("wandb",) * wandb
+
+
+def existing(path: Path | None) -> Path | None:
+    """Return a path that the user named, or refuse one that does not exist."""
+    if path is not None and not os.path.exists(path):
         raise ConsaError(f"{path} does not exist; check the path")
+    return path
 
 
-Converted = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that `consa convert` wrote.")]
+Converted = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Folder that `consa convert` wrote.", callback=existing)
+]
+
+
+def _known_dtype(name: str | None) -> str | None:
+    if name not in (None, "float32", "bfloat16"):
+        raise ConsaError(f"dtype must be float32 or bfloat16, got {name!r}")
+    return name
+
+
+Device = Annotated[str | None, text("DEVICE", "Device, for example cpu or cuda:1. Default: the GPU if there is one.")]
+SavedDtype = Annotated[
+    str | None,
+    text("float32|bfloat16", "Dtype of the model's weights. Default: as they are saved.", callback=_known_dtype),
+]
 
 
 def was_given(ctx: typer.Context, name: str) -> bool:
-    """Whether the user typed an option."""
+    """Whether the user typed an option, or a file of settings holds it."""
     source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def model_name(run_config: RunConfig) -> str:
-    """A name for the model in names of folders."""
-    return re.sub(r"[^\w.-]+", "-", Path(run_config.model).name) or "model"
+    return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")
 
 
 def chosen(ctx: typer.Context, name: str | None, model: str, config: EvalConfig) -> Allocation:

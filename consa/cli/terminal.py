@@ -29,6 +29,7 @@ LIGHTER = {
     "sweep": "lower --micro-batch, --batch-size, --seq-len or --lengths",
 }
 RESUMING = ("adapt", "demo", "learn", "sweep")
+NAMES = 26  # width of the column of option names in help; longer names take a line of their own
 INTERRUPTED = 130  # what shells say of a command that Ctrl-C has ended
 
 
@@ -41,14 +42,17 @@ class Command(TyperCommand):
             rows = [_help_row(row) for p in parameters if (row := p.get_help_record(ctx))]
             if rows:
                 with formatter.section(heading):
-                    formatter.write_dl(rows)
+                    formatter.write_dl(rows, col_max=NAMES)
 
 
 def _help_row(row: tuple[str, str]) -> tuple[str, str]:
-    """A row of help without the former names of options."""
-    names = [part.split(", ") for part in row[0].split(" / ")]
-    kept = [", ".join(name for name in part if name not in FORMER_OPTIONS) for part in names]
-    return " / ".join(kept), row[1]
+    """A row of help without the former names of options, nor the --no-... of a flag that is off by default."""
+    names, text = row
+    if "[default: no-" in text:
+        names, text = names.partition(" / ")[0], text.partition("  [default: no-")[0]
+    parts = [part.split(", ") for part in names.split(" / ")]
+    kept = [", ".join(name for name in part if name not in FORMER_OPTIONS) for part in parts]
+    return " / ".join(kept), text.replace("  [default:", " [default:")
 
 
 class Commands(TyperGroup):

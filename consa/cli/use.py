@@ -13,7 +13,8 @@ from consa.cli.options import (
     RULE_FIELDS,
     Chosen,
     Converted,
-    check_exists,
+    Device,
+    SavedDtype,
     chosen,
     number,
     text,
@@ -50,6 +51,9 @@ def convert(
             "--for",
         ),
     ] = None,
+    push_to_hub: Annotated[
+        str | None, text("OWNER/NAME", "Repository on the Hugging Face hub to upload the folder to.")
+    ] = None,
     **options: Any,
 ) -> None:
     """Write MODEL with an allocation as a checkpoint that generates with a small KV cache."""
@@ -58,11 +62,16 @@ def convert(
     from consa.model.layout import max_positions
     from consa.model.load import load_model
     from consa.progress import note
+    from consa.runs import card
 
     if kind == "gguf":
+        if push_to_hub is not None:
+            raise ConsaError("--push-to-hub uploads folders, and --kind gguf writes a file; upload it by hf upload")
         gguf_spelling.check_wish(model, out, engine)
     else:
         convert.check_wish(out, kind, engine)
+    if push_to_hub is not None:
+        card.check_repo(push_to_hub)
     allocated = chosen(ctx, allocation, model, config)
     if kind == "gguf":
         print(f"{out}: {gguf_spelling.respell(Path(model), allocated, out)}")
@@ -79,6 +88,11 @@ def convert(
     print(f"{written.folder}: {written.kind} checkpoint ({written.reason})")
     if written.kind == "plain":
         print(f"Window of each layer: {spelling.window_of_layers(allocated, max_positions(loaded.model.config))}")
+    print(card.write(out, loaded.identity["model"], allocation=str(allocation), repo=push_to_hub or "OWNER/NAME"))
+    if push_to_hub is None:
+        print(f"To share it: {shlex.join(['hf', 'upload', 'OWNER/NAME', str(out)])}")
+    else:
+        print(card.push(out, push_to_hub))
 
 
 def generate(
@@ -101,10 +115,11 @@ def generate(
         ),
     ] = False,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
+    device: Device = None,
+    dtype: SavedDtype = None,
     ctx: typer.Context,
 ) -> None:
     """Continue a prompt with a converted model, and print the text as it is generated."""
-    check_exists(folder)
     if (prompt is None) == (file is None):
         raise ConsaError("give either --prompt or --file")
     if model_sampling and (was_given(ctx, "temperature") or was_given(ctx, "top_p")):
@@ -115,7 +130,7 @@ def generate(
     from consa.model.generate import Sampling, generate_text, load_with_tokenizer
 
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, of_model=model_sampling)
-    model, tokenizer = load_with_tokenizer(folder)
+    model, tokenizer = load_with_tokenizer(folder, device=device, dtype=dtype)
     generate_text(
         model,
         tokenizer,
@@ -135,7 +150,6 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a converted model with vLLM behind an OpenAI-compatible API. See docs/SERVING.md."""
-    check_exists(folder)
     from consa.serving import server
 
     command = server.command(folder, options or [])

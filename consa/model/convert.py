@@ -133,14 +133,14 @@ def check_wish(folder: Path, kind: str, engine: str | None = None) -> None:
 
 
 def load(
-    folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    folder: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None
 ) -> PreTrainedModel:
     """Load a converted model; its `generate()` uses the small cache automatically.
 
     Args:
         folder: a folder written by `convert`, of either kind, or by `save_pretrained` of a hybrid.
         device: None selects "cuda" if available, else "cpu".
-        dtype: None keeps the saved dtype.
+        dtype: of the weights, also by name; None keeps the saved dtype.
 
     Returns:
         The model in evaluation mode.

@@ -61,13 +61,15 @@ def own_settings(model: PreTrainedModel, **settings: Any) -> Iterator[None]:
         model.generation_config = before
 
 
-def load_with_tokenizer(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a converted model and its tokenizer.
+def load_with_tokenizer(
+    folder: str | Path, *, device: str | None = None, dtype: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a converted model, as `consa.load`, and its tokenizer.
 
     Raises:
         ConsaError: as `consa.load`, or the tokenizer is missing.
     """
-    model = load(folder)
+    model = load(folder, device=device, dtype=dtype)
     try:
         return model, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers may raise anything

@@ -11,8 +11,8 @@ import numpy as np
 from consa.allocation import Allocation
 from consa.behaviour.record import MEASURES, Behaviour
 from consa.evaluation.table import Line
+from consa.picture import shades
 from consa.report.vega import Chart, Columns, Spec
-from consa.runs.figures import shades
 
 # Colour-blind readers can tell them apart, and they are visible on light and dark pages.
 FA, SWA, OTHER = "#2868ad", "#d9952b", "#84878c"

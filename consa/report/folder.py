@@ -19,6 +19,7 @@ from consa.files import JsonObject, read_json, read_text
 from consa.runs.evaluation import SETTINGS
 from consa.runs.folder import CONFIG
 from consa.runs.summary import Summary
+from consa.runs.verdict import verdict
 
 MAX_FILE_BYTES = 2**30
 FILES = ("allocation.json", "summary.json", "eval.json", "bench.json")
@@ -31,6 +32,7 @@ class Run:
 
     Attributes:
         name: of the folder or file.
+        folder: that it is, if it is one.
         allocation: from allocation.json.
         summary: from summary.json.
         measured: the table in `summary`.
@@ -42,6 +44,7 @@ class Run:
     """
 
     name: str
+    folder: Path | None = None
     allocation: Allocation | None = None
     summary: Summary | None = None
     measured: Table | None = None
@@ -76,6 +79,7 @@ class Run:
         with naming(name):
             return cls(
                 name=name,
+                folder=path,
                 allocation=Allocation.load(allocation) if allocation.exists() else None,
                 summary=cast(Summary, summary) if summary is not None else None,
                 measured=None if summary is None else Table.from_record(summary["table"]),
@@ -85,6 +89,11 @@ class Run:
                 behaviour=Behaviour.load(behaviour) if behaviour.exists() else None,
                 adapted="adapt" in (_read_json(path / CONFIG) or {}),
             )
+
+    @property
+    def verdict(self) -> str | None:
+        """Of a run of `consa learn`: the learned allocation against the best rule, in one line."""
+        return verdict(self.summary) if self.summary and "learn" in self.summary else None
 
     @property
     def model(self) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,8 @@ from consa.files import png, write_files
 from consa.model.convert import convert
 from consa.model.layout import check_fits
 from consa.model.load import read_layout
-from consa.runs import figures, inputs, summary
-from consa.runs.display import Display, Record, board_of
+from consa.runs import card, figures, inputs, summary
+from consa.runs.display import Display, Record, check_boards
 from consa.runs.evaluation import as_measured
 from consa.runs.folder import opened, record_settings
 from consa.runs.summary import Summary
@@ -38,7 +39,7 @@ def run_adaptation(
     folder: Path,
     *,
     command: str,
-    tensorboard: bool = False,
+    boards: Collection[str] = (),
 ) -> Summary | None:
     """Train a model under an allocation, measure it beside dense, all-SWA and the untrained hybrid, write `folder`.
 
@@ -50,7 +51,7 @@ def run_adaptation(
         config: settings of the training.
         folder: for the results; the trained hybrid is written to its folder `model`.
         command: the command line that does the same again, for the record.
-        tensorboard: also write the metrics for TensorBoard.
+        boards: what else takes the metrics, by names in `display.BOARDS`.
 
     Returns:
         What summary.json holds; None in the other processes of a distributed run.
@@ -60,7 +61,7 @@ def run_adaptation(
     """
     measured = as_measured(config, allocation)
     start = where.start_for(measured)
-    board = board_of(folder, wanted=tensorboard)
+    check_boards(boards)
     inputs.check(where)
     settings = {"run": asdict(where), "adapt": asdict(config), "allocation": allocation.decision()}
     with opened(where, config, folder, settings):
@@ -81,7 +82,7 @@ def run_adaptation(
             results = suite.measure(before)
             means = {name: float(np.mean(results[name, LOSSES]["all"])) for name in before}
         began = time.monotonic()
-        with Display("Adapting", config.num_steps, _describe, board) as shown:
+        with Display("Adapting", config.num_steps, _describe, folder, boards) as shown:
             history = adapt(
                 loaded.model,
                 train.tokens,
@@ -97,12 +98,13 @@ def run_adaptation(
         adapted = time.monotonic()
         write_files(folder, {"curves.png": png(figures.adaptation_curves(history, means))})
         results |= suite.measure({ADAPTED: allocation}, trained=asdict(config))
-        if not (folder / "model").exists():
-            convert(loaded.model, allocation, folder / "model", tokenizer=loaded.tokenizer)
         table = suite.table({**before, ADAPTED: allocation}, results, how={}, made=ADAPTED)
         seconds = summary.seconds_since("adapting", began, adapted)
         whole = summary.summarise(loaded.identity, allocation, config, heldout, table, seconds, record)
         summary.write(whole, summary.of_adaptation(whole), folder)
+        if not (folder / "model").exists():
+            convert(loaded.model, allocation, folder / "model", tokenizer=loaded.tokenizer)
+            card.write(folder / "model", where.model, allocation=str(folder))
     return whole
 
 
@@ -117,5 +119,4 @@ def _evaluate(suite: Suite, means: dict[str, float], hybrid: PreTrainedModel) ->
 
 
 def _describe(record: Record) -> str:
-    heldout = f"held-out {record['heldout_loss']:.3f}, " if "heldout_loss" in record else ""
-    return f"{heldout}gradient {record['grad_norm']:.2f}, learning rate {record['learning_rate']:.1e}"
+    return f"held-out {record['heldout_loss']:.3f}" if "heldout_loss" in record else ""

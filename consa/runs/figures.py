@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from consa.allocation import Allocation
+from consa.picture import shades
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 # FA, so that the two differ in greyscale print and for colour-blind readers.
 FA_RAMP = ("#4a7fb5", "#08264d")
 SWA_RAMP = ("#f9dfb4", "#fffaf0")
-FAR = 4.0  # of log_alpha: e**4 times likelier open, or closed, than a gate at the decision
 NATIVE: Any = {"fc": "#d9d9d9", "ec": "white", "hatch": "////"}
 LEGEND: Any = {"frameon": False, "fontsize": 8}
 GRID_COLOUR = "#9a9a9a"
@@ -162,28 +162,6 @@ def _style(axes: Any, title: str, xlabel: str = "step") -> None:
     axes.grid(color="#e6e6e6", lw=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def shades(allocation: Allocation) -> np.ndarray:
-    """How far each unit's score is from the decision, from 0 to 1; `(num_layers, num_kv_heads)`.
-
-    For log_alpha, 1 is `FAR` from the middle of the margin in every run, so that undecided gates look so. Other scores
-    have no scale in common: theirs go from 0 to 1 within FA and within SWA.
-    """
-    full, scores = allocation.full_attention, allocation.scores
-    shades = np.full(full.shape, 0.5)
-    if scores is None:
-        return shades
-    decided = np.zeros_like(full)
-    decided[allocation.layers] = True
-    if allocation.margin is not None and allocation.provenance.get("method") == "consa":
-        middle = scores[full & decided].min() - allocation.margin / 2
-        return np.clip(np.abs(scores - middle) / FAR, 0, 1)
-    for chosen in (full, decided & ~full):
-        if chosen.any():
-            low, high = scores[chosen].min(), scores[chosen].max()
-            shades[chosen] = (scores[chosen] - low) / (high - low) if high > low else 0.5
-    return np.where(full, shades, 1 - shades)
 
 
 def _between(ramp: tuple[str, str], shade: float) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,30 +13,28 @@ import numpy as np
 from consa import rules
 from consa.allocation import Allocation
 from consa.config import LearnConfig, RunConfig
-from consa.evaluation.losses import SAMPLED, sampled
+from consa.data.sequences import SequenceSet
+from consa.evaluation.cells import Results
+from consa.evaluation.losses import LOSSES, SAMPLED, sampled
 from consa.evaluation.suite import Suite
 from consa.evaluation.table import Table
-from consa.files import png, write_files
+from consa.files import JsonObject, png, write_files
 from consa.model.convert import convert
 from consa.model.load import LoadedModel
-from consa.progress import note
-from consa.runs import figures, inputs, summary
-from consa.runs.display import Display, Record, board_of
+from consa.runs import card, figures, inputs, summary
+from consa.runs.display import Display, Record, check_boards
 from consa.runs.evaluation import as_measured
 from consa.runs.folder import opened, record_settings
 from consa.runs.summary import Summary
+from consa.runs.verdict import LEARNED, against_best_rule
 from consa.training import distributed
 from consa.training.learning import LearnResult, learn, target_units, units_of
 
-LEARNED = "learned"  # name of the result in the table
-MIN_MARGIN = 0.1  # of log_alpha, below which a warning is shown
-MAX_FRACTIONAL = 0.2  # share of undecided gates above which a warning is shown
-
 
 def run_learning(
-    where: RunConfig, config: LearnConfig, folder: Path, *, command: str, tensorboard: bool = False
+    where: RunConfig, config: LearnConfig, folder: Path, *, command: str, boards: Collection[str] = ()
 ) -> Summary | None:
-    """Learn an allocation, measure it beside dense, all-SWA and every rule, and write all of it to `folder`.
+    """Learn an allocation, measure it beside dense, all-SWA and rules, and write all of it to `folder`.
 
     An interrupted run resumes from its last checkpoint when it is called with the same arguments.
 
@@ -44,7 +43,7 @@ def run_learning(
         config: settings of learning.
         folder: for the results; one process at a time may use it.
         command: the command line that does the same again, for the record.
-        tensorboard: also write the metrics for TensorBoard.
+        boards: what else takes the metrics, by names in `display.BOARDS`.
 
     Returns:
         What summary.json holds; None in the other processes of a distributed run.
@@ -54,7 +53,7 @@ def run_learning(
     """
     measured = as_measured(config, config)
     start = where.start_for(measured)
-    board = board_of(folder, wanted=tensorboard)
+    check_boards(boards)
     inputs.check(where)
     settings = {"run": asdict(where), "learn": asdict(config)}
     with opened(where, config, folder, settings):
@@ -66,7 +65,7 @@ def run_learning(
         inputs.warn_if_repeated(len(train.tokens), config)
         record = record_settings(settings, command, folder)
         began = time.monotonic()
-        with Display("Learning", config.num_steps, _describe, board) as shown:
+        with Display("Learning", config.num_steps, _describe, folder, boards) as shown:
             is_main = distributed.is_main()
             result = learn(
                 loaded.model,
@@ -86,31 +85,30 @@ def run_learning(
         drawn |= {"curves.png": figures.curves(result.history)} if result.history else {}
         write_files(folder, {name: png(figure) for name, figure in drawn.items()})
         suite = Suite(loaded=loaded, heldout=heldout, config=measured, folder=folder, start=start)
-        table, stochastic = _measure(suite, result, config, sparsity)
+        table, results = _measure(suite, result, config, sparsity)
         last = result.history[-1] if result.history else {}
-        if last.get("fractional", 0) > MAX_FRACTIONAL:
-            note(f"Undecided: {last['fractional']:.0%} of the gates; take more steps, or read the result with care")
-        margin = result.allocation.margin
-        if margin is not None and result.history and margin < MIN_MARGIN:
-            note(
-                f"Not separated: the last FA and the first SWA unit are {margin:.2f} of log_alpha apart; another seed"
-                " may choose others. Take more steps, or read the result with care"
-            )
         seconds = summary.seconds_since("learning", began, learned)
         whole = summary.summarise(loaded.identity, result.allocation, config, heldout, table, seconds, record)
         dense, final = table.lines[0].loss.mean, table.line(LEARNED).loss.mean
-        whole["losses"] = {"dense": dense, "stochastic": stochastic, "final": final}
+        stochastic = results.get((LEARNED, SAMPLED))
+        whole["losses"] = {
+            "dense": dense,
+            "stochastic": None if stochastic is None else float(np.mean(stochastic["all"])),
+            "final": final,
+        }
         whole["expected_sparsity"] = last.get("expected_sparsity")
         whole["fractional"] = last.get("fractional")
-        whole["margin"] = margin
-        summary.write(whole, summary.of_learning(whole), folder)
+        whole["margin"] = result.allocation.margin
+        whole["best_rule"] = _against_best_rule(results, heldout)
+        summary.write(whole, summary.of_learning(whole, folder), folder)
         if config.mode == "joint" and not (folder / "model").exists():
             convert(loaded.model, result.allocation, folder / "model", tokenizer=loaded.tokenizer, kind="hybrid")
+            card.write(folder / "model", where.model, allocation=str(folder))
     return whole
 
 
-def _measure(suite: Suite, result: LearnResult, config: LearnConfig, sparsity: float) -> tuple[Table, float | None]:
-    """The table, and the loss of sampled gates if gates were learned."""
+def _measure(suite: Suite, result: LearnResult, config: LearnConfig, sparsity: float) -> tuple[Table, Results]:
+    """The table and its results, with the losses of sampled gates if gates were learned."""
     learned, loaded, tokens = result.allocation, suite.loaded, suite.heldout.tokens
     allocations = suite.with_ends(_rules(loaded, config, sparsity) | {LEARNED: learned})
     gates = sampled(loaded, tokens, learned, start=suite.start, batch_size=config.micro_batch)
@@ -119,12 +117,21 @@ def _measure(suite: Suite, result: LearnResult, config: LearnConfig, sparsity: f
         also={LEARNED: gates} if result.history else None,
         trained=asdict(config) if config.mode == "joint" else None,
     )
-    table = suite.table(allocations, results, how={}, made=LEARNED)
-    return table, float(np.mean(results[LEARNED, SAMPLED]["all"])) if result.history else None
+    if config.rules == "best" and (compared := _against_best_rule(results, suite.heldout)):
+        others = rules.RULES.keys() - {compared["rule"]}
+        allocations = {name: allocation for name, allocation in allocations.items() if name not in others}
+    return suite.table(allocations, results, how={}, made=LEARNED), results
+
+
+def _against_best_rule(results: Results, heldout: SequenceSet) -> JsonObject | None:
+    losses = {name: np.array(result["all"]) for (name, measure), result in results.items() if measure == LOSSES}
+    return against_best_rule(losses, heldout.documents)
 
 
 def _rules(loaded: LoadedModel, config: LearnConfig, sparsity: float) -> dict[str, Allocation]:
     """The rule-based allocations that the learned one is compared with."""
+    if config.rules == "none":
+        return {}
     return rules.every_rule(
         *loaded.layout.shape,
         sparsity=sparsity,
@@ -136,5 +143,4 @@ def _rules(loaded: LoadedModel, config: LearnConfig, sparsity: float) -> dict[st
 
 
 def _describe(record: Record) -> str:
-    sparsity = f"sparsity {record['expected_sparsity']:.3f} (target {record['target']:.3f})"
-    return f"{sparsity}, multiplier {record['multiplier']:.2f}"
+    return f"sparsity {record['expected_sparsity']:.3f}"

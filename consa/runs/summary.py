@@ -14,6 +14,7 @@ from consa.data.sequences import SequenceSet
 from consa.evaluation.losses import buckets_of
 from consa.evaluation.table import Table
 from consa.files import JsonObject, write_atomically, write_json
+from consa.runs.verdict import advice, next_step, verdict
 
 
 class Summary(TypedDict):
@@ -29,7 +30,8 @@ class Summary(TypedDict):
         run: the settings of the run; "learn", or "adapt" and "allocation", hold the others.
         losses: of learning, in nats: "dense", "stochastic" with gates drawn for each sequence (None if none were
             learned), "final" with the decision. "expected_sparsity" and "fractional" are of learning's last step;
-            "margin" is the distance of the lowest score of FA from the highest of SWA.
+            "margin" is the distance of the lowest score of FA from the highest of SWA; "best_rule" is what
+            `verdict.against_best_rule` returned.
     """
 
     model: dict[str, str]
@@ -55,6 +57,7 @@ class Summary(TypedDict):
     expected_sparsity: NotRequired[float | None]
     fractional: NotRequired[float | None]
     margin: NotRequired[float | None]
+    best_rule: NotRequired[JsonObject | None]
     adapt: NotRequired[JsonObject]
     allocation: NotRequired[JsonObject]
 
@@ -116,8 +119,8 @@ def losses(summary: Summary) -> tuple[list[str], list[list[str]]]:
     return without[0], without[1:]
 
 
-def of_learning(summary: Summary) -> str:
-    """Markdown of a learning run's summary."""
+def of_learning(summary: Summary, folder: Path) -> str:
+    """Markdown of the summary of a learning run in `folder`."""
     assert "losses" in summary and "learn" in summary and "fractional" in summary
     kinds = {
         "dense": "dense",
@@ -128,14 +131,20 @@ def of_learning(summary: Summary) -> str:
     fractional = "none learned" if summary["fractional"] is None else f"{summary['fractional']:.1%}"
     margin = "none" if (value := summary.get("margin")) is None else f"{value:.2f}"
     joint = summary["learn"]["mode"] == "joint"
-    return f"""{_measured(summary, "learned allocation")}
+    title, _, measured = _measured(summary, "learned allocation").partition("\n\n")
+    outcome = "\n\n".join([verdict(summary), *advice(summary), f"    {next_step(summary, folder)}"])
+    return f"""{title}
+
+{outcome}
+
+{measured}
 {JOINT if joint else ""}\
 ## From gates to a decision
 
 Losses on the same text and positions. Share of gates that were still fractional at the end: {fractional}. \
 Margin between the last FA and the first SWA unit, in log_alpha: {margin}.
 
-{_table(["", "loss"], rows)}
+{markdown_table(["", "loss"], rows)}
 
 {_how(summary, "learned", "learning")}
 
@@ -170,7 +179,7 @@ def _measured(summary: Summary, title: str) -> str:
     buckets = [f"{first}-{end - 1}" for first, end in summary["buckets"]]
     absolute = [[row["name"], *(f"{value:.3f}" for value in row["by_position"])] for row in summary["rows"]]
     first, _, *others = Table.from_record(summary["table"]).sections()
-    parts = "\n\n".join(f"{part.title}:\n\n{_table(part.columns, part.rows)}" for part in (first, *others))
+    parts = "\n\n".join(f"{part.title}:\n\n{markdown_table(part.columns, part.rows)}" for part in (first, *others))
     return f"""# {Path(summary["model"]["model"]).name}: {title} at sparsity {summary["sparsity"]:.4g}
 
 Granularity {summary["granularity"]}, window {summary["window"]}, {summary["num_sink_tokens"]} sink tokens, \
@@ -187,7 +196,7 @@ from {summary["heldout_documents"]} documents.
 
 Mean cross-entropy (nats) in each range of positions:
 
-{_table(["allocation", *buckets], absolute)}
+{markdown_table(["allocation", *buckets], absolute)}
 """
 
 
@@ -202,6 +211,7 @@ def _how(summary: Summary, done: str, timed: str) -> str:
 for {seconds["evaluation"]:.0f} s."""
 
 
-def _table(columns: list[str], rows: list[list[str]]) -> str:
+def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown, whose first column is text and whose others are numbers."""
     lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

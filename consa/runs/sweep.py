@@ -17,7 +17,7 @@ from consa.evaluation.table import Line, Table, csv_of, number
 from consa.files import png, write_files, write_json
 from consa.methods.choice import Choice, choices, make
 from consa.model.load import LoadedModel, read_layout
-from consa.progress import note
+from consa.progress import progress
 from consa.runs import evaluation, inputs
 from consa.runs.folder import CONFIG, Settings, check_same, claimed
 
@@ -174,14 +174,15 @@ def _choose(
     missing = [choice for choice in wanted if not paths[choice.name].exists()]
     if missing:
         train = inputs.training_text(where, seq_len, loaded)
-        for index, choice in enumerate(missing, 1):
-            if paths[choice.name].exists():  # made together with another
-                continue
-            note(f"Choosing {index}/{len(missing)}  {choice.name}")
-            alike = [other for other in wanted if other.origin == choice.origin]
-            for other, allocation in zip(alike, make(alike, loaded, train.tokens), strict=True):
-                if not paths[other.name].exists():
-                    allocation.save(paths[other.name])
+        runs = {choice.origin: choice for choice in missing}
+        with progress("Choosing", len(runs)) as update:
+            for done, (origin, choice) in enumerate(runs.items()):
+                update(done, choice.name)
+                alike = [other for other in wanted if other.origin == origin]
+                for other, allocation in zip(alike, make(alike, loaded, train.tokens), strict=True):
+                    if not paths[other.name].exists():
+                        allocation.save(paths[other.name])
+            update(len(runs), "done")
     return {name: _chosen(path) for name, path in paths.items()}
 
 

@@ -32,7 +32,7 @@ from consa.training import distributed
 from consa.training.objective import Objective
 
 # Settings that may differ when a run is continued: they change nothing in the result but rounding.
-FREE = {"checkpoint_every", "parallel"}
+FREE = {"checkpoint_every", "parallel", "rules"}
 
 METRICS = "metrics.jsonl"
 CHECKPOINT = "checkpoint.sealed"  # a safetensors file, followed by its SHA-256

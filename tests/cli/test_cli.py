@@ -96,7 +96,7 @@ def test_every_setting_is_an_option():
             else:
                 assert parameter.default == field.default
                 assert f"--{field.name.replace('_', '-')}" in parameter.opts
-    assert parameters.keys() - {"help"} == {"out", "tensorboard"}
+    assert parameters.keys() - {"help"} == {"out", "tensorboard", "wandb", "config"}
 
 
 def test_every_help_line_is_a_sentence_and_stands_in_a_group():
@@ -144,7 +144,7 @@ def caught(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     loss = Estimate(1.5, 1.4, 1.6)
     line = Line(
-        **{"name": "dense", "kind": "dense", "sparsity": 0.0, "cache_bytes": 1, "loss": loss, "difference": loss},
+        **{"name": "learned", "kind": "learned", "sparsity": 0.0, "cache_bytes": 1, "loss": loss, "difference": loss},
         **{"recovered": 1.0, "by_position": {}, "differences_by_position": {}},
         **{"by_domain": {}, "differences_by_domain": {}},
     )
@@ -154,7 +154,7 @@ def caught(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     def record(where: RunConfig, config: LearnConfig, folder: Path, **options: Any) -> dict[str, Any]:
         calls.append((where, config, folder, options))
-        return {"start": 1, "table": table}
+        return {"start": 1, "table": table, "learn": {"mode": "frozen"}, "model": {"model": where.model}}
 
     monkeypatch.setattr(learning, "run_learning", record)
     return calls
@@ -183,8 +183,8 @@ def test_options_arrive(caught: list[tuple[Any, ...]], tmp_path: Path):
     result = consa_cli("learn", "m", "--kv-budget", "2GiB", "--context", 131072, "--out", tmp_path, "--num-heldout", 3)
     (where, config, folder, options) = caught[0]
     assert (config.kv_budget, config.context, where.num_heldout, folder) == (2 * 2**30, 131072, 3, tmp_path)
-    assert options["tensorboard"] is False
-    assert "dense" in result.stdout and str(tmp_path / "heatmap.png") in result.stdout
+    assert options["boards"] == ()
+    assert "no rule was measured" in result.stdout and str(tmp_path / "heatmap.png") in result.stdout
 
 
 def test_the_demo_is_a_fixed_run(caught: list[tuple[Any, ...]]):
@@ -230,6 +230,7 @@ def test_sizes(text: str, expected: int):
         (["--heldout-data", "./nowhere"], ["./nowhere", "names no file"]),
         (["--colour", "red"], ["--colour"]),
         (["--tensorboard"], ["pip install 'consa[tensorboard]'"]),
+        (["--wandb"], ["pip install 'consa[wandb]'"]),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(
@@ -358,12 +359,17 @@ def test_learn_from_the_shell(tmp_path: Path, tiny_model_folder: Path, text_fold
         "Found",
         "Learning",
         "Refining",
-        "Not",  # separated
-        "Undecided:",
         "Measuring",
     }
-    for part in ("loss", "sparsity", "target", "multiplier", "tokens/s", "GiB", "left"):
+    outcome = done.stdout[done.stdout.index("best rule") - 30 :].splitlines()
+    assert any(line.startswith("Undecided: ") for line in outcome)
+    assert (
+        outcome[-1]
+        == f"Next: consa convert {tiny_model_folder} --allocation {tmp_path}/out --out {tmp_path}/out/hybrid"
+    )
+    for part in ("loss", "sparsity", "tokens/s", "GiB", "left"):
         assert part in done.stderr
+    assert max(map(len, (line for line in done.stderr.splitlines() if "left: " in line))) < 80
     assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stderr
     assert Allocation.load(tmp_path / "out" / "allocation.json").num_layers == 4
 

@@ -33,7 +33,7 @@ def test_every_setting_is_an_option():
             parameter = parameters.pop(field.name)
             assert parameter.help == help_of(field)
             assert field.default is MISSING or parameter.default == field.default
-        assert parameters.keys() - {"help"} == {"out", *own}
+        assert parameters.keys() - {"help"} == {"out", "config", *own}
 
 
 def test_eval_measures_what_is_named(tmp_path: Path, tiny_model_folder: Path, text_folder: Path):

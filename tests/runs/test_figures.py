@@ -12,6 +12,7 @@ import pytest
 
 from consa import Allocation, rules
 from consa.files import png
+from consa.picture import shades
 from consa.runs import figures
 
 
@@ -157,7 +158,7 @@ def test_shades_say_how_far_a_score_is_from_the_decision():
     full = np.array([[True], [True], [True], [False], [False], [False]])
     scores = np.array([[3.0], [1.0], [2.0], [0.0], [-2.0], [-50.0]])
     allocation = Allocation(full_attention=full, window=8, scores=scores, native_windows={5: 4})
-    assert figures.shades(allocation)[:5, 0].tolist() == [1, 0, 0.5, 0, 1]
+    assert shades(allocation)[:5, 0].tolist() == [1, 0, 0.5, 0, 1]
 
 
 def test_every_unit_of_a_heatmap_has_its_own_score():
@@ -179,6 +180,6 @@ def test_all_runs_share_one_scale_of_log_alpha():
         provenance = {"method": "consa"}
         allocation = Allocation(full_attention=full, window=8, scores=scores, provenance=provenance)
         assert allocation.margin == 2 * apart
-        return float(figures.shades(allocation)[0, 0])
+        return float(shades(allocation)[0, 0])
 
     assert shade(0.01) < 0.01 < shade(1) < shade(6) == 1

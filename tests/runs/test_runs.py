@@ -393,9 +393,45 @@ def test_tensorboard_writes_what_it_is_told(where: RunConfig, tmp_path: Path, mo
     module.SummaryWriter = SummaryWriter  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     monkeypatch.setattr(display, "find_spec", lambda name: True)
-    run_learning(where, replace(CONFIG, num_steps=2), tmp_path, command="c", tensorboard=True)
+    run_learning(where, replace(CONFIG, num_steps=2), tmp_path, command="c", boards=["tensorboard"])
     assert {name for name, _, _ in written} >= {"loss", "expected_sparsity", "target", "multiplier", "closed"}
     assert {step for _, _, step in written[:-1]} == {1, 2}
+
+
+def test_wandb_continues_the_run_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import types
+
+    calls: list[tuple[Any, ...]] = []
+
+    class Run:
+        def log(self, record: dict[str, float], step: int) -> None:
+            calls.append((record, step))
+
+        def finish(self) -> None:
+            calls.append(("finished",))
+
+    def init(**settings: Any) -> Run:
+        calls.append((settings["name"], settings["id"], settings["resume"]))
+        return Run()
+
+    module = types.ModuleType("wandb")
+    module.init = init  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    record = {"step": 3, "loss": 2.0, "tokens_per_second": 1.0}
+    for folder in ("a", "a", "b"):
+        with display.Display("Learning", 9, lambda _: "", tmp_path / folder, ["wandb"]) as shown:
+            shown.on_step(record)
+    (first, again, other) = calls[::3]
+    assert first == again and first[0] == "a" and other[1] != first[1] and first[2] == "allow"
+    assert calls[1::3] == [({"loss": 2.0, "tokens_per_second": 1.0}, 3)] * 3 and calls[2::3] == [("finished",)] * 3
+
+
+def test_boards_must_be_known_and_installed(where: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(display, "find_spec", lambda name: None)
+    for name, message in (("colour", "tensorboard, wandb"), ("wandb", "consa.wandb.")):
+        with pytest.raises(ConsaError, match=message):
+            run_learning(where, CONFIG, tmp_path / "out", command="c", boards=[name])
+    assert not (tmp_path / "out").exists()
 
 
 def test_losses_are_kept_for_nothing_but_what_they_are_of(
