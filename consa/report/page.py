@@ -41,7 +41,7 @@ def write(
     for path in unfinished if len(unfinished) < len(paths) else ():
         note(f"Left out {path}: its run is not finished; the same command resumes it")
     runs = [Run.read(path) for path in paths if path not in unfinished or len(unfinished) == len(paths)]
-    runs.sort(key=lambda run: run.allocation.sparsity if run.allocation else math.inf)
+    runs.sort(key=lambda run: (run.model or "", run.allocation.sparsity if run.allocation else math.inf))
     sections = Sections(runs, behaviour)
     write_atomically(out, _html(sections, command).encode(errors="replace"))
     return [out, *(vega.draw(sections.charts, sections.data, figures) if figures else [])]
@@ -70,13 +70,17 @@ def _html(sections: Sections, command: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": "{:,}".format, "number": number, "percent": percent}
+
+    def picture(chart: vega.Chart) -> Markup:
+        return Markup(vega.svg(chart, sections.data))  # whose texts are escaped  # noqa: S704
+
+    environment.filters |= {"count": "{:,}".format, "number": number, "percent": percent, "picture": picture}
     macros: Any = environment.get_template("sections.html").module
     parts = []
     for view in sections.views:
         with naming(view["name"]):
             try:
-                parts.append(macros.sections_of(view))
+                parts.append(macros.sections_of(view, sections.charts))
             except UndefinedError as error:
                 raise LookupError(str(error)) from error
     parts.append(macros.comparison(sections.charts, sections.side_by_side, sections.across))
@@ -86,8 +90,8 @@ def _html(sections: Sections, command: str) -> str:
         # Vega compiles its expressions, so it needs 'unsafe-eval'; none of them comes from a run's files.
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-eval' {hashes}",
         styles=(folder / "page.css").read_text(encoding="utf-8"),
-        slider=sections.slider,
-        labels=sections.labels,
+        views=sections.views,
+        is_series=sections.is_series,
         sections=Markup("").join(parts),
         command=command,
         # No tag can end the script element that holds the data.
