@@ -72,6 +72,15 @@ def units(allocation: Allocation, behaviour: Behaviour | None) -> Columns:
     return columns
 
 
+def outlines(units: Columns) -> dict[str, str]:
+    """SVG paths by colour, with a square for each unit, for browsers that run no scripts."""
+    paths: dict[str, str] = {}
+    for layer, head, decision in zip(units["layer"], units["head"], units["decision"], strict=True):
+        colour = DECISIONS.get(decision, NATIVE)
+        paths[colour] = paths.get(colour, "") + f"M{layer} {0 if head == 'all' else head}h.9v.9h-.9z"
+    return paths
+
+
 def heatmap(name: str, data: str, allocation: Allocation, behaviour: Behaviour | None) -> Chart:
     """Heatmap with a column for each layer and a row for each KV head; colours show decision and score."""
     tooltip = _tooltip("unit", "decision")
@@ -114,9 +123,7 @@ def _rows(lines: Sequence[Line], best: str | None, names: str, values: Callable[
 
 def frontier(lines: Sequence[Line], best: str | None) -> Columns:
     """KV cache and difference to the dense loss, with its interval."""
-    return _rows(
-        lines, best, "cache_mb rise low high", lambda line: [(line.cache_bytes / 1e6, *_estimate(line.difference))]
-    )
+    return _rows(lines, best, "cache rise low high", lambda line: [(line.cache_bytes, *_estimate(line.difference))])
 
 
 def frontiers(tables: Sequence[Table]) -> Columns:
@@ -124,13 +131,13 @@ def frontiers(tables: Sequence[Table]) -> Columns:
     rows: set[tuple[Any, ...]] = set()
     for table in tables:
         best = best_rule(table.lines)
-        names = {line.name: line.kind for line in table.lines if line.kind in ("dense", *MADE_KINDS)} | {best: "best rule"}
+        names = {line.name: line.kind for line in table.lines if line.kind in ("dense", *MADE_KINDS)} | {
+            best: "best rule"
+        }
         colour = colours(table.lines, best)
         shown = [line for line in table.lines if line.name in names]
-        rows |= {
-            (names[one.name], colour[one.name], one.cache_bytes / 1e6, *_estimate(one.difference)) for one in shown
-        }
-    return _columns("allocation colour cache_mb rise low high", sorted(rows, key=lambda row: row[:3]), "rise")
+        rows |= {(names[one.name], colour[one.name], one.cache_bytes, *_estimate(one.difference)) for one in shown}
+    return _columns("allocation colour cache rise low high", sorted(rows, key=lambda row: row[:3]), "rise")
 
 
 def positions(lines: Sequence[Line], best: str | None) -> Columns:
@@ -146,7 +153,7 @@ def positions(lines: Sequence[Line], best: str | None) -> Columns:
 def answers(lines: Sequence[Line], best: str | None, task: str) -> Columns:
     """Share of hidden answers found by prompt length, for one task."""
     return _rows(
-        lines, best, "length share", lambda line: [(n, _rounded(share)) for n, share in line.retrieval[task].items()]
+        lines, best, "length found", lambda line: [(n, _rounded(share)) for n, share in line.retrieval[task].items()]
     )
 
 
@@ -203,13 +210,13 @@ def loss_by_cache(name: str, data: str, tokens: int) -> Chart:
     return Chart(
         f"{name}-frontier",
         data,
-        f"Loss against KV cache at {tokens:,} tokens (95 % intervals)",
+        f"Loss against KV cache at {tokens:,} tokens ",
         "Points of all allocations: the size of their KV cache and their loss above the dense model's; the table"
         " of losses has the numbers.",
         _named(
-            _amount("cache_mb", "KV cache, MB"),
+            _amount("cache", "KV cache, bytes") | {"axis": {"format": "~s", "tickCount": 4}},
             _amount("rise", "nats above dense"),
-            [{"field": "allocation"}, {"field": "cache_mb", "format": ",.2f"}, {"field": "rise", "format": ".4f"}],
+            [{"field": "allocation"}, {"field": "cache", "format": ",d"}, {"field": "rise", "format": ".4f"}],
             interval={"type": "rule", "strokeWidth": 2},
         ),
     )
@@ -242,8 +249,8 @@ def retrieval(name: str, data: str, task: str) -> Chart:
         " allocation; the table has the numbers.",
         _named(
             _places("length", "prompt length, tokens"),
-            _amount("share", "share") | {"scale": {"domain": [0, 1]}},
-            _tooltip("allocation", "length", share=".2f"),
+            _amount("found", "share") | {"scale": {"domain": [0, 1]}},
+            _tooltip("allocation", "length", found=".2f"),
         ),
     )
 
@@ -253,7 +260,10 @@ def spectrum(name: str, data: str, behaviour: Behaviour, shown: str) -> Chart:
     names = [measure for measure in MEASURES if measure in behaviour.measures]
     labels = [measure.replace("_", " ") for measure in names]
     choice = {"input": "select", "name": "Measure ", "options": names, "labels": labels}
-    value = _amount("value", None) | {"scale": {"type": "log", "nice": False}, "axis": {"format": "~g", "tickCount": 6}}
+    value = _amount("value", None) | {
+        "scale": {"type": "log", "nice": False, "padding": 6},
+        "axis": {"format": "~g", "labelOverlap": "greedy"},
+    }
     return Chart(
         f"{name}-spectrum",
         data,
@@ -331,8 +341,8 @@ def by_distance(name: str, data: str) -> Chart:
 def layer_shares(allocations: Mapping[str, Allocation]) -> Columns:
     """The share of FA heads in every layer of several allocations."""
     rows = [
-        (name, _rounded(allocation.sparsity), layer, _rounded(float(share)))
-        for name, allocation in allocations.items()
+        (f"{number}. {name}", _rounded(allocation.sparsity), layer, _rounded(float(share)))
+        for number, (name, allocation) in enumerate(allocations.items(), 1)
         for layer, share in enumerate(allocation.full_attention.mean(1))
     ]
     return _columns("run sparsity layer share", rows)
@@ -401,7 +411,7 @@ def benchmark(name: str, data: str) -> list[Chart]:
 def _named(x: Spec, y: Spec, tooltip: list[Spec], *, name: str = "allocation", interval: Spec | None = None) -> Spec:
     """Lines in their rows' colours, each with its name at its end; `interval` is the mark from low to high."""
     colour: Spec = {"field": "colour", "type": "nominal", "scale": None}
-    shared = {"x": x, "detail": {"field": name}}
+    shared = {"x": {"scale": {"padding": 0.2}} | x if x["type"] == "ordinal" else x, "detail": {"field": name}}
     pale = {"condition": {"test": f"datum.colour === '{PALE}'", "value": 1}, "value": 2.5}
     lines = {"y": y, "color": colour, "strokeWidth": pale, "tooltip": tooltip}
     layers: list[Spec] = [{"mark": {"type": "line", "point": {"size": 40}}, "encoding": lines}, _names(y, name)]
@@ -409,7 +419,7 @@ def _named(x: Spec, y: Spec, tooltip: list[Spec], *, name: str = "allocation", i
         ends = {"y": y | {"field": "low"}, "y2": {"field": "high"}, "color": colour}
         strong = [{"filter": f"datum.colour !== '{PALE}' && isValid(datum.low)"}]
         layers.insert(0, {"transform": strong, "mark": interval, "encoding": ends})
-    room = {"left": 5, "top": 5, "right": 112, "bottom": 5}  # for the names
+    room = {"left": 5, "top": 5, "right": 45 if name == "decision" else 112, "bottom": 5}  # for the names
     return {"height": HEIGHT, "padding": room, "encoding": shared, "layer": layers}
 
 
@@ -432,8 +442,9 @@ def _columns(names: str, rows: Sequence[tuple[Any, ...]], *named: str) -> Column
     lines = next(iter(columns.values()))
     for field in named:
         last = {line: place for place, line in enumerate(lines) if columns[field][place] is not None}
-        values = [value for value in columns[field] if value is not None]
-        gap = (max(values) - min(values)) * LABEL / HEIGHT if values else 0.0
+        values = [0, *(value for value in columns[field] if value is not None)]
+        height = (max(values) - min(values)) or 1  # of the axis
+        gap = (1 if field == "found" else height) * LABEL / HEIGHT
         heights = spread([columns[field][place] for place in last.values()], gap)
         at = dict(zip(last.values(), heights, strict=True))
         columns[f"{field} name"] = [_rounded(at[place]) if place in at else None for place in range(len(rows))]
@@ -473,7 +484,7 @@ def _places(field: str, title: str | None, **axis: Any) -> Spec:
 
 def _layers(num_layers: int) -> Spec:
     labelled = list(range(0, num_layers, 1 + num_layers // 24))
-    x = _places("layer", "layer, from the bottom to the top of the model", values=labelled)
+    x = _places("layer", "layer, from bottom to top", values=labelled)
     return x | {"scale": {"paddingInner": 0.08}}
 
 

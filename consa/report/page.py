@@ -41,7 +41,9 @@ def write(
     for path in unfinished if len(unfinished) < len(paths) else ():
         note(f"Left out {path}: its run is not finished; the same command resumes it")
     runs = [Run.read(path) for path in paths if path not in unfinished or len(unfinished) == len(paths)]
-    runs.sort(key=lambda run: (run.model or "", run.allocation.sparsity if run.allocation else math.inf))
+    runs.sort(
+        key=lambda run: (run.model is None, run.model or "", run.allocation.sparsity if run.allocation else math.inf)
+    )
     sections = Sections(runs, behaviour)
     write_atomically(out, _html(sections, command).encode(errors="replace"))
     return [out, *(vega.draw(sections.charts, sections.data, figures) if figures else [])]
@@ -70,11 +72,7 @@ def _html(sections: Sections, command: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-    def picture(chart: vega.Chart) -> Markup:
-        return Markup(vega.svg(chart, sections.data))  # whose texts are escaped  # noqa: S704
-
-    environment.filters |= {"count": "{:,}".format, "number": number, "percent": percent, "picture": picture}
+    environment.filters |= {"count": "{:,}".format, "number": number, "percent": percent}
     macros: Any = environment.get_template("sections.html").module
     parts = []
     for view in sections.views:

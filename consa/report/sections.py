@@ -78,6 +78,7 @@ class Sections:
             caches = [one.kv_cache_bytes(CACHE_TOKENS, head_dim=1) for one in (allocation, dense)]
             data = self._add_data(f"units {index}", charts.units(allocation, behaviour))
             view["cache"], view["cache_tokens"] = caches[0] / caches[1], CACHE_TOKENS
+            view["outlines"] = charts.outlines(self.data[data])
             view["heatmap"] = self._add_chart(charts.heatmap(name, data, allocation, behaviour))
             view["label"] += f" (sparsity {allocation.sparsity:.4g})"
             view["depth"] = depth(allocation) if allocation.full_attention.any() else None
@@ -86,7 +87,9 @@ class Sections:
         if table := run.measured or run.evaluation:
             best = charts.best_rule(table.lines)
             view["made"] = next((line for line in table.lines if line.kind in charts.MADE_KINDS), None)
-            view["verdict"] = view["made"] and verdict(view["made"], next((o for o in table.lines if o.name == best), None))
+            view["verdict"] = view["made"] and verdict(
+                view["made"], next((o for o in table.lines if o.name == best), None)
+            )
             data = self._add_data(f"frontier {index}", charts.frontier(table.lines, best))
             chart = charts.loss_by_cache(self.files[index], data, table.cache_tokens)
             view["first"].append(self._add_chart(chart))
@@ -127,13 +130,7 @@ class Sections:
         return {"spectrum": spectrum, "relations": [self._add_chart(chart) for chart in both], "measures": measures}
 
     def _measured(
-        self,
-        index: int,
-        table: Table | None,
-        best: str | None,
-        summary: Mapping[str, Any] | None,
-        data: str,
-        file: str,
+        self, index: int, table: Table | None, best: str | None, summary: Mapping[str, Any] | None, data: str, file: str
     ) -> JsonObject | None:
         """What was measured of allocations, by a run or by `consa eval`; `data` and `file` go into names."""
         if table is None:
@@ -258,14 +255,13 @@ class Sections:
 def verdict(made: Line, best: Line | None) -> str:
     """One sentence: what a run has made beside the best of the other allocations, or dense."""
     if best is None:
-        return f"The loss of {made.name} is {made.difference} nats per token above the dense model's."
-    gain, what = best.loss.mean - made.loss.mean, "rule" if best.name in rules.RULES else "other allocation"
+        return f"The loss is {made.difference} nats per token above the dense model's."
+    gain, other = best.loss.mean - made.loss.mean, "rule" if best.name in rules.RULES else "other allocation"
     overlap = made.difference.low <= best.difference.high and best.difference.low <= made.difference.high
-    doubt = "; but the 95 % intervals of both overlap" if overlap else ""
-    does = "beats" if gain > 0 else "does not beat"
-    by = f"by {gain:.3f} nats per token" if gain > 0 else f"whose loss is {-gain:.3f} nats per token lower"
-    comma = "" if gain > 0 else ","
-    return f"{made.name} {does} the best {what} ({best.name}){comma} {by}{doubt}."
+    doubt = "; the 95 % intervals of both overlap" if overlap else ""
+    if gain > 0:
+        return f"Beats the best {other} ({best.name}) by {gain:.3f} nats per token{doubt}."
+    return f"Does not beat the best {other} ({best.name}), whose loss is {-gain:.3f} nats per token lower{doubt}."
 
 
 def _losses(line: Line) -> list[str]:

@@ -39,24 +39,17 @@ def draw(charts: Sequence[Chart], data: Mapping[str, Columns], folder: Path) -> 
     Raises:
         ConsaError: the package that draws is not installed, or the folder cannot take the files.
     """
+    renderer = _vl_convert()
     drawn: dict[str, bytes] = {}
     for chart in charts:
-        chosen = "".join(f": {param['value'].replace('_', ' ')}" for param in chart.spec.get("params", ()))
-        titled = {"title": {"text": chart.title + chosen, "anchor": "start"}, "background": "white"}
-        drawn[f"{chart.name}.svg"] = svg(chart, data, titled).encode()
-        drawn[f"{chart.name}.png"] = _vl_convert().vegalite_to_png(_with_data(chart, data) | titled, scale=3)
+        columns = data[chart.data]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        spec = complete(chart) | {"data": {"values": rows}, "background": "white"}
+        chosen = "".join(f": {param['value'].replace('_', ' ')}" for param in spec.get("params", ()))
+        spec |= {"width": 620, "title": {"text": chart.title + chosen, "anchor": "start"}}
+        drawn[f"{chart.name}.svg"] = renderer.vegalite_to_svg(spec).encode()
+        drawn[f"{chart.name}.png"] = renderer.vegalite_to_png(spec, scale=3)
     return write_files(folder, drawn)
-
-
-def svg(chart: Chart, data: Mapping[str, Columns], more: Spec | None = None) -> str:
-    """The chart as SVG, `more` added to its specification."""
-    return _vl_convert().vegalite_to_svg(_with_data(chart, data) | (more or {"background": None}))
-
-
-def _with_data(chart: Chart, data: Mapping[str, Columns]) -> Spec:
-    columns = data[chart.data]
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return complete(chart) | {"data": {"values": rows}, "width": 620}
 
 
 def complete(chart: Chart) -> Spec:
