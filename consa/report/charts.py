@@ -14,14 +14,12 @@ from consa.behaviour.record import MEASURES, Behaviour
 from consa.evaluation.intervals import Estimate
 from consa.evaluation.table import Line, Table
 from consa.report.vega import Chart, Columns, Spec
-from consa.runs.figures import shades
+from consa.runs.figures import BEST_RULE, DENSE, MADE, MADE_KINDS, PALE, shades, spread
 
 # Visible on light and dark pages. The first two mean FA and SWA, and nothing else has them.
 FA, SWA = "#3a7bc2", "#d9952b"
 DECISIONS = {"FA": FA, "SWA": SWA}
-NATIVE, DENSE, BEST_RULE, PALE = "#84878c", "#6f747b", "#2f9c7a", "#a3a8af"
-MADE_KINDS = ("learned", "adapted")
-MADE = ("#8a5cd0", "#d14d8f", "#a3673a", "#6a8f2a")  # of the rows of these kinds, in their order
+NATIVE = "#84878c"
 LEARNING = ("loss", "expected_sparsity", "target", "multiplier", "fractional")  # of a step
 ADAPTATION = ("loss", "heldout_loss", "learning_rate")
 MAX_POINTS = 400  # of a curve
@@ -449,17 +447,6 @@ def _columns(names: str, rows: Sequence[tuple[Any, ...]], *named: str) -> Column
         at = dict(zip(last.values(), heights, strict=True))
         columns[f"{field} name"] = [_rounded(at[place]) if place in at else None for place in range(len(rows))]
     return columns
-
-
-def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Move values apart until neighbours are at least `gap` apart, in their order and half up, half down."""
-    order = np.argsort(values, kind="stable")
-    steps = gap * np.arange(len(values))
-    level = np.array(values, dtype=np.float64)[order] - steps
-    up, down = np.maximum.accumulate(level), np.minimum.accumulate(level[::-1])[::-1]
-    moved = np.empty(len(values))
-    moved[order] = (up + down) / 2 + steps
-    return moved.tolist()
 
 
 def _tooltip(*fields: str, **formats: str) -> list[Spec]:

@@ -375,7 +375,13 @@ def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str, width: int):
         assert plots == opened.locator(".plot[role='graphics-document'][aria-label]:visible").count() > 10
 
     all_drawn()
-    assert opened.locator("#chosen").inner_text().startswith(hostile)
+    assert opened.locator("#run option:checked").inner_text().startswith(hostile)
+    cues = opened.locator(".scroll:visible").evaluate_all(
+        "all => all.filter((e) => e.scrollWidth > e.clientWidth).map((e) => getComputedStyle(e).backgroundAttachment)"
+    )
+    assert set(cues) == {"local, local, scroll, scroll"}  # the shadows stay, what covers them at an end goes with it
+    names = opened.locator("section[data-run='0'] svg .mark-text.role-mark text").all_text_contents()
+    assert {"dense", "all_swa", "learned", "hybrid", "FA", "SWA"} <= set(names)
     opened.locator("section[data-run='0'] svg .mark-rect path").nth(1).hover()
     tooltip = opened.locator("#vg-tooltip-element.visible")
     tooltip.wait_for()
@@ -392,13 +398,18 @@ def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str, width: int):
     assert not opened.locator("#vg-tooltip-element :is(script, img)").count()
     opened.mouse.move(0, 0)
     opened.locator("section[data-run='0'] .vega-bindings select").select_option("copy")
-    heights = opened.locator(".plot:has(select):visible svg .mark-rect path").evaluate_all(
-        "bars => bars.map(b => b.getBoundingClientRect()).sort((a, b) => a.x - b.x).map(b => b.height)"
+    strip = opened.locator(".plot:has(select):visible")
+    assert strip.locator("select").bounding_box()["y"] < strip.locator("svg").bounding_box()["y"]
+    places = strip.locator("svg .mark-rect.role-mark path").evaluate_all(
+        "ticks => ticks.map((tick) => tick.getBoundingClientRect()).map((box) => box.x).sort((a, b) => a - b)"
     )
-    measured = np.sort(make_behaviour(6, 2).measures["copy"].ravel())
-    assert np.divide(heights, heights[-1]) == pytest.approx(measured / measured[-1], abs=0.02)
-    opened.locator("#slider").press("ArrowRight")
-    assert opened.locator("#chosen").inner_text() == "run (sparsity 0.75)"
+    measured = np.log(np.sort(make_behaviour(6, 2).measures["copy"].ravel()))
+    assert np.interp(measured, measured[[0, -1]], np.array(places)[[0, -1]]) == pytest.approx(places, abs=1)
+    opened.get_by_text("Numbers of all units").locator("visible=true").press("Enter")
+    numbers = opened.locator("details[data-rows='units 0'] tr")
+    assert numbers.count() == 13 and numbers.nth(2).inner_text().startswith("layer 0, KV head 1")
+    opened.locator("#run").press("ArrowDown")
+    assert opened.locator("#run option:checked").inner_text() == "run (sparsity 0.75)"
     assert opened.locator("section[data-run='0']:visible").count() == 0
     all_drawn()
     assert (
@@ -407,6 +418,27 @@ def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str, width: int):
     )
     assert not said
     context.close()
+
+
+@pytest.mark.slow
+def test_a_series_is_picked_with_a_slider_and_shown_without_scripts(browser: Any, tmp_path: Path):
+    html = tmp_path / "report.html"
+    make_page([make_run(tmp_path / f"run{n}", sparsity=n / 4) for n in (1, 2, 3)], html)
+    opened = browser.new_page()
+    opened.goto(html.as_uri())
+    opened.locator("#run").press("ArrowRight")
+    assert (
+        opened.locator("#chosen").inner_text()
+        == "run2 (sparsity 0.5)"
+        == opened.locator("#run").get_attribute("aria-valuetext")
+    )
+    assert opened.locator("section[data-run]:visible").first.get_attribute("data-run") == "1"
+    plain = browser.new_page(java_script_enabled=False)
+    plain.goto(html.as_uri())
+    assert (
+        plain.locator("noscript svg:visible").count() == 3
+        and not plain.locator(".picker:visible, .plot:visible").count()
+    )
 
 
 def test_the_headline_says_the_runs_own_numbers(tmp_path: Path):
