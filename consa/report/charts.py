@@ -440,10 +440,9 @@ def _columns(names: str, rows: Sequence[tuple[Any, ...]], *named: str) -> Column
     lines = next(iter(columns.values()))
     for field in named:
         last = {line: place for place, line in enumerate(lines) if columns[field][place] is not None}
-        values = [0, *(value for value in columns[field] if value is not None)]
-        height = (max(values) - min(values)) or 1  # of the axis
-        gap = (1 if field == "found" else height) * LABEL / HEIGHT
-        heights = spread([columns[field][place] for place in last.values()], gap)
+        values = [0, field == "found", *(value for value in columns[field] if value is not None)]  # on the axis
+        low, high = min(values), max(values) or 1
+        heights = spread([columns[field][place] for place in last.values()], (high - low) * LABEL / HEIGHT, low, high)
         at = dict(zip(last.values(), heights, strict=True))
         columns[f"{field} name"] = [_rounded(at[place]) if place in at else None for place in range(len(rows))]
     return columns

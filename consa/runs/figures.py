@@ -161,33 +161,39 @@ def adaptation_curves(history: list[dict[str, float]], ends: dict[str, float]) -
 
 
 def name_lines(axes: Axes) -> None:
-    """Write the name of each labelled line beside the axes, at the height of its end; the names keep apart."""
-    low, high = axes.get_ylim()
-    lines = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
-    ends = [float(np.clip(np.asarray(line.get_ydata())[-1], low, high)) for line in lines]
-    gap = abs(high - low) * 10 / (0.85 * axes.get_window_extent().height * 72 / axes.figure.dpi)  # 10 points
-    for line, end, height in zip(lines, ends, spread(ends, gap), strict=True):
-        axes.annotate(
-            str(line.get_label()),
-            (float(np.asarray(line.get_xdata())[-1]), end),
-            (1.03, height),
-            textcoords=axes.get_yaxis_transform(),
-            va="center",
-            annotation_clip=False,
-            fontsize=7.5,
-            weight="bold" if line.get_linewidth() > 1 else "normal",
-            arrowprops={"arrowstyle": "-", "color": line.get_color(), "lw": 0.5, "shrinkA": 1, "shrinkB": 3},
-        )
+    """Write the name of each labelled line to the right of its last point; the names keep apart."""
+    low, high = sorted(axes.get_ylim())
+    points = axes.get_position().height * axes.figure.get_figheight() * 72
+    ends: dict[float, list[tuple[float, Any]]] = {}  # by place along x, where names could meet
+    for line in axes.lines:
+        if not str(line.get_label()).startswith("_"):
+            x, y = (float(np.asarray(values)[-1]) for values in (line.get_xdata(), line.get_ydata()))
+            ends.setdefault(x, []).append((min(max(y, low), high), line))
+    for x, lines in ends.items():
+        gap = (high - low) * 10 / points
+        heights = spread([y for y, _ in lines], gap, low + gap / 2, high - gap / 2)
+        for (y, line), height in zip(lines, heights, strict=True):
+            axes.annotate(
+                line.get_label(),
+                (x, y),
+                (18, height),
+                textcoords=("offset points", "data"),
+                va="center",
+                annotation_clip=False,
+                fontsize=7.5,
+                weight="bold" if line.get_linewidth() > 1 else "normal",
+                arrowprops={"arrowstyle": "-", "color": line.get_color(), "lw": 0.5, "shrinkA": 0, "relpos": (0, 0.5)},
+            )
 
 
-def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Move values apart until neighbours are at least `gap` apart, in their order and half up, half down."""
+def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Move values apart until neighbours are at least `gap` apart, in their order, between `low` and `high`."""
     order = np.argsort(values, kind="stable")
     steps = gap * np.arange(len(values))
     level = np.array(values, dtype=np.float64)[order] - steps
     up, down = np.maximum.accumulate(level), np.minimum.accumulate(level[::-1])[::-1]
     moved = np.empty(len(values))
-    moved[order] = (up + down) / 2 + steps
+    moved[order] = np.clip((up + down) / 2, low, high - steps[-1]) + steps
     return moved.tolist()
 
 

@@ -407,6 +407,7 @@ def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str, width: int):
     assert np.interp(measured, measured[[0, -1]], np.array(places)[[0, -1]]) == pytest.approx(places, abs=1)
     opened.get_by_text("Numbers of all units").locator("visible=true").press("Enter")
     numbers = opened.locator("details[data-rows='units 0'] tr")
+    numbers.nth(12).wait_for()
     assert numbers.count() == 13 and numbers.nth(2).inner_text().startswith("layer 0, KV head 1")
     opened.locator("#run").press("ArrowDown")
     assert opened.locator("#run option:checked").inner_text() == "run (sparsity 0.75)"

@@ -137,6 +137,7 @@ def test_names_of_lines_keep_apart_and_in_order():
     points = 72 * 3 * axes.get_position().height
     assert min(heights["b"] - heights["a"], heights["a"] - heights["c"]) * points > 9
     assert heights["a"] == pytest.approx(0.5)
+    assert figures.spread([5, 5, 0], 2, 0, 6) == [4, 6, 0] and figures.spread([0, 0], 1, 0, 6) == [0, 1]
 
 
 def test_the_same_data_give_the_same_png():
