@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import cycle
+from itertools import chain, cycle
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ ADAPTATION = ("loss", "heldout_loss", "learning_rate")
 MAX_POINTS = 400  # of a curve
 LEAST = 1e-4  # of a measure on a log axis, where smaller ones stand too
 DIGITS = 4  # significant, of numbers in a page
-HEIGHT, LABEL = 250, 14  # pixels: of a chart with named lines, and of a name
+HEIGHT, LABEL = 250, 15  # pixels: of a chart with named lines, and of a name
 
 
 def best_rule(lines: Sequence[Line]) -> str | None:
@@ -126,15 +126,14 @@ def frontier(lines: Sequence[Line], best: str | None) -> Columns:
 
 def frontiers(tables: Sequence[Table]) -> Columns:
     """The same of several runs: what each has made, and the best rule of each."""
+    strong = {"dense": DENSE, "best rule": BEST_RULE} | dict(zip(MADE_KINDS, MADE, strict=False))
     rows: set[tuple[Any, ...]] = set()
     for table in tables:
         best = best_rule(table.lines)
-        names = {line.name: line.kind for line in table.lines if line.kind in ("dense", *MADE_KINDS)} | {
-            best: "best rule"
-        }
-        colour = colours(table.lines, best)
-        shown = [line for line in table.lines if line.name in names]
-        rows |= {(names[one.name], colour[one.name], one.cache_bytes, *_estimate(one.difference)) for one in shown}
+        for line in table.lines:
+            kind = "best rule" if line.name == best else line.kind
+            if kind in strong:
+                rows.add((kind, strong[kind], line.cache_bytes, *_estimate(line.difference)))
     return _columns("allocation colour cache rise low high", sorted(rows, key=lambda row: row[:3]), "rise")
 
 
@@ -205,52 +204,27 @@ def curves(name: str, data: str, *, adapted: bool) -> list[Chart]:
 
 def loss_by_cache(name: str, data: str, tokens: int) -> Chart:
     """Loss above the dense model's over the KV cache; rows are of `frontier`."""
-    return Chart(
-        f"{name}-frontier",
-        data,
-        f"Loss against KV cache at {tokens:,} tokens ",
-        "Points of all allocations: the size of their KV cache and their loss above the dense model's; the table"
-        " of losses has the numbers.",
-        _named(
-            _amount("cache", "KV cache, bytes") | {"axis": {"format": "~s", "tickCount": 4}},
-            _amount("rise", "nats above dense"),
-            [{"field": "allocation"}, {"field": "cache", "format": ",d"}, {"field": "rise", "format": ".4f"}],
-            interval={"type": "rule", "strokeWidth": 2},
-        ),
-    )
+    x = _amount("cache", "KV cache, bytes") | {"axis": {"format": "~s", "tickCount": 4}}
+    y, interval = _amount("rise", "nats above dense"), {"type": "rule", "strokeWidth": 2}
+    return _lines(f"{name}-frontier", data, f"Loss against KV cache at {tokens:,} tokens", x, y, interval=interval)
 
 
 def by_position(name: str, data: str) -> Chart:
     """Loss above the dense model's, by position; rows are of `positions`."""
-    return Chart(
-        f"{name}-by-position",
-        data,
-        "Loss above the dense model's, by position (95 % intervals)",
-        "Line chart of the difference between each allocation's loss and the dense model's, by position in"
-        " the text; the table has the numbers.",
-        _named(
-            _places("from", "from position"),
-            _amount("rise", "nats above dense"),
-            _tooltip("allocation", "from", rise=".4f"),
-            interval={"type": "area", "opacity": 0.15},
-        ),
+    title = "Loss above the dense model's, by position (95 % intervals)"
+    x, y, interval = (
+        _places("from", "from position"),
+        _amount("rise", "nats above dense"),
+        {"type": "area", "opacity": 0.15},
     )
+    return _lines(f"{name}-by-position", data, title, x, y, interval=interval)
 
 
 def retrieval(name: str, data: str, task: str) -> Chart:
     """Share of answers found by prompt length, for one task; rows are of `answers`."""
-    return Chart(
-        f"{name}-retrieval-{task}",
-        data,
-        f"Hidden answers found: {task.replace('_', ' ')}",
-        "Line chart of the share of hidden answers found by prompt length, with a line for each"
-        " allocation; the table has the numbers.",
-        _named(
-            _places("length", "prompt length, tokens"),
-            _amount("found", "share") | {"scale": {"domain": [0, 1]}},
-            _tooltip("allocation", "length", found=".2f"),
-        ),
-    )
+    title, x = f"Hidden answers found: {task.replace('_', ' ')}", _places("length", "prompt length, tokens")
+    y = _amount("found", "share") | {"scale": {"domain": [0, 1]}}
+    return _lines(f"{name}-retrieval-{task}", data, title, x, y)
 
 
 def spectrum(name: str, data: str, behaviour: Behaviour, shown: str) -> Chart:
@@ -321,19 +295,9 @@ def distances(allocation: Allocation, behaviour: Behaviour) -> Columns:
 
 def by_distance(name: str, data: str) -> Chart:
     """Mean attention by distance in tokens, of FA and of SWA units, under full attention."""
-    return Chart(
-        f"{name}-by-distance",
-        data,
-        "Attention by distance, under full attention",
-        "Line chart of the mean share of attention by distance between query and key, with one line for the"
-        " FA units and one for the SWA units.",
-        _named(
-            _places("bucket", "distance, tokens", labelAngle=-40),
-            _amount("share", "share of attention") | {"axis": {"format": "%"}},
-            _tooltip("decision", "bucket", share=".3f"),
-            name="decision",
-        ),
-    )
+    x = _places("bucket", "distance, tokens", labelAngle=-40)
+    y = _amount("share", "share of attention") | {"axis": {"format": "%"}}
+    return _lines(f"{name}-by-distance", data, "Attention by distance, under full attention", x, y, line="decision")
 
 
 def layer_shares(allocations: Mapping[str, Allocation]) -> Columns:
@@ -379,7 +343,7 @@ def speeds(measured: Sequence[Mapping[str, Any]]) -> Columns:
         for one in measured
     ]
     fields = ("decode_tokens_per_second", "prefill_seconds", "cache_mb")
-    return _columns(f"line colour context {' '.join(fields)}", rows, *fields)
+    return _columns(f"model colour context {' '.join(fields)}", rows, *fields)
 
 
 def benchmark(name: str, data: str) -> list[Chart]:
@@ -389,36 +353,37 @@ def benchmark(name: str, data: str) -> list[Chart]:
         "prefill_seconds": ("Prefill", "seconds"),
         "cache_mb": ("KV cache", "MB"),
     }
+    x = _places("context", "context, tokens")
     return [
-        Chart(
-            f"{name}-{title.lower().replace(' ', '-')}",
-            data,
-            f"{title}, {unit}",
-            f"Line chart of {title.lower()} by context, dense and hybrid; the table has the numbers.",
-            _named(
-                _places("context", "context, tokens"),
-                _amount(field, unit),
-                _tooltip("line", "context", **{field: ".4~r"}),
-                name="line",
-            ),
+        _lines(
+            f"{name}-{what.lower().replace(' ', '-')}", data, f"{what}, {unit}", x, _amount(field, unit), line="model"
         )
-        for field, (title, unit) in panels.items()
+        for field, (what, unit) in panels.items()
     ]
 
 
-def _named(x: Spec, y: Spec, tooltip: list[Spec], *, name: str = "allocation", interval: Spec | None = None) -> Spec:
+def _lines(
+    name: str, data: str, title: str, x: Spec, y: Spec, *, line: str = "allocation", interval: Spec | None = None
+) -> Chart:
     """Lines in their rows' colours, each with its name at its end; `interval` is the mark from low to high."""
     colour: Spec = {"field": "colour", "type": "nominal", "scale": None}
-    shared = {"x": {"scale": {"padding": 0.2}} | x if x["type"] == "ordinal" else x, "detail": {"field": name}}
+    shared = {"x": {"scale": {"padding": 0.2}} | x if x["type"] == "ordinal" else x, "detail": {"field": line}}
     pale = {"condition": {"test": f"datum.colour === '{PALE}'", "value": 1}, "value": 2.5}
-    lines = {"y": y, "color": colour, "strokeWidth": pale, "tooltip": tooltip}
-    layers: list[Spec] = [{"mark": {"type": "line", "point": {"size": 40}}, "encoding": lines}, _names(y, name)]
+    drawn = {"y": y, "color": colour, "strokeWidth": pale}
+    drawn |= {"tooltip": _tooltip(line, x["field"], **{y["field"]: ".4~r"})}
+    layers: list[Spec] = [{"mark": {"type": "line", "point": {"size": 40}}, "encoding": drawn}, _names(y, line)]
     if interval:
         ends = {"y": y | {"field": "low"}, "y2": {"field": "high"}, "color": colour}
         strong = [{"filter": f"datum.colour !== '{PALE}' && isValid(datum.low)"}]
         layers.insert(0, {"transform": strong, "mark": interval, "encoding": ends})
-    room = {"left": 5, "top": 5, "right": 45 if name == "decision" else 112, "bottom": 5}  # for the names
-    return {"height": HEIGHT, "padding": room, "encoding": shared, "layer": layers}
+    room = {"left": 5, "top": 5, "right": 45 if line == "decision" else 112, "bottom": 5}  # for the names
+    return Chart(
+        name,
+        data,
+        title,
+        f"Line chart over {x['title']}, with a line for each {line}: {title}. The section has the numbers as a table.",
+        {"height": HEIGHT, "padding": room, "encoding": shared, "layer": layers},
+    )
 
 
 def _names(y: Spec, name: str) -> Spec:
@@ -440,7 +405,8 @@ def _columns(names: str, rows: Sequence[tuple[Any, ...]], *named: str) -> Column
     lines = next(iter(columns.values()))
     for field in named:
         last = {line: place for place, line in enumerate(lines) if columns[field][place] is not None}
-        values = [0, field == "found", *(value for value in columns[field] if value is not None)]  # on the axis
+        drawn = chain(columns[field], *(columns[end] for end in ("low", "high") if end in columns))
+        values = [0, field == "found", *(value for value in drawn if value is not None)]  # on the axis
         low, high = min(values), max(values) or 1
         heights = spread([columns[field][place] for place in last.values()], (high - low) * LABEL / HEIGHT, low, high)
         at = dict(zip(last.values(), heights, strict=True))
