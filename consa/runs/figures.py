@@ -163,7 +163,7 @@ def adaptation_curves(history: list[dict[str, float]], ends: dict[str, float]) -
 def name_lines(axes: Axes) -> None:
     """Write the name of each labelled line to the right of its last point; the names keep apart."""
     low, high = sorted(axes.get_ylim())
-    points = axes.get_position().height * axes.figure.get_figheight() * 72
+    points = axes.bbox.height * 72 / axes.figure.dpi
     ends: dict[float, list[tuple[float, Any]]] = {}  # by place along x, where names could meet
     for line in axes.lines:
         if not str(line.get_label()).startswith("_"):
