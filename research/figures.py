@@ -1,58 +1,73 @@
-"""Draw docs/methods.png and docs/study.png from the results.
+"""Draw docs/frontier.png, docs/methods.png and docs/study.png from the results.
 
 python -m research.figures
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.common import parser_of
 from consa.files import png, write_atomically
-from consa.methods import METHODS
+from consa.rules import RULES
+from consa.runs.figures import BEST_RULE, DENSE, MADE, PALE, name_lines
 from research.analysis import GATES, Record, by_gates, by_kind, in_order, located, named, recovered
 from research.records import read
 
 DOCS = Path(__file__).parents[1] / "docs"
+MODELS = {"methods": "SmolLM2-135M", "methods-qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B"}
 
 
 def main() -> None:
     parser_of(__doc__).parse_args()
-    write_atomically(DOCS / "methods.png", frontier(read("methods")))
+    write_atomically(DOCS / "frontier.png", frontier({title: read(name) for name, title in MODELS.items()}))
+    write_atomically(DOCS / "methods.png", methods(read("methods")))
     write_atomically(DOCS / "study.png", places(read("study")))
 
 
-def frontier(record: Record) -> bytes:
-    """Quality over KV cache, a line for each method and granularity, as PNG."""
-    dense = record["rows"]["dense"]["cache_bytes"]
-    quality = by_kind(record, lambda row: row["recovered"])
-    cache = by_kind(record, lambda row: row["cache_bytes"] / dense, mean)
-    colours = {name: f"C{place}" for place, name in enumerate(METHODS)}
-    drawing = Figure(figsize=(9, 5), layout="constrained")
-    axes = drawing.subplots()
-    for (method, granularity), of in quality.items():
-        points = sorted((cache[method, granularity][sparsity], value) for sparsity, value in of.items())
-        axes.plot(
-            *zip(*points, strict=True),
-            color=colours.get(method, "#bbbbbb"),
-            linestyle="-" if granularity == "kv_head" else "--",
-            marker="o",
-            markersize=5 if method == "consa" else 3,
-            linewidth=2.5 if method == "consa" else 1,
-            label=f"{method}, {granularity}" if method in colours else None,
-        )
-    axes.plot([], [], color="#bbbbbb", marker="o", markersize=3, linewidth=1, label="rules")
-    axes.set(
-        xlabel=f"KV cache at {record['settings']['seq_len']:,} tokens, share of the dense model's",
-        ylabel="recovered, median over the seeds",
-        ylim=(-0.1, 1.02),
-    )
-    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
+def frontier(records: dict[str, Record]) -> bytes:
+    """Loss and hidden answers found over the KV cache, of ConSA, rules and dense, a row for each model, as PNG."""
+    drawing = Figure(figsize=(10, 4 * len(records)), layout="constrained")
+    for (title, record), row in zip(records.items(), drawing.subplots(len(records), 2), strict=True):
+        dense, shown = record["rows"]["dense"], ("dense", "consa", *RULES)
+        record |= {"rows": {name: row for name, row in record["rows"].items() if row["method"] in shown}}
+        _over_cache(row[0], record, f"{title}: nats above dense", lambda row, least=dense["loss"]: row["loss"] - least)
+        _over_cache(row[1], record, "share of hidden answers found", lambda row: mean(row["retrieval"].values()))
     return png(drawing)
+
+
+def methods(record: Record) -> bytes:
+    """Quality over KV cache, a line for each method and granularity, as PNG."""
+    drawing = Figure(figsize=(9, 6), layout="constrained")
+    axes = drawing.subplots()
+    axes.set_ylim(-0.1, 1.03)
+    _over_cache(axes, record, "recovered, median over the seeds", lambda row: row.get("recovered", 1.0))
+    return png(drawing)
+
+
+def _over_cache(axes: Axes, record: Record, label: str, value: Callable[[Record], float]) -> None:
+    """A line for each method and granularity; ConSA, the rule of least loss and dense are strong."""
+    losses, quality = by_kind(record, lambda row: row["loss"], mean), by_kind(record, value)
+    cache = by_kind(record, lambda row: row["cache_bytes"] / 1e6, mean)
+    best = min((kind for kind in losses if kind[0] in RULES), key=lambda kind: mean(losses[kind].values()))
+    colours = {best: BEST_RULE, ("consa", "layer"): MADE[0], ("consa", "kv_head"): MADE[0]}
+    for kind in sorted(quality, key=lambda kind: kind in colours):
+        points = sorted((cache[kind][sparsity], value) for sparsity, value in quality[kind].items())
+        style: Any = {"lw": 2, "ms": 4} if kind in colours else {"lw": 0.8, "ms": 2.5}
+        style |= {"color": colours.get(kind, PALE), "label": ("best rule: " if kind == best else "") + ", ".join(kind)}
+        axes.plot(*zip(*points, strict=True), "o-" if kind[1] == "kv_head" else "o--", **style)
+    dense = record["rows"]["dense"]
+    axes.plot(dense["cache_bytes"] / 1e6, value(dense), "o", color=DENSE, label="dense", linewidth=2)
+    axes.set(xlabel=f"KV cache at {record['settings']['seq_len']:,} tokens, MB", ylabel=label)
+    axes.spines[["top", "right"]].set_visible(False)
+    name_lines(axes)
 
 
 def places(record: Record) -> bytes:
@@ -63,9 +78,10 @@ def places(record: Record) -> bytes:
     left, right = drawing.subplots(1, 2, width_ratios=(1, 1.6))
     for which, label, style in (("losses", "refined", "-"), (GATES, "gates alone", "--")):
         values = [recovered(record, row, which) for row in steps]
-        left.plot([row["tokens"] for row in steps], values, style, color="C0", marker="o", markersize=4, label=label)
+        left.plot([row["tokens"] for row in steps], values, style, color=MADE[0], marker="o", markersize=4, label=label)
     left.set(xscale="log", xlabel="tokens of learning", ylabel="recovered")
-    left.legend(frameon=False)
+    left.spines[["top", "right"]].set_visible(False)
+    name_lines(left)
     cells = located(record)
     shares = np.stack([by_gates(row).full_attention.mean(1) for row in cells.values()])
     right.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="none")

@@ -8,7 +8,18 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from consa.cli.options import Converted, Device, Out, SavedDtype, from_options, number, text, was_given, with_fields_of
+from consa.cli.options import (
+    Converted,
+    Device,
+    Out,
+    SavedDtype,
+    existing,
+    from_options,
+    number,
+    text,
+    was_given,
+    with_fields_of,
+)
 from consa.cli.terminal import show
 from consa.config import EvalConfig, LearnConfig, RunConfig, folder_of
 from consa.errors import ConsaError

@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, cycle
 from typing import Any
 
 import numpy as np
 
 from consa.allocation import Allocation
 from consa.behaviour.record import MEASURES, Behaviour
-from consa.evaluation.table import Line
+from consa.evaluation.intervals import Estimate
+from consa.evaluation.table import Line, Table
 from consa.picture import shades
 from consa.report.vega import Chart, Columns, Spec
+from consa.runs.figures import BEST_RULE, DENSE, MADE, MADE_KINDS, PALE, spread
 
-# Colour-blind readers can tell them apart, and they are visible on light and dark pages.
-FA, SWA, OTHER = "#2868ad", "#d9952b", "#84878c"
+# Visible on light and dark pages. The first two mean FA and SWA, and nothing else has them.
+FA, SWA = "#3a7bc2", "#d9952b"
 DECISIONS = {"FA": FA, "SWA": SWA}
-KINDS = {"learned": FA, "adapted": FA, "dense": "#4f9d69", "all-SWA": SWA, "other": OTHER}
+NATIVE = "#84878c"
 LEARNING = ("loss", "expected_sparsity", "target", "multiplier", "fractional")  # of a step
 ADAPTATION = ("loss", "heldout_loss", "learning_rate")
-LINES: Spec = {"type": "line", "point": {"size": 30}}
 MAX_POINTS = 400  # of a curve
+LEAST = 1e-4  # of a measure on a log axis, where smaller ones stand too
 DIGITS = 4  # significant, of numbers in a page
+HEIGHT, LABEL = 250, 15  # pixels: of a chart with named lines, and of a name
+
+
+def best_rule(lines: Sequence[Line]) -> str | None:
+    """Name of the allocation of lowest loss among those that no run has made; None if there are none."""
+    others = [line for line in lines if line.kind == "other"]
+    return min(others, key=lambda line: line.loss.mean).name if others else None
+
+
+def colours(lines: Sequence[Line], best: str | None) -> dict[str, str]:
+    """The colour of each row wherever the page shows it; all but dense, learned, adapted and best rule are pale."""
+    made = cycle(MADE)
+    others = {best: BEST_RULE} | {line.name: DENSE for line in lines if line.kind == "dense"}
+    return {line.name: next(made) if line.kind in MADE_KINDS else others.get(line.name, PALE) for line in lines}
 
 
 def units(allocation: Allocation, behaviour: Behaviour | None) -> Columns:
@@ -54,6 +71,15 @@ def units(allocation: Allocation, behaviour: Behaviour | None) -> Columns:
     return columns
 
 
+def outlines(units: Columns) -> dict[str, str]:
+    """SVG paths by colour, with a square for each unit, for browsers that run no scripts."""
+    paths: dict[str, str] = {}
+    for layer, head, decision in zip(units["layer"], units["head"], units["decision"], strict=True):
+        colour = DECISIONS.get(decision, NATIVE)
+        paths[colour] = paths.get(colour, "") + f"M{layer} {0 if head == 'all' else head}h.9v.9h-.9z"
+    return paths
+
+
 def heatmap(name: str, data: str, allocation: Allocation, behaviour: Behaviour | None) -> Chart:
     """Heatmap with a column for each layer and a row for each KV head; colours show decision and score."""
     tooltip = _tooltip("unit", "decision")
@@ -77,7 +103,7 @@ def heatmap(name: str, data: str, allocation: Allocation, behaviour: Behaviour |
                 "x": _layers(allocation.num_layers),
                 "y": _places("head", "KV head") | {"scale": {"paddingInner": 0.1}},
                 "color": _colour(
-                    "decision", DECISIONS | ({"native window": OTHER} if allocation.native_windows else {})
+                    "decision", DECISIONS | ({"native window": NATIVE} if allocation.native_windows else {})
                 ),
                 "opacity": shade,
                 "tooltip": tooltip + _measure_tooltips(behaviour),
@@ -86,25 +112,47 @@ def heatmap(name: str, data: str, allocation: Allocation, behaviour: Behaviour |
     )
 
 
-def positions(lines: Sequence[Line]) -> Columns:
+def _rows(lines: Sequence[Line], best: str | None, names: str, values: Callable[[Line], Iterable[Any]]) -> Columns:
+    """The rows of all lines, pale ones first and so below the others, each with its line's name and colour."""
+    colour = colours(lines, best)
+    order = sorted(lines, key=lambda line: colour[line.name] != PALE)
+    rows = [(line.name, colour[line.name], *row) for line in order for row in values(line)]
+    return _columns(f"allocation colour {names}", rows, names.split()[1])
+
+
+def frontier(lines: Sequence[Line], best: str | None) -> Columns:
+    """KV cache and difference to the dense loss, with its interval."""
+    return _rows(lines, best, "cache rise low high", lambda line: [(line.cache_bytes, *_estimate(line.difference))])
+
+
+def frontiers(tables: Sequence[Table]) -> Columns:
+    """The same of several runs: what each has made, and the best rule of each."""
+    strong = {"dense": DENSE, "best rule": BEST_RULE} | dict(zip(MADE_KINDS, MADE, strict=False))
+    rows: set[tuple[Any, ...]] = set()
+    for table in tables:
+        best = best_rule(table.lines)
+        for line in table.lines:
+            kind = "best rule" if line.name == best else line.kind
+            if kind in strong:
+                rows.add((kind, strong[kind], line.cache_bytes, *_estimate(line.difference)))
+    return _columns("allocation colour cache rise low high", sorted(rows, key=lambda row: row[:3]), "rise")
+
+
+def positions(lines: Sequence[Line], best: str | None) -> Columns:
     """Differences to the dense loss by position, with their intervals."""
-    rows = [
-        (line.name, line.kind, first, rise.mean, *(None if math.isnan(end) else end for end in (rise.low, rise.high)))
-        for line in lines
-        for first, rise in line.differences_by_position.items()
-    ]
-    return _columns("allocation kind from rise low high", rows)
+    return _rows(
+        lines,
+        best,
+        "from rise low high",
+        lambda line: [(first, *_estimate(rise)) for first, rise in line.differences_by_position.items()],
+    )
 
 
-def answers(lines: Sequence[Line]) -> Columns:
-    """Share of hidden answers found, by task and prompt length."""
-    rows = [
-        (line.name, line.kind, task, length, share)
-        for line in lines
-        for task, lengths in line.retrieval.items()
-        for length, share in lengths.items()
-    ]
-    return _columns("allocation kind task length share", rows)
+def answers(lines: Sequence[Line], best: str | None, task: str) -> Columns:
+    """Share of hidden answers found by prompt length, for one task."""
+    return _rows(
+        lines, best, "length found", lambda line: [(n, _rounded(share)) for n, share in line.retrieval[task].items()]
+    )
 
 
 def history(records: Sequence[Mapping[str, float]], *, adapted: bool) -> Columns:
@@ -126,11 +174,11 @@ def curves(name: str, data: str, *, adapted: bool) -> list[Chart]:
     def line(field: str, title: str, domain: list[float] | None = None, **mark: Any) -> Spec:
         y = _amount(field, title) | {"scale": {"domain": domain} if domain else {"zero": False}}
         return {
-            "mark": {"type": "line", "color": FA, "point": {"size": 14, "color": FA}, **mark},
+            "mark": {"type": "line", "color": MADE[0], "point": {"size": 14, "color": MADE[0]}, **mark},
             "encoding": {"x": step, "y": y, "tooltip": _tooltip("step", **{field: ".4~r"})},
         }
 
-    target = line("target", "sparsity", [0, 1], color=SWA, strokeDash=[5, 3], point=False)
+    target = line("target", "sparsity", [0, 1], color=DENSE, strokeDash=[5, 3], point=False)
     expected = line("expected_sparsity", "sparsity", [0, 1])
     fractional = line("fractional", "share", [0, 1])
     measured = {"transform": [{"filter": "isValid(datum.heldout_loss)"}], **line("heldout_loss", "nats")}
@@ -143,7 +191,7 @@ def curves(name: str, data: str, *, adapted: bool) -> list[Chart]:
             ("rate", "Learning rate", "learning rate of each step", rate),
         ]
     else:
-        sparsity = "Expected sparsity (blue) and its target (dashed)"
+        sparsity = "Expected sparsity and its target (dashed)"
         panels += [
             ("sparsity", sparsity, "expected sparsity and its rising target", {"layer": [target, expected]}),
             ("multiplier", "Lagrange multiplier", "multiplier of each step", line("multiplier", "nats")),
@@ -155,72 +203,58 @@ def curves(name: str, data: str, *, adapted: bool) -> list[Chart]:
     ]
 
 
-def by_position(name: str, data: str, kinds: Collection[str]) -> Chart:
-    """Loss above the dense model's, by position; rows hold allocation, kind, from, rise, low and high."""
-    shared = {"x": _places("from", "from position"), "color": _kinds(kinds), "detail": {"field": "allocation"}}
-    own = {
-        "y": _amount("rise", "nats above dense"),
-        "opacity": {"condition": {"test": "datum.kind === 'other'", "value": 0.6}, "value": 1},
-        "tooltip": _tooltip("allocation", "from", rise=".4f"),
-    }
-    ends = {"y": _amount("low", "nats above dense"), "y2": {"field": "high"}}
-    lines = {"mark": LINES | {"strokeWidth": 2}, "encoding": shared | own}
-    band = {"mark": {"type": "area", "opacity": 0.15}, "encoding": shared | ends}
-    return Chart(
-        f"{name}-by-position",
-        data,
-        "Loss above the dense model's, by position (95 % intervals)",
-        "Line chart of the difference between each allocation's loss and the dense model's, by position in"
-        " the text; the table has the numbers.",
-        {"height": 240, "layer": [band, lines]},
-    )
+def loss_by_cache(name: str, data: str, tokens: int) -> Chart:
+    """Loss above the dense model's over the KV cache; rows are of `frontier`."""
+    x = _amount("cache", "KV cache, bytes") | {"axis": {"format": "~s", "tickCount": 4}}
+    y, interval = _amount("rise", "nats above dense"), {"type": "rule", "strokeWidth": 2}
+    return _lines(f"{name}-frontier", data, f"Loss against KV cache at {tokens:,} tokens", x, y, interval=interval)
 
 
-def retrieval(name: str, data: str, task: str, kinds: Collection[str]) -> Chart:
-    """Share of answers found by prompt length, for one task; rows hold allocation, kind, task, length and share."""
-    encoding = {
-        "x": _places("length", "prompt length, tokens"),
-        "y": _amount("share", "share") | {"scale": {"domain": [0, 1]}},
-        "color": _kinds(kinds),
-        "detail": {"field": "allocation"},
-        "tooltip": _tooltip("allocation", "length", share=".2f"),
-    }
-    one = {"transform": [{"filter": {"field": "task", "equal": task}}]}
-    return Chart(
-        f"{name}-retrieval-{task}",
-        data,
-        f"Answers found: {task.replace('_', ' ')}",
-        "Line chart of the share of hidden answers found by prompt length, with a line for each"
-        " allocation; the table has the numbers.",
-        {"height": 190, "mark": LINES, "encoding": encoding, **one},
+def by_position(name: str, data: str) -> Chart:
+    """Loss above the dense model's, by position; rows are of `positions`."""
+    title = "Loss above the dense model's, by position (95 % intervals)"
+    x, y, interval = (
+        _places("from", "from position"),
+        _amount("rise", "nats above dense"),
+        {"type": "area", "opacity": 0.15},
     )
+    return _lines(f"{name}-by-position", data, title, x, y, interval=interval)
+
+
+def retrieval(name: str, data: str, task: str) -> Chart:
+    """Share of answers found by prompt length, for one task; rows are of `answers`."""
+    title, x = f"Hidden answers found: {task.replace('_', ' ')}", _places("length", "prompt length, tokens")
+    y = _amount("found", "share") | {"scale": {"domain": [0, 1]}}
+    return _lines(f"{name}-retrieval-{task}", data, title, x, y)
 
 
 def spectrum(name: str, data: str, behaviour: Behaviour, shown: str) -> Chart:
-    """Units sorted by a measure that the reader chooses, coloured by decision."""
+    """A strip of the FA units and one of the SWA units, by a measure that the reader chooses."""
     names = [measure for measure in MEASURES if measure in behaviour.measures]
     labels = [measure.replace("_", " ") for measure in names]
     choice = {"input": "select", "name": "Measure ", "options": names, "labels": labels}
-    rank = _places("rank", "units in order", labels=False, ticks=False)
+    value = _amount("value", None) | {
+        "scale": {"type": "log", "nice": False, "padding": 6},
+        "axis": {"format": "~g", "labelOverlap": "greedy"},
+    }
     return Chart(
         f"{name}-spectrum",
         data,
-        "Units sorted by a measure",
-        "Bars of all units in rising order of the chosen measure, coloured by decision; the table of"
-        " relations says how well the measure separates FA from SWA.",
+        "Units by a measure, on a log axis",
+        "Strip plot: a stroke for each unit at its value of the chosen measure, FA units above and SWA units below;"
+        " the table of relations says how well the measure separates FA from SWA.",
         {
-            "height": 240,
+            "height": 110,
             "params": [{"name": "measure", "value": shown, "bind": choice}],
             "transform": [
                 {"filter": "datum.decision !== 'native window'"},
-                {"calculate": "datum[measure]", "as": "value"},
-                {"window": [{"op": "row_number", "as": "rank"}], "sort": [{"field": "value"}]},
+                {"calculate": f"max(datum[measure], {LEAST})", "as": "value"},
             ],
-            "mark": {"type": "bar", "tooltip": True},
+            "mark": {"type": "tick", "thickness": 2, "opacity": 0.7, "tooltip": True, "bandSize": 38},
             "encoding": {
-                "x": rank | {"scale": {"paddingInner": 0.15}, "sort": "ascending"},
-                "y": _amount("value", None),
-                "color": _colour("decision", DECISIONS),
+                "x": value,
+                "y": _places("decision", None, domain=False, ticks=False) | {"scale": {"domain": list(DECISIONS)}},
+                "color": _colour("decision", DECISIONS) | {"legend": None},
                 "tooltip": _tooltip("unit", "decision") + _measure_tooltips(behaviour),
             },
         },
@@ -229,10 +263,9 @@ def spectrum(name: str, data: str, behaviour: Behaviour, shown: str) -> Chart:
 
 def predictors(name: str, data: str, num_measures: int) -> Chart:
     """How well each measure separates FA from SWA; rows hold measure and auc, in the order to be shown."""
-    title = "AUC (blue: FA units have higher values, orange: SWA units)"
     encoding = {
         "y": _places("measure", None, labelLimit=140, ticks=False, domain=False),
-        "x": _amount("auc", title) | {"scale": {"domain": [0, 1]}},
+        "x": _amount("auc", "AUC") | {"scale": {"domain": [0, 1]}},
         "x2": {"datum": 0.5},
         "color": {"condition": {"test": "datum.auc >= 0.5", "value": FA}, "value": SWA},
         "tooltip": [{"field": "measure"}, {"field": "auc", "title": "AUC", "format": ".3f"}],
@@ -241,7 +274,7 @@ def predictors(name: str, data: str, num_measures: int) -> Chart:
     return Chart(
         f"{name}-predictors",
         data,
-        "Which measures separate FA from SWA",
+        "Which measures separate FA (higher to the right) from SWA",
         "Bars from 0.5 (chance) to the AUC of each measure; the table of relations has the numbers.",
         {"height": 20 * num_measures, "mark": mark, "encoding": encoding},
     )
@@ -249,7 +282,7 @@ def predictors(name: str, data: str, num_measures: int) -> Chart:
 
 def distances(allocation: Allocation, behaviour: Behaviour) -> Columns:
     """Mean attention by distance of the FA and of the SWA units."""
-    rows: list[tuple[str, str, float | None]] = []
+    rows: list[tuple[str, str, str, float | None]] = []
     full, decided = allocation.full_attention, np.zeros_like(allocation.full_attention)
     decided[allocation.layers] = True
     for decision, chosen in (("FA", full), ("SWA", decided & ~full)):
@@ -257,33 +290,22 @@ def distances(allocation: Allocation, behaviour: Behaviour) -> Columns:
             for bucket, share in enumerate(behaviour.by_distance[chosen].mean(0)):
                 first, last = (0, 0) if bucket == 0 else (2 ** (bucket - 1), 2**bucket - 1)
                 bounds = str(first) if first == last else f"{first}\N{EN DASH}{last}"
-                rows.append((decision, bounds, _rounded(float(share))))
-    return _columns("decision bucket share", rows)
+                rows.append((decision, DECISIONS[decision], bounds, _rounded(float(share))))
+    return _columns("decision colour bucket share", rows, "share")
 
 
 def by_distance(name: str, data: str) -> Chart:
     """Mean attention by distance in tokens, of FA and of SWA units, under full attention."""
-    encoding = {
-        "x": _places("bucket", "distance, tokens", labelAngle=-40),
-        "y": _amount("share", "share of attention") | {"axis": {"format": "%"}},
-        "color": _colour("decision", DECISIONS),
-        "tooltip": _tooltip("decision", "bucket", share=".3f"),
-    }
-    return Chart(
-        f"{name}-by-distance",
-        data,
-        "Attention by distance, under full attention",
-        "Line chart of the mean share of attention by distance between query and key, with one line for the"
-        " FA units and one for the SWA units.",
-        {"height": 220, "mark": LINES | {"strokeWidth": 2}, "encoding": encoding},
-    )
+    x = _places("bucket", "distance, tokens", labelAngle=-40)
+    y = _amount("share", "share of attention") | {"axis": {"format": "%"}}
+    return _lines(f"{name}-by-distance", data, "Attention by distance, under full attention", x, y, line="decision")
 
 
 def layer_shares(allocations: Mapping[str, Allocation]) -> Columns:
     """The share of FA heads in every layer of several allocations."""
     rows = [
-        (name, _rounded(allocation.sparsity), layer, _rounded(float(share)))
-        for name, allocation in allocations.items()
+        (f"{number}. {name}", _rounded(allocation.sparsity), layer, _rounded(float(share)))
+        for number, (name, allocation) in enumerate(allocations.items(), 1)
         for layer, share in enumerate(allocation.full_attention.mean(1))
     ]
     return _columns("run sparsity layer share", rows)
@@ -309,6 +331,22 @@ def side_by_side(data: str, allocations: Mapping[str, Allocation]) -> Chart:
     )
 
 
+def speeds(measured: Sequence[Mapping[str, Any]]) -> Columns:
+    """The measurements of `consa bench`, a line for each model and batch size."""
+    batches = len({one["batch_size"] for one in measured}) > 1
+    rows = [
+        (
+            f"{one['model']}, batch {one['batch_size']}" if batches else one["model"],
+            DENSE if one["model"] == "dense" else MADE[0],
+            *(one[name] for name in ("context", "decode_tokens_per_second", "prefill_seconds")),
+            one["cache_bytes"] / 1e6,
+        )
+        for one in measured
+    ]
+    fields = ("decode_tokens_per_second", "prefill_seconds", "cache_mb")
+    return _columns(f"model colour context {' '.join(fields)}", rows, *fields)
+
+
 def benchmark(name: str, data: str) -> list[Chart]:
     """Decoding speed, prefill time and KV cache by context, dense and hybrid."""
     panels = {
@@ -316,29 +354,65 @@ def benchmark(name: str, data: str) -> list[Chart]:
         "prefill_seconds": ("Prefill", "seconds"),
         "cache_mb": ("KV cache", "MB"),
     }
-    charts = []
-    for field, (title, unit) in panels.items():
-        encoding: Spec = {
-            "x": _places("context", "context, tokens"),
-            "y": _amount(field, unit),
-            "color": _colour("model", {"dense": OTHER, "hybrid": FA}),
-            "detail": {"field": "batch_size"},
-            "tooltip": _tooltip("model", "context", "batch_size", **{field: ".4~r"}),
-        }
-        chart = Chart(
-            f"{name}-{title.lower().replace(' ', '-')}",
-            data,
-            f"{title}, {unit}",
-            f"Line chart of {title.lower()} by context, dense and hybrid; the table has the numbers.",
-            {"height": 190, "mark": {"type": "line", "point": {"size": 40}}, "encoding": encoding},
+    x = _places("context", "context, tokens")
+    return [
+        _lines(
+            f"{name}-{what.lower().replace(' ', '-')}", data, f"{what}, {unit}", x, _amount(field, unit), line="model"
         )
-        charts.append(chart)
-    return charts
+        for field, (what, unit) in panels.items()
+    ]
 
 
-def _columns(names: str, rows: Sequence[tuple[Any, ...]]) -> Columns:
-    """Rows as columns; the names are separated by blanks."""
-    return {name: [row[place] for row in rows] for place, name in enumerate(names.split())}
+def _lines(
+    name: str, data: str, title: str, x: Spec, y: Spec, *, line: str = "allocation", interval: Spec | None = None
+) -> Chart:
+    """Lines in their rows' colours, each with its name at its end; `interval` is the mark from low to high."""
+    colour: Spec = {"field": "colour", "type": "nominal", "scale": None}
+    shared = {"x": {"scale": {"padding": 0.2}} | x if x["type"] == "ordinal" else x, "detail": {"field": line}}
+    pale = {"condition": {"test": f"datum.colour === '{PALE}'", "value": 1}, "value": 2.5}
+    drawn = {"y": y, "color": colour, "strokeWidth": pale}
+    drawn |= {"tooltip": _tooltip(line, x["field"], **{y["field"]: ".4~r"})}
+    layers: list[Spec] = [{"mark": {"type": "line", "point": {"size": 40}}, "encoding": drawn}, _names(y, line)]
+    if interval:
+        ends = {"y": y | {"field": "low"}, "y2": {"field": "high"}, "color": colour}
+        strong = [{"filter": f"datum.colour !== '{PALE}' && isValid(datum.low)"}]
+        layers.insert(0, {"transform": strong, "mark": interval, "encoding": ends})
+    room = {"left": 5, "top": 5, "right": 45 if line == "decision" else 112, "bottom": 5}  # for the names
+    return Chart(
+        name,
+        data,
+        title,
+        f"Line chart over {x['title']}, with a line for each {line}: {title}. The section has the numbers as a table.",
+        {"height": HEIGHT, "padding": room, "encoding": shared, "layer": layers},
+    )
+
+
+def _names(y: Spec, name: str) -> Spec:
+    """The names of lines, in the rows where `_columns` says that one stands; a pale line's is not bold."""
+    bold = {"expr": f"datum.colour === '{PALE}' ? 'normal' : 'bold'"}
+    return {
+        "transform": [{"filter": f"isValid(datum['{y['field']} name'])"}],
+        "mark": {"type": "text", "align": "left", "dx": 9, "limit": 102, "fontSize": 11, "fontWeight": bold},
+        "encoding": {"y": y | {"field": f"{y['field']} name"}, "text": {"field": name}, "color": {"value": "#333333"}},
+    }
+
+
+def _columns(names: str, rows: Sequence[tuple[Any, ...]], *named: str) -> Columns:
+    """Rows as columns; the names are separated by blanks. The first column says of which line a row is.
+
+    For each field of `named`, a column "FIELD name" tells how high the line's name stands, in the line's last row.
+    """
+    columns: dict[str, list[Any]] = {name: [row[i] for row in rows] for i, name in enumerate(names.split())}
+    lines = next(iter(columns.values()))
+    for field in named:
+        last = {line: place for place, line in enumerate(lines) if columns[field][place] is not None}
+        drawn = chain(columns[field], *(columns[end] for end in ("low", "high") if end in columns))
+        values = [0, field == "found", *(value for value in drawn if value is not None)]  # on the axis
+        low, high = min(values), max(values) or 1
+        heights = spread([columns[field][place] for place in last.values()], (high - low) * LABEL / HEIGHT, low, high)
+        at = dict(zip(last.values(), heights, strict=True))
+        columns[f"{field} name"] = [_rounded(at[place]) if place in at else None for place in range(len(rows))]
+    return columns
 
 
 def _tooltip(*fields: str, **formats: str) -> list[Spec]:
@@ -363,7 +437,7 @@ def _places(field: str, title: str | None, **axis: Any) -> Spec:
 
 def _layers(num_layers: int) -> Spec:
     labelled = list(range(0, num_layers, 1 + num_layers // 24))
-    x = _places("layer", "layer, from the bottom to the top of the model", values=labelled)
+    x = _places("layer", "layer, from bottom to top", values=labelled)
     return x | {"scale": {"paddingInner": 0.08}}
 
 
@@ -377,8 +451,8 @@ def _colour(field: str, colours: Mapping[str, str]) -> Spec:
     return {"field": field, "type": "nominal", "title": None, "scale": scale, "legend": legend}
 
 
-def _kinds(kinds: Collection[str]) -> Spec:
-    return _colour("kind", {kind: colour for kind, colour in KINDS.items() if kind in kinds})
+def _estimate(estimate: Estimate) -> tuple[float | None, ...]:
+    return estimate.mean, *(None if math.isnan(end) else end for end in (estimate.low, estimate.high))
 
 
 def _rounded(value: float) -> float | None:

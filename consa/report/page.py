@@ -41,7 +41,9 @@ def write(
     for path in unfinished if len(unfinished) < len(paths) else ():
         note(f"Left out {path}: its run is not finished; the same command resumes it")
     runs = [Run.read(path) for path in paths if path not in unfinished or len(unfinished) == len(paths)]
-    runs.sort(key=lambda run: run.allocation.sparsity if run.allocation else math.inf)
+    runs.sort(
+        key=lambda run: (run.model is None, run.model or "", run.allocation.sparsity if run.allocation else math.inf)
+    )
     sections = Sections(runs, behaviour)
     write_atomically(out, _html(sections, command).encode(errors="replace"))
     return [out, *(vega.draw(sections.charts, sections.data, figures) if figures else [])]
@@ -76,7 +78,7 @@ def _html(sections: Sections, command: str) -> str:
     for view in sections.views:
         with naming(view["name"]):
             try:
-                parts.append(macros.sections_of(view))
+                parts.append(macros.sections_of(view, sections.charts))
             except UndefinedError as error:
                 raise LookupError(str(error)) from error
     parts.append(macros.comparison(sections.charts, sections.side_by_side, sections.across))
@@ -86,8 +88,8 @@ def _html(sections: Sections, command: str) -> str:
         # Vega compiles its expressions, so it needs 'unsafe-eval'; none of them comes from a run's files.
         policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-eval' {hashes}",
         styles=(folder / "page.css").read_text(encoding="utf-8"),
-        slider=sections.slider,
-        labels=sections.labels,
+        views=sections.views,
+        is_series=sections.is_series,
         sections=Markup("").join(parts),
         command=command,
         # No tag can end the script element that holds the data.

@@ -21,7 +21,6 @@ from consa.report.vega import Chart, Columns
 
 CACHE_TOKENS = 32768  # in the KV cache of the headline
 NOT_SHOWN = ("rows", "buckets", "allocation", "table")  # fields of a record that tables and charts show
-LEARNED, ADAPTED = "learned", "adapted"  # rows of what a run made
 DASH = "\N{EN DASH}"
 RHO = "\N{GREEK SMALL LETTER RHO}"
 
@@ -58,38 +57,46 @@ class Sections:
         self.side_by_side = list(self._side_by_side())
 
     @property
-    def slider(self) -> str:
-        """What the slider over the runs is called."""
-        return "Sparsity" if len({allocation.sparsity for allocation in self.allocations.values()}) > 1 else "Run"
-
-    @property
-    def labels(self) -> list[str]:
-        """The runs as the slider names them."""
-        return [
-            f"{name} (sparsity {run.allocation.sparsity:.4g})" if run.allocation else name
-            for name, run in zip(self.names, self.runs, strict=True)
-        ]
+    def is_series(self) -> bool:
+        """Whether the runs are of one model and differ in their sparsity alone."""
+        alike = {
+            (run.model, one.granularity, one.window, one.num_sink_tokens) if (one := run.allocation) else None
+            for run in self.runs
+        }
+        return len(alike) == 1 and 2 < len(self.runs) == len({one.sparsity for one in self.allocations.values()})
 
     def _view(self, index: int, run: Run) -> JsonObject:
         """The numbers, tables and numbers of charts of a run, in the order of the page."""
         behaviour = run.behaviour or (self.given if self.given and _fits(self.given, run) else None)
         behaviour = behaviour if run.allocation else None
-        view: JsonObject = {"index": index, "name": self.names[index], "run": run, "charts": self.charts}
-        view["behaviour"] = behaviour
+        view: JsonObject = {"index": index, "name": self.names[index], "run": run, "behaviour": behaviour}
+        view |= {"model": run.model or "model unknown", "label": view["name"], "first": []}
+        view |= dict.fromkeys(("depth", "made", "verdict", "measured", "evaluation"))
         if run.allocation is not None:
             allocation, name = run.allocation, self.files[index]
             dense = rules.dense(*allocation.full_attention.shape, native_windows=allocation.native_windows)
             caches = [one.kv_cache_bytes(CACHE_TOKENS, head_dim=1) for one in (allocation, dense)]
             data = self._add_data(f"units {index}", charts.units(allocation, behaviour))
             view["cache"], view["cache_tokens"] = caches[0] / caches[1], CACHE_TOKENS
+            view["outlines"] = charts.outlines(self.data[data])
             view["heatmap"] = self._add_chart(charts.heatmap(name, data, allocation, behaviour))
+            view["label"] += f" (sparsity {allocation.sparsity:.4g})"
             view["depth"] = depth(allocation) if allocation.full_attention.any() else None
             if behaviour is not None:
                 view |= self._behaviour(index, allocation, behaviour)
-        if run.measured is not None:
-            view["made"] = run.measured.line(ADAPTED if run.adapted else LEARNED)
-        view["measured"] = self._measured(index, run.measured, run.summary, "", "")
-        view["evaluation"] = self._measured(index, run.evaluation, None, "evaluated ", "-eval")
+        if table := run.measured or run.evaluation:
+            best = charts.best_rule(table.lines)
+            view["made"] = next((line for line in table.lines if line.kind in charts.MADE_KINDS), None)
+            view["verdict"] = view["made"] and verdict(
+                view["made"], next((o for o in table.lines if o.name == best), None)
+            )
+            data = self._add_data(f"frontier {index}", charts.frontier(table.lines, best))
+            chart = charts.loss_by_cache(self.files[index], data, table.cache_tokens)
+            view["first"].append(self._add_chart(chart))
+            view["measured"] = self._measured(index, run.measured, best, run.summary, "", "")
+            view["evaluation"] = self._measured(index, run.evaluation, best, None, "evaluated ", "-eval")
+            parts = filter(None, (view["evaluation"], view["measured"]))
+            view["first"] += [number for part in parts for number in part["retrieval"]][:1]
         if run.benchmark is not None:
             view |= self._benchmark(index, run.benchmark)
         if run.history:
@@ -123,20 +130,20 @@ class Sections:
         return {"spectrum": spectrum, "relations": [self._add_chart(chart) for chart in both], "measures": measures}
 
     def _measured(
-        self, index: int, table: Table | None, summary: Mapping[str, Any] | None, data: str, file: str
+        self, index: int, table: Table | None, best: str | None, summary: Mapping[str, Any] | None, data: str, file: str
     ) -> JsonObject | None:
         """What was measured of allocations, by a run or by `consa eval`; `data` and `file` go into names."""
         if table is None:
             return None
         lines, name, counts = table.lines, self.files[index] + file, summary or table.how
-        kinds = [line.kind for line in lines]
-        rises = self._add_data(f"{data}positions {index}", charts.positions(lines))
-        part: JsonObject = {"rise": self._add_chart(charts.by_position(name, rises, kinds)), "retrieval": []}
+        rises = self._add_data(f"{data}positions {index}", charts.positions(lines, best))
+        part: JsonObject = {"rise": self._add_chart(charts.by_position(name, rises)), "retrieval": []}
+        part["colours"] = charts.colours(lines, best)
         fields = ("heldout_sequences", "seq_len", "heldout_documents")
         part["counts"] = {field: counts[field] for field in fields} if "seq_len" in counts else None
-        if tasks := lines[0].retrieval:
-            found = self._add_data(f"retrieval {index}", charts.answers(lines))
-            part["retrieval"] = [self._add_chart(charts.retrieval(name, found, task, kinds)) for task in tasks]
+        for task in lines[0].retrieval:
+            found = self._add_data(f"{data}{task} {index}", charts.answers(lines, best, task))
+            part["retrieval"].append(self._add_chart(charts.retrieval(name, found, task)))
         losses = table.section(
             f"Loss from position {table.start:,} on. Recovered is the share of the gap from all-SWA to dense that is"
             " closed.",
@@ -154,9 +161,7 @@ class Sections:
     def _benchmark(self, index: int, benchmark: JsonObject) -> JsonObject:
         measured = benchmark["measurements"]
         dense, hybrid = measured[-2:]
-        columns = {name: [m[name] for m in measured] for name in measured[0]}
-        columns["cache_mb"] = [m["cache_bytes"] / 1e6 for m in measured]
-        data = self._add_data(f"benchmark {index}", columns)
+        data = self._add_data(f"benchmark {index}", charts.speeds(measured))
         rows = [
             [
                 m["model"],
@@ -177,8 +182,8 @@ class Sections:
             "benchmarked": Section("", headings, rows),
         }
 
-    def _side_by_side(self) -> Iterator[tuple[int, Section]]:
-        """The chart and the agreement of runs of models of one shape."""
+    def _side_by_side(self) -> Iterator[tuple[str, list[int], Section]]:
+        """Names of the models, charts and the agreement of runs of models of one shape."""
         for number, allocations in enumerate(group for group in self.shapes.values() if len(group) > 1):
             data = self._add_data(f"layers {number}", charts.layer_shares(allocations))
             values: dict[tuple[str, ...], float | None] = {}
@@ -194,7 +199,15 @@ class Sections:
                 f" the number that either has; for random allocations of these sizes it is {_range(expected)}. Below"
                 f" the diagonal is {RHO}, Spearman's rank correlation of the scores.",
             )
-            yield self._add_chart(charts.side_by_side(data, allocations)), matrix
+            runs = [run for name, run in zip(self.names, self.runs, strict=True) if name in allocations]
+            shown = [charts.side_by_side(data, allocations)]
+            tables = [run.measured for run in runs if run.measured]
+            tables = [table for table in tables if table.cache_tokens == tables[0].cache_tokens]
+            if len(tables) > 1:
+                losses = self._add_data(f"frontiers {number}", charts.frontiers(tables))
+                shown.append(charts.loss_by_cache(f"runs-{number}", losses, tables[0].cache_tokens))
+            models = ", ".join(dict.fromkeys(run.model for run in runs if run.model))
+            yield models, [self._add_chart(chart) for chart in shown], matrix
 
     @property
     def across(self) -> Section | None:
@@ -237,6 +250,18 @@ class Sections:
     def _add_chart(self, chart: Chart) -> int:
         self.charts.append(chart)
         return len(self.charts) - 1
+
+
+def verdict(made: Line, best: Line | None) -> str:
+    """One sentence: what a run has made beside the best of the other allocations, or dense."""
+    if best is None:
+        return f"The loss is {made.difference} nats per token above the dense model's."
+    gain, other = best.loss.mean - made.loss.mean, "rule" if best.name in rules.RULES else "other allocation"
+    overlap = made.difference.low <= best.difference.high and best.difference.low <= made.difference.high
+    doubt = "; the 95 % intervals of both overlap" if overlap else ""
+    if gain > 0:
+        return f"Beats the best {other} ({best.name}) by {gain:.3f} nats per token{doubt}."
+    return f"Does not beat the best {other} ({best.name}), whose loss is {-gain:.3f} nats per token lower{doubt}."
 
 
 def _losses(line: Line) -> list[str]:

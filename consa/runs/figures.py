@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,60 +12,64 @@ from consa.allocation import Allocation
 from consa.picture import shades
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Each ramp goes from a score near the decision to one far from it. The darkest SWA is much lighter than the lightest
 # FA, so that the two differ in greyscale print and for colour-blind readers.
 FA_RAMP = ("#4a7fb5", "#08264d")
 SWA_RAMP = ("#f9dfb4", "#fffaf0")
+MAX_NUMBERED = 48  # layers
 NATIVE: Any = {"fc": "#d9d9d9", "ec": "white", "hatch": "////"}
 LEGEND: Any = {"frameon": False, "fontsize": 8}
 GRID_COLOUR = "#9a9a9a"
-LIGHT, DARK = "#9dbbdb", FA_RAMP[1]  # of curves
+# Rows have these colours in every figure; those of `MADE_KINDS` are what runs have made, in their order.
+DENSE, BEST_RULE, PALE = "#6f747b", "#2f9c7a", "#a3a8af"
+MADE_KINDS = ("learned", "adapted")
+MADE = ("#8a5cd0", "#d14d8f", "#a3673a", "#6a8f2a")
+LIGHT = "#c9b6ea"  # of single steps
 
 
 def heatmap(allocation: Allocation) -> Figure:
-    """Draw which units keep full attention, with layer 0 at the bottom and scores as shade and number.
+    """Draw which units keep full attention, with layer 0 on the left and scores as shade and number.
 
-    Title and numbers also show the scores and the model of the allocation's provenance, if it has them.
+    Title and numbers also show the scores and the model of the allocation's provenance, if it has them. Models of more
+    than `MAX_NUMBERED` layers have no numbers.
     """
     from matplotlib.patches import Rectangle
 
     num_layers = allocation.num_layers
-    columns = 1 if allocation.granularity == "layer" else allocation.num_kv_heads
-    cell_width = {1: 1.2, 2: 0.8, 3: 0.8}.get(columns, 0.5)
-    width, height = columns * cell_width, num_layers * 0.2
-    left, right, bottom, top = 0.75, 0.3, 0.55, 1.15  # margins, inches
+    rows = 1 if allocation.granularity == "layer" else allocation.num_kv_heads
+    numbered = allocation.scores is not None and num_layers <= MAX_NUMBERED
+    width, height = num_layers * (0.34 if num_layers <= MAX_NUMBERED else 0.15), rows * 0.24
+    left, right, bottom, top = 0.6, 0.15, 0.5, 1.15  # margins, inches
     least = 4.6 if allocation.native_windows else 4.2  # what title and legend need
     side = max(0.0, least - left - right - width) / 2
     total = (left + width + right + 2 * side, bottom + height + top)
     figure = _new_figure(*total)
     axes = figure.add_axes(
         ((left + side) / total[0], bottom / total[1], width / total[0], height / total[1]),
-        xlim=(-0.5, columns - 0.5),
-        ylim=(-0.5, num_layers - 0.5),
-        xticks=range(columns),
-        ylabel="layer",
+        xlim=(-0.5, num_layers - 0.5),
+        ylim=(rows - 0.5, -0.5),
+        yticks=range(rows) if rows > 1 else (),
+        xlabel="layer",
+        ylabel="KV head" if rows > 1 else "",
     )
     strengths = shades(allocation)
     for layer in range(num_layers):
         if layer in allocation.native_windows:
-            axes.add_patch(Rectangle((-0.5, layer - 0.5), columns, 1, **NATIVE))
+            axes.add_patch(Rectangle((layer - 0.5, -0.5), 1, rows, **NATIVE))
             continue
-        for column in range(columns):
-            is_full = bool(allocation.full_attention[layer, column])
-            colour = _between(FA_RAMP if is_full else SWA_RAMP, strengths[layer, column])
-            axes.add_patch(Rectangle((column - 0.5, layer - 0.5), 1, 1, fc=colour, ec=GRID_COLOUR, lw=0.5))
-            if allocation.scores is not None:
-                number = f"{allocation.scores[layer, column]:z.1f}".replace("-", "\N{MINUS SIGN}")
+        for row in range(rows):
+            is_full = bool(allocation.full_attention[layer, row])
+            colour = _between(FA_RAMP if is_full else SWA_RAMP, strengths[layer, row])
+            axes.add_patch(Rectangle((layer - 0.5, row - 0.5), 1, 1, fc=colour, ec=GRID_COLOUR, lw=0.5))
+            if allocation.scores is not None and numbered:
+                number = f"{allocation.scores[layer, row]:z.1f}".replace("-", "\N{MINUS SIGN}")
                 ink = "white" if is_full else "#333333"
-                axes.text(column, layer, number, color=ink, fontsize=7, ha="center", va="center")
-    every = 1 if num_layers <= 12 else 2 if num_layers <= 40 else 4
-    axes.set_yticks(range(0, num_layers, every))
+                axes.text(layer, row, number, color=ink, fontsize=7, ha="center", va="center")
+    axes.set_xticks(range(0, num_layers, 1 if num_layers <= 16 else 2 if num_layers <= MAX_NUMBERED else 4))
     axes.tick_params(length=0, labelsize=8)
-    if columns == 1:
-        axes.set_xticks([])
-    axes.set_xlabel("all KV heads" if columns == 1 else "KV head")
 
     model = Path(str(allocation.provenance.get("model", ""))).name
     method = str(allocation.provenance.get("method", ""))
@@ -78,7 +83,7 @@ def heatmap(allocation: Allocation) -> Figure:
     room = int(total[0] / 0.11)  # characters
     line(title if len(title) <= room else f"{title[: room - 1]}\N{HORIZONTAL ELLIPSIS}", 0.3, 11, "bold")
     line(f"sparsity {allocation.sparsity:.3g}, window {allocation.window}, {sinks}", 0.53, 9)
-    if allocation.scores is not None:
+    if numbered:
         kind = "log_alpha" if method == "consa" else "score"
         line(f"numbers: {kind}, the higher the more it keeps full attention", 0.72, 7.5)
     _legend(figure, allocation, (center, (bottom + height + 0.02) / total[1]))
@@ -116,15 +121,15 @@ def curves(history: list[dict[str, float]]) -> Figure:
     averaged = max(1, len(steps) // 10)
     if averaged > 1:
         values = np.convolve([record["loss"] for record in history], np.ones(averaged) / averaged, "valid")
-        loss.plot(steps[averaged - 1 :], values, color=DARK, lw=1.6, label=f"mean of {averaged} steps")
+        loss.plot(steps[averaged - 1 :], values, color=MADE[0], lw=1.6, label=f"mean of {averaged} steps")
         loss.legend(**LEGEND)
-    draw(sparsity, "target", color="#d1750c", ls="--", lw=1.5, label="target")
-    draw(sparsity, "expected_sparsity", color=DARK, lw=1.6, label="expected")
+    draw(sparsity, "target", color=DENSE, ls="--", lw=1.5, label="target")
+    draw(sparsity, "expected_sparsity", color=MADE[0], lw=1.6, label="expected")
     sparsity.set(ylim=(-0.02, 1.02))
     sparsity.legend(**LEGEND, loc="lower right")
-    draw(multiplier, "multiplier", color=DARK, lw=1.6)
+    draw(multiplier, "multiplier", color=MADE[0], lw=1.6)
     multiplier.axhline(0, color=GRID_COLOUR, lw=0.8)
-    draw(fractional, "fractional", color=DARK, lw=1.6)
+    draw(fractional, "fractional", color=MADE[0], lw=1.6)
     fractional.set(ylim=(-0.02, 1.02))
     _style(loss, "training loss (nats)", xlabel="")
     _style(sparsity, "sparsity", xlabel="")
@@ -144,15 +149,52 @@ def adaptation_curves(history: list[dict[str, float]], ends: dict[str, float]) -
     steps = [record["step"] for record in history]
     loss.plot(steps, [record["loss"] for record in history], color=LIGHT, lw=1)
     measured = [(record["step"], record["heldout_loss"]) for record in history if "heldout_loss" in record]
-    heldout.plot(*zip(*measured, strict=True), color=DARK, marker="o", ms=3, label="adapted")
-    for (name, value), colour in zip(ends.items(), ("#4f9d69", "#d1750c", GRID_COLOUR), strict=False):
+    heldout.plot(*zip(*measured, strict=True), color=MADE[0], marker="o", ms=3, label="adapted")
+    for (name, value), colour in zip(ends.items(), (DENSE, BEST_RULE, PALE), strict=False):
         heldout.axhline(value, color=colour, ls="--", lw=1.2, label=name)
     heldout.legend(**LEGEND)
-    rate.plot(steps, [record["learning_rate"] for record in history], color=DARK, lw=1.6)
+    rate.plot(steps, [record["learning_rate"] for record in history], color=MADE[0], lw=1.6)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axes, title in ((loss, "training loss (nats)"), (heldout, "held-out loss (nats)"), (rate, "learning rate")):
         _style(axes, title)
     return figure
+
+
+def name_lines(axes: Axes) -> None:
+    """Write the name of each labelled line to the right of its last point; the names keep apart."""
+    low, high = sorted(axes.get_ylim())
+    points = axes.bbox.height * 72 / axes.figure.dpi
+    ends: dict[float, list[tuple[float, Any]]] = {}  # by place along x, where names could meet
+    for line in axes.lines:
+        if not str(line.get_label()).startswith("_"):
+            x, y = (float(np.asarray(values)[-1]) for values in (line.get_xdata(), line.get_ydata()))
+            ends.setdefault(x, []).append((min(max(y, low), high), line))
+    for x, lines in ends.items():
+        gap = (high - low) * 10 / points
+        heights = spread([y for y, _ in lines], gap, low + gap / 2, high - gap / 2)
+        for (y, line), height in zip(lines, heights, strict=True):
+            axes.annotate(
+                line.get_label(),
+                (x, y),
+                (18, height),
+                textcoords=("offset points", "data"),
+                va="center",
+                annotation_clip=False,
+                fontsize=7.5,
+                weight="bold" if line.get_linewidth() > 1 else "normal",
+                arrowprops={"arrowstyle": "-", "color": line.get_color(), "lw": 0.5, "shrinkA": 0, "relpos": (0, 0.5)},
+            )
+
+
+def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Move values apart until neighbours are at least `gap` apart, in their order, between `low` and `high`."""
+    order = np.argsort(values, kind="stable")
+    steps = gap * np.arange(len(values))
+    level = np.array(values, dtype=np.float64)[order] - steps
+    up, down = np.maximum.accumulate(level), np.minimum.accumulate(level[::-1])[::-1]
+    moved = np.empty(len(values))
+    moved[order] = np.clip((up + down) / 2, low, high - steps[-1]) + steps
+    return moved.tolist()
 
 
 def _style(axes: Any, title: str, xlabel: str = "step") -> None:

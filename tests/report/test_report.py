@@ -19,8 +19,8 @@ from consa.behaviour.relate import relate
 from consa.cli import commands as cli
 from consa.report import charts, page
 from consa.report.folder import Run
-from consa.report.sections import Sections, _distinct
-from tests.report.report_case import HOSTILE, PIECES, cells, make_behaviour, make_page, make_run
+from consa.report.sections import Sections, _distinct, verdict
+from tests.report.report_case import HOSTILE, PIECES, cells, make_behaviour, make_line, make_page, make_run
 
 pytest.importorskip("vl_convert", reason="needs consa[report]")
 
@@ -29,16 +29,20 @@ RECOVERED = "Recovered is the share of the gap from all-SWA to dense that is clo
 
 def test_a_page_shows_every_piece(tmp_path: Path):
     _, seen = make_page([make_run(tmp_path / "run")], tmp_path / "report.html")
-    for heading in ("run", "Allocation", "What the heads do", "Loss on held-out text", "Evaluation"):
+    for heading in ("run", "Which units keep", "What the heads do", "Loss on held-out text", "Evaluation"):
         assert heading in seen.text
     for heading in ("Memory and speed", "Learning", "Where it comes from", "consa learn model"):
         assert heading in seen.text
     record = json.loads(seen.scripts[0])
     plots = [int(str(attributes["data-chart"])) for _, attributes in seen.tags if "data-chart" in attributes]
-    assert plots == list(range(len(record["charts"]))) and len(plots) == 14
+    assert sorted(plots) == list(range(len(record["charts"]))) and len(plots) == 15
     assert {chart["rows"] for chart in record["charts"]} == record["data"].keys()
     assert all(chart["spec"]["description"] for chart in record["charts"])
-    assert "slider" not in [attributes.get("id") for _, attributes in seen.tags]
+    assert "run" not in [attributes.get("id") for _, attributes in seen.tags]
+    assert all(attributes["data-rows"] in record["data"] for _, attributes in seen.tags if "data-rows" in attributes)
+    first = seen.text.index("Loss on held-out text")
+    for part in ("Beats the best other allocation (model) by 0.300", "Loss against KV cache", "answers found: single"):
+        assert 0 < seen.text.index(part) < first
     units = record["data"]["units 0"]
     assert len(units["unit"]) == 12 and {"score", *MEASURES} <= units.keys()
     assert units["decision"].count("FA") == 6
@@ -88,9 +92,9 @@ def test_missing_pieces_are_left_out(tmp_path: Path, missing: str):
 def test_several_runs_are_sorted_by_sparsity_and_compared(tmp_path: Path):
     folders = [make_run(tmp_path / f"run{n}", sparsity=share) for n, share in enumerate((0.75, 0.25, 0.5))]
     html, seen = make_page(folders, tmp_path / "report.html")
-    slider = next(attributes for _, attributes in seen.tags if attributes.get("id") == "slider")
-    assert slider["max"] == "2"
-    assert [slider[f"data-run{n}"] for n in range(3)] == [
+    slider = next(attributes for _, attributes in seen.tags if attributes.get("id") == "run")
+    assert slider["type"] == "range" and slider["max"] == "2"
+    assert [attributes["label"] for tag, attributes in seen.tags if tag == "option"] == [
         "run1 (sparsity 0.25)",
         "run2 (sparsity 0.5)",
         "run0 (sparsity 0.75)",
@@ -104,6 +108,71 @@ def test_several_runs_are_sorted_by_sparsity_and_compared(tmp_path: Path):
     ]
     shares = json.loads(seen.scripts[0])["data"]["layers 0"]
     assert len(shares["share"]) == 18 and shares["share"][6:12] == [0, 0.5, 1, 1, 0.5, 0]
+    losses = json.loads(seen.scripts[0])["data"]["frontiers 0"]
+    assert losses["allocation"] == ["best rule", "dense", "learned"] and losses["rise"] == [0.5, 0, 0.2]
+
+
+def test_runs_that_are_no_series_are_picked_by_model(tmp_path: Path):
+    folders = [make_run(tmp_path / name, name=model) for name, model in (("a", "one"), ("b", "two"), ("c", "one"))]
+    html, seen = make_page(folders, tmp_path / "report.html")
+    assert [tag for tag, attributes in seen.tags if attributes.get("id") == "run"] == ["select"]
+    assert re.findall(r"<optgroup label=\"(\w+)\">|<option value=\"(\d)\" label=\"(\w)", html) == [
+        *(("one", "", ""), ("", "0", "a"), ("", "1", "c")),
+        *(("two", "", ""), ("", "2", "b")),
+    ]
+
+
+def test_a_row_has_one_colour_on_the_whole_page(tmp_path: Path):
+    html, seen = make_page([make_run(tmp_path / "run")], tmp_path / "report.html")
+    data = json.loads(seen.scripts[0])["data"]
+    named = [
+        pair
+        for columns in data.values()
+        if "allocation" in columns
+        for pair in zip(columns["allocation"], columns["colour"], strict=True)
+    ]
+    named += re.findall(r'<th scope=row style="--row: (#\w+)">([^<]+)<', html) and [
+        pair[::-1] for pair in re.findall(r'<th scope=row style="--row: (#\w+)">([^<]+)<', html)
+    ]
+    found = dict(named)
+    assert set(named) == set(found.items()), "a row with two colours"
+    assert (found["dense"], found["model"], found["all_swa"]) == (charts.DENSE, charts.BEST_RULE, charts.PALE)
+    assert found["learned"] == found["model/allocation.json"] == charts.MADE[0]
+    assert not {charts.FA, charts.SWA} & set(found.values())
+
+
+def test_the_page_shows_the_allocation_without_scripts(tmp_path: Path):
+    html, _ = make_page([make_run(tmp_path / "run")], tmp_path / "report.html")
+    (picture,) = re.findall("<noscript>(.*?)</noscript>", html, re.DOTALL)
+    squares = dict(re.findall('<path fill="(.*?)" d="(.*?)"/>', picture))
+    allocation = Allocation.load(tmp_path / "run" / "allocation.json")
+    for colour, chosen in ((charts.FA, allocation.full_attention), (charts.SWA, ~allocation.full_attention)):
+        assert re.findall(r"M(\d+) (\d+)", squares[colour]) == [(str(i), str(j)) for i, j in np.argwhere(chosen)]
+
+
+@pytest.mark.parametrize(
+    ("rise", "words"),
+    [
+        (0.2, "Beats the best rule (middle) by 0.300 nats per token."),
+        (0.7, "Does not beat the best rule (middle), whose loss is 0.200 nats per token lower."),
+        (0.49, "Beats the best rule (middle) by 0.010 nats per token; the 95 % intervals of both overlap."),
+    ],
+)
+def test_the_verdict_is_about_the_best_rule(rise: float, words: str):
+    lines = [make_line("top", "other", 0.9), make_line("middle", "other", 0.5), make_line("all_swa", "all-SWA", 0.1)]
+    best = charts.best_rule(lines)
+    assert best == "middle" and charts.best_rule(lines[2:]) is None
+    assert verdict(make_line("learned", "learned", rise), lines[1]) == words
+
+
+def test_no_sentence_says_nothing(tmp_path: Path):
+    rules.top(6, 2, sparsity=0.5, granularity="kv_head").save(tmp_path / "top.json")
+    rules.bottom(6, 2, sparsity=0.5, granularity="kv_head").save(tmp_path / "bottom.json")
+    top, _ = make_page([tmp_path / "top.json"], tmp_path / "top.html")
+    bottom, _ = make_page([tmp_path / "bottom.json"], tmp_path / "bottom.html")
+    assert "The lowest 3 layers have no FA" in top and "The lowest" not in bottom
+    for html in (top, bottom):  # p-values are in details
+        assert "(p = " not in re.sub("<details>.*?</details>", "", html, flags=re.DOTALL)
 
 
 def test_models_of_other_shapes_are_compared_by_depth(tmp_path: Path):
@@ -133,7 +202,7 @@ def test_an_adaptation_shows_what_it_gained_and_its_own_curves(tmp_path: Path):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     html, seen = make_page([folder], tmp_path / "report.html")
     assert "80.0%" in seen.text and "0.200" in seen.text  # recovered, and lost to dense
-    assert "<tr class=made><th scope=row>adapted" in html and "full_attention" not in html
+    assert ">adapted</th>" in html and "full_attention" not in html
     record = json.loads(seen.scripts[0])
     assert record["data"]["history 0"] == {
         "step": [1, 2, 3],
@@ -142,7 +211,7 @@ def test_an_adaptation_shows_what_it_gained_and_its_own_curves(tmp_path: Path):
         "learning_rate": [1e-5, 5e-6, 3.333e-6],
     }
     assert "Training" in seen.text and "Learning rate" in seen.text and "Lagrange" not in seen.text
-    assert record["data"]["positions 0"]["kind"][::2] == ["dense", "all-SWA", "other", "adapted"]
+    assert record["data"]["positions 0"]["allocation"][::2] == ["all_swa", "dense", "hybrid", "adapted"]
 
 
 def test_a_published_allocation_is_a_run(tmp_path: Path):
@@ -229,8 +298,8 @@ def test_a_folder_without_results_is_refused(tmp_path: Path):
 def test_figures_are_written_as_svg_and_png(tmp_path: Path):
     folder = make_run(tmp_path / "a run: é")
     written = page.write([folder], tmp_path / "r.html", command="", figures=tmp_path / "figures")[1:]
-    assert {path.suffix for path in written} == {".svg", ".png"} and len(written) == 28
-    assert len({path.name for path in written}) == 28 and all(path.parent.name == "figures" for path in written)
+    assert {path.suffix for path in written} == {".svg", ".png"} and len(written) == 30
+    assert len({path.name for path in written}) == 30 and all(path.parent.name == "figures" for path in written)
     heatmap = (tmp_path / "figures" / "a-run--é-allocation.svg").read_text(encoding="utf-8")
     assert heatmap.count(f'fill="{charts.FA}"') >= 6 and "Which units keep full attention" in heatmap
     assert (tmp_path / "figures" / "a-run--é-spectrum.png").read_bytes().startswith(b"\x89PNG")
@@ -306,7 +375,13 @@ def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str, width: int):
         assert plots == opened.locator(".plot[role='graphics-document'][aria-label]:visible").count() > 10
 
     all_drawn()
-    assert opened.locator("#chosen").inner_text().startswith(hostile)
+    assert opened.locator("#run option:checked").inner_text().startswith(hostile)
+    cues = opened.locator(".scroll:visible").evaluate_all(
+        "all => all.filter((e) => e.scrollWidth > e.clientWidth).map((e) => getComputedStyle(e).backgroundAttachment)"
+    )
+    assert set(cues) == {"local, local, scroll, scroll"}  # the shadows stay, what covers them at an end goes with it
+    names = opened.locator("section[data-run='0'] svg .mark-text.role-mark text").all_text_contents()
+    assert {"dense", "all_swa", "learned", "hybrid", "FA", "SWA"} <= set(names)
     opened.locator("section[data-run='0'] svg .mark-rect path").nth(1).hover()
     tooltip = opened.locator("#vg-tooltip-element.visible")
     tooltip.wait_for()
@@ -323,13 +398,19 @@ def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str, width: int):
     assert not opened.locator("#vg-tooltip-element :is(script, img)").count()
     opened.mouse.move(0, 0)
     opened.locator("section[data-run='0'] .vega-bindings select").select_option("copy")
-    heights = opened.locator(".plot:has(select):visible svg .mark-rect path").evaluate_all(
-        "bars => bars.map(b => b.getBoundingClientRect()).sort((a, b) => a.x - b.x).map(b => b.height)"
+    strip = opened.locator(".plot:has(select):visible")
+    assert strip.locator("select").bounding_box()["y"] < strip.locator("svg").bounding_box()["y"]
+    places = strip.locator("svg .mark-rect.role-mark path").evaluate_all(
+        "ticks => ticks.map((tick) => tick.getBoundingClientRect()).map((box) => box.x).sort((a, b) => a - b)"
     )
-    measured = np.sort(make_behaviour(6, 2).measures["copy"].ravel())
-    assert np.divide(heights, heights[-1]) == pytest.approx(measured / measured[-1], abs=0.02)
-    opened.locator("#slider").press("ArrowRight")
-    assert opened.locator("#chosen").inner_text() == "run (sparsity 0.75)"
+    measured = np.log(np.sort(make_behaviour(6, 2).measures["copy"].ravel()))
+    assert np.interp(measured, measured[[0, -1]], np.array(places)[[0, -1]]) == pytest.approx(places, abs=1)
+    opened.get_by_text("Numbers of all units").locator("visible=true").press("Enter")
+    numbers = opened.locator("details[data-rows='units 0'] tr")
+    numbers.nth(12).wait_for()
+    assert numbers.count() == 13 and numbers.nth(2).inner_text().startswith("layer 0, KV head 1")
+    opened.locator("#run").press("ArrowDown")
+    assert opened.locator("#run option:checked").inner_text() == "run (sparsity 0.75)"
     assert opened.locator("section[data-run='0']:visible").count() == 0
     all_drawn()
     assert (
@@ -338,6 +419,27 @@ def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str, width: int):
     )
     assert not said
     context.close()
+
+
+@pytest.mark.slow
+def test_a_series_is_picked_with_a_slider_and_shown_without_scripts(browser: Any, tmp_path: Path):
+    html = tmp_path / "report.html"
+    make_page([make_run(tmp_path / f"run{n}", sparsity=n / 4) for n in (1, 2, 3)], html)
+    opened = browser.new_page()
+    opened.goto(html.as_uri())
+    opened.locator("#run").press("ArrowRight")
+    assert (
+        opened.locator("#chosen").inner_text()
+        == "run2 (sparsity 0.5)"
+        == opened.locator("#run").get_attribute("aria-valuetext")
+    )
+    assert opened.locator("section[data-run]:visible").first.get_attribute("data-run") == "1"
+    plain = browser.new_page(java_script_enabled=False)
+    plain.goto(html.as_uri())
+    assert (
+        plain.locator("noscript svg:visible").count() == 3
+        and not plain.locator(".picker:visible, .plot:visible").count()
+    )
 
 
 def test_the_headline_says_the_runs_own_numbers(tmp_path: Path):
@@ -350,12 +452,11 @@ def test_tables_and_charts_say_what_the_files_say(tmp_path: Path):
     folder = make_run(tmp_path / "run")
     html, seen = make_page([folder], tmp_path / "report.html")
     data = json.loads(seen.scripts[0])["data"]
-    assert data["positions 0"]["rise"] == pytest.approx([0, 0, 0.5, 1, 0.25, 0.5, 0.1, 0.2])
-    kinds = ("dense", "all-SWA", "other", "learned")
-    assert data["positions 0"]["kind"] == [kind for kind in kinds for _ in range(2)]
+    assert data["positions 0"]["rise"] == pytest.approx([0.5, 1, 0, 0, 0.25, 0.5, 0.1, 0.2])
+    assert data["positions 0"]["allocation"][::2] == ["all_swa", "dense", "model", "learned"]
     evaluated = data["evaluated positions 0"]
-    assert evaluated["low"] == pytest.approx([-0.02, -0.02, 0.48, 0.98, 0.08, 0.18])
-    assert evaluated["high"] == pytest.approx([0.02, 0.02, 0.52, 1.02, 0.12, 0.22])
+    assert evaluated["low"] == pytest.approx([0.48, 0.98, -0.02, -0.02, 0.08, 0.18])
+    assert evaluated["high"] == pytest.approx([0.52, 1.02, 0.02, 0.02, 0.12, 0.22])
     assert data["benchmark 0"]["cache_mb"] == [512, 512, 1024, 1024]
     evaluation = html.partition("<h2>Evaluation</h2>")[2]
     assert cells(evaluation, RECOVERED)[-6:] == [

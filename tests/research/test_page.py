@@ -114,7 +114,8 @@ def test_recovered_is_relative_to_a_cells_own_window_and_sinks():
 
 
 def test_figures_are_drawn():
-    assert figures.frontier(read("methods")).startswith(b"\x89PNG")
+    assert figures.frontier({title: read(name) for name, title in figures.MODELS.items()}).startswith(b"\x89PNG")
+    assert figures.methods(read("methods")).startswith(b"\x89PNG")
     assert figures.places(read("study")).startswith(b"\x89PNG")
 
 

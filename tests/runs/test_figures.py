@@ -94,10 +94,10 @@ def test_a_heatmap_shows_all_of_it(name: str):
     (axes,) = figure.axes
     units = len(drawn.layers) * (1 if drawn.granularity == "layer" else drawn.num_kv_heads)
     assert len(axes.patches) == units + len(drawn.native_windows)
-    assert len(axes.texts) == (0 if drawn.scores is None else units)
+    assert len(axes.texts) == (0 if drawn.scores is None or drawn.num_layers > figures.MAX_NUMBERED else units)
     if len(axes.texts) > 1:  # numbers do not run into each other
         widest = max(text.get_window_extent().width for text in axes.texts)
-        assert widest < axes.bbox.width / (units / len(drawn.layers))
+        assert widest < axes.bbox.width / drawn.num_layers
 
 
 def test_the_title_says_what_it_is():
@@ -112,16 +112,33 @@ def test_full_and_sliding_differ_in_greyscale():
     assert darkest_sliding - lightest_full > 0.35
 
 
-def test_layer_0_is_at_the_bottom_and_head_0_on_the_left():
+def test_layer_0_is_on_the_left_and_head_0_at_the_top():
     mask = np.zeros((10, 4), dtype=bool)
     mask[0, 0] = True
-    drawn = png(figures.heatmap(Allocation(full_attention=mask, window=8)))
-    image = matplotlib.image.imread(io.BytesIO(drawn))[:, :, :3]
+    figure = figures.heatmap(Allocation(full_attention=mask, window=8))
+    image = matplotlib.image.imread(io.BytesIO(png(figure)))[:, :, :3]
     colour = np.array(figures._between(figures.FA_RAMP, 0.5))
     rows, columns = np.nonzero((abs(image - colour) < 0.02).all(-1))
-    below = rows > image.shape[0] / 2  # above is the legend
-    assert below.sum() > 500 and columns[below].max() < image.shape[1] / 2
-    assert rows[below].min() > image.shape[0] * 0.7
+    box = figure.axes[0].bbox  # from the bottom
+    rows, columns = image.shape[0] - rows - box.y0, columns - box.x0
+    inside = rows < box.height  # above is the legend
+    assert inside.sum() > 500 and rows[inside].min() > 0.7 * box.height and columns[inside].max() < 0.15 * box.width
+
+
+def test_names_of_lines_keep_apart_and_in_order():
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(5, 3)).subplots()
+    for name, end in (("a", 0.5), ("b", 0.51), ("c", 0.49), ("far", 0.9), ("_unnamed", 0.5)):
+        axes.plot([0, 1], [0, end], label=name)
+    axes.set_ylim(0, 1)
+    figures.name_lines(axes)
+    heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    assert sorted(heights, key=lambda name: heights[name]) == ["c", "a", "b", "far"] and heights["far"] > 0.89
+    points = 72 * 3 * axes.get_position().height
+    assert min(heights["b"] - heights["a"], heights["a"] - heights["c"]) * points > 9
+    assert heights["a"] == pytest.approx(0.5)
+    assert figures.spread([5, 5, 0], 2, 0, 6) == [4, 6, 0] and figures.spread([0, 0], 1, 0, 6) == [0, 1]
 
 
 def test_the_same_data_give_the_same_png():
@@ -167,7 +184,7 @@ def test_every_unit_of_a_heatmap_has_its_own_score():
     axes = figures.heatmap(allocation).axes[0]
     found = {text.get_position(): text.get_text() for text in axes.texts}
     assert found == {
-        (column, layer): f"{scores[layer, column]:.1f}".replace("-", "\N{MINUS SIGN}")
+        (layer, column): f"{scores[layer, column]:.1f}".replace("-", "\N{MINUS SIGN}")
         for layer in range(2)
         for column in range(2)
     }
