@@ -188,9 +188,8 @@ def chosen(ctx: typer.Context, name: str | None, model: str, config: EvalConfig)
     used = RULE_FIELDS if name in (ALL_SWA, *rules.RULES) else RULE_FIELDS[2:] if name.endswith(".tsv") else ()
     for field in RULE_FIELDS:
         if was_given(ctx, field) and field not in used:
-            raise ConsaError(
-                f"{option_name(field)} applies to rules; the allocation {name!r} is none and keeps its own"
-            )
+            typed = option_name(field)
+            raise ConsaError(f"{typed} applies to rules, and the allocation {name!r} is none; it keeps its own")
     file_of(name, model)
     layout = read_layout(model)
     found = named(name, model, layout, config)
