@@ -34,7 +34,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from benchmarks.common import environment, parser_of, write_json
 from consa.data.questions import THINGS, examples
 from consa.model.layout import decoder_layers
-from research.adaptation import Questions
 
 VOCABULARY = 16_384
 END = "<|endoftext|>"
@@ -181,7 +180,7 @@ def train(options: argparse.Namespace) -> None:
     num_steps = max(1, int(options.tokens) // (options.sequences_per_step * text.shape[1]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True)
     stream = batches(text, hidden, tokenizer, options)
-    asked = Questions.make(tokenizer, text.shape[1], 20)
+    asked = needles(tokenizer, text.shape[1], 20)
     record: dict[str, Any] = environment() | {"parameters": model.num_parameters(), "steps": num_steps, "measured": []}
     began = time.perf_counter()
     for step in range(num_steps):
@@ -251,18 +250,29 @@ def batches(
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # each question has a length of its own
-def measure(model: PreTrainedModel, heldout: np.ndarray, asked: Questions, rows: int = 32) -> dict[str, float]:
+def needles(tokenizer: PreTrainedTokenizerFast, length: int, number: int) -> list[tuple[Tensor, int]]:
+    """Single needles of `length` tokens at most: prompts followed by their answers, and tokens of the answer."""
+    asked = []
+    for example in examples("single", tokenizer, length=length, count=number, seed=1):
+        answer = tokenizer(" " + example.answers[0], add_special_tokens=False)["input_ids"]
+        asked.append((torch.tensor(tokenizer(example.prompt)["input_ids"] + answer), len(answer)))
+    return asked
+
+
+def measure(
+    model: PreTrainedModel, heldout: np.ndarray, asked: list[tuple[Tensor, int]], rows: int = 32
+) -> dict[str, float]:
     """Held-out loss, nats, and the share of needles that the greedy continuation names."""
     losses, right = [], 0
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         for row in heldout[:rows]:
             tokens = torch.from_numpy(row.astype(np.int64))[None].to(model.device)
             losses.append(float(model(input_ids=tokens, labels=tokens, use_cache=False).loss))
-        for tokens, answer in zip(asked.tokens, asked.num_answer, strict=True):
+        for tokens, answer in asked:
             tokens = tokens.to(model.device)
             logits = model(input_ids=tokens[None], logits_to_keep=answer + 1, use_cache=False).logits[0, :-1]
             right += bool((logits.argmax(-1) == tokens[-answer:]).all())
-    return {"heldout_loss": round(float(np.mean(losses)), 4), "needles": round(right / len(asked.tokens), 3)}
+    return {"heldout_loss": round(float(np.mean(losses)), 4), "needles": round(right / len(asked), 3)}
 
 
 if __name__ == "__main__":
