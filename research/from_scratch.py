@@ -180,7 +180,7 @@ def train(options: argparse.Namespace) -> None:
     num_steps = max(1, int(options.tokens) // (options.sequences_per_step * text.shape[1]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True)
     stream = batches(text, hidden, tokenizer, options)
-    asked = needles(tokenizer, text.shape[1], 20)
+    asked = single_needles(tokenizer, text.shape[1], 20)
     record: dict[str, Any] = environment() | {"parameters": model.num_parameters(), "steps": num_steps, "measured": []}
     began = time.perf_counter()
     for step in range(num_steps):
@@ -248,9 +248,7 @@ def batches(
         yield torch.from_numpy(np.stack(rows))
 
 
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # each question has a length of its own
-def needles(tokenizer: PreTrainedTokenizerFast, length: int, number: int) -> list[tuple[Tensor, int]]:
+def single_needles(tokenizer: PreTrainedTokenizerFast, length: int, number: int) -> list[tuple[Tensor, int]]:
     """Single needles of `length` tokens at most: prompts followed by their answers, and tokens of the answer."""
     asked = []
     for example in examples("single", tokenizer, length=length, count=number, seed=1):
@@ -259,6 +257,8 @@ def needles(tokenizer: PreTrainedTokenizerFast, length: int, number: int) -> lis
     return asked
 
 
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # each question has a length of its own
 def measure(
     model: PreTrainedModel, heldout: np.ndarray, asked: list[tuple[Tensor, int]], rows: int = 32
 ) -> dict[str, float]:
