@@ -95,20 +95,6 @@ def command(record: Record) -> str:
     return re.sub(r"benchmarks/results/([\w.-]+)", file, text)
 
 
-def headline() -> tuple[Columns, Rows]:
-    """What each method recovers, frozen, and what ConSA and the best rule recover after training."""
-    trained = read("adaptation-sparsity")
-    quality = analysis.by_kind(read("methods"), lambda row: row["recovered"])
-    lines = [(title, [quality[kind][at] for kind, at in kinds]) for title, kinds in _lines(quality)]
-    lines.sort(key=lambda line: -line[1][-1])
-    heads = [trained["rows"][f"kv_head/4/{at:g}"] for at in SPARSITIES]
-    rules = [analysis.best_trained_rule(trained, f"{at:g}")[1] for at in SPARSITIES]
-    after = {"consa, KV heads": heads, "best rule": rules, "all-SWA, sparsity 1": [trained["rows"]["all_swa/4"]] * 3}
-    lines += [(f"trained: {title}", [row["recovered"] for row in rows]) for title, rows in after.items()]
-    columns = ["recovered at sparsity", *map(str, SPARSITIES)]
-    return columns, [[title, *(f"{value:.3f}" for value in values)] for title, values in lines]
-
-
 def _lines(quality: dict[Any, dict[float, float]]) -> list[tuple[str, list[tuple[Any, float]]]]:
     """Titles of methods and of the best rule, each with the method and granularity that it stands for by sparsity."""
     shown = [kind for kind in quality if kind[0] not in RULES and (kind[1] == "kv_head" or kind[0] == "consa")]
@@ -317,7 +303,6 @@ class Table(NamedTuple):
 
 
 TABLES = {
-    "headline": Table(headline, ("methods", "adaptation-sparsity")),
     "demo": Table(demo, ("demo",)),
     "methods": Table(methods, ("methods",)),
     "differences": Table(differences, ("study", "methods-30m", "methods-60m")),
