@@ -50,8 +50,9 @@ def allocation_for(config: Any, sparsity: float) -> Allocation:
     kinds = getattr(config, "layer_types", None) or []
     native = {i: config.sliding_window for i, kind in enumerate(kinds) if kind == "sliding_attention"}
     shape = (config.num_hidden_layers, config.num_key_value_heads)
-    chosen = rules.uniform_heads(*shape, sparsity=sparsity, window=WINDOW, num_sink_tokens=SINKS)
-    return Allocation(full_attention=chosen.full_attention, window=WINDOW, num_sink_tokens=SINKS, native_windows=native)
+    full = rules.uniform_heads(*shape, sparsity=sparsity, window=WINDOW, num_sink_tokens=SINKS).full_attention.copy()
+    full[list(native)] = False
+    return Allocation(full_attention=full, window=WINDOW, num_sink_tokens=SINKS, native_windows=native)
 
 
 class Plugin:
