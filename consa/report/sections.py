@@ -18,6 +18,7 @@ from consa.files import JsonObject
 from consa.report import charts
 from consa.report.folder import Run, naming
 from consa.report.vega import Chart, Columns
+from consa.runs.verdict import verdict as paired_verdict
 
 CACHE_TOKENS = 32768  # in the KV cache of the headline
 NOT_SHOWN = ("rows", "buckets", "allocation", "table")  # fields of a record that tables and charts show
@@ -87,9 +88,10 @@ class Sections:
         if table := run.measured or run.evaluation:
             best = charts.best_rule(table.lines)
             view["made"] = next((line for line in table.lines if line.kind in charts.MADE_KINDS), None)
-            view["verdict"] = view["made"] and verdict(
-                view["made"], next((o for o in table.lines if o.name == best), None)
-            )
+            if (run.summary or {}).get("best_rule"):
+                view["verdict"] = paired_verdict(run.summary)
+            elif view["made"]:
+                view["verdict"] = verdict(view["made"], next((o for o in table.lines if o.name == best), None))
             data = self._add_data(f"frontier {index}", charts.frontier(table.lines, best))
             chart = charts.loss_by_cache(self.files[index], data, table.cache_tokens)
             view["first"].append(self._add_chart(chart))

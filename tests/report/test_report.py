@@ -165,6 +165,16 @@ def test_the_verdict_is_about_the_best_rule(rise: float, words: str):
     assert verdict(make_line("learned", "learned", rise), lines[1]) == words
 
 
+def test_a_learning_run_shows_the_verdict_that_it_ended_with(tmp_path: Path):
+    """Its interval is paired, which those of the table are not."""
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["best_rule"] = {"rule": "middle", "gain": {"mean": 0.3, "low": 0.25, "high": 0.35}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    _, seen = make_page([folder], tmp_path / "report.html")
+    assert "Beats the best rule (middle) by 0.300 [0.250, 0.350] nats" in seen.text
+
+
 def test_no_sentence_says_nothing(tmp_path: Path):
     rules.top(6, 2, sparsity=0.5, granularity="kv_head").save(tmp_path / "top.json")
     rules.bottom(6, 2, sparsity=0.5, granularity="kv_head").save(tmp_path / "bottom.json")
