@@ -112,7 +112,7 @@ def test_convert(
         ({"--kind": "stock"}, ["auto, hybrid, plain or gguf", "'stock'"]),
         ({"--kind": "plain"}, ["no plain checkpoint is possible", "heads of one layer differ"]),
         ({"--kind": "gguf"}, ["kind gguf copies a GGUF file"]),
-        ({"--for": "ollama"}, ["engine must be one of transformers", "'ollama'"]),
+        ({"--for": "ollama"}, ["--for must be one of transformers", "'ollama'"]),
         ({"--out": "taken"}, ["taken already exists"]),
         ({"--out": "taken/file"}, ["cannot write", "taken/file", "Not a directory"]),
         ({"--out": "x" * 300}, ["cannot write", "File name too long"]),
@@ -128,7 +128,8 @@ def test_what_cannot_be_converted_is_refused(
     before = sorted(tmp_path.rglob("*"))
     given = {"--allocation": "heads.json", "--out": "out", "--kind": "auto"} | changes
     arguments = ["--allocation", allocations / given["--allocation"], "--out", tmp_path / given["--out"]]
-    line = refused("convert", changes.get("MODEL", tiny_model_folder), *arguments, "--kind", given["--kind"])
+    arguments += [word for name in ("--kind", "--for") if name in given for word in (name, given[name])]
+    line = refused("convert", changes.get("MODEL", tiny_model_folder), *arguments)
     assert all(part in line for part in named), line
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -286,8 +287,9 @@ def test_convert_takes_the_allocations_that_eval_takes(name: str, tiny_model_fol
     (tmp_path / "a.tsv").write_text("1\t0\t1\n" * 4)
     for file in ("a.json", "allocation.json"):
         rules.top(4, 3, sparsity=0.5, window=8).save(tmp_path / file)
-    options = ["--sparsity", 0.5, "--window", 9, "--allocation", name.format(tmp_path)]
-    result = consa_cli("convert", tiny_model_folder, *options, "--out", tmp_path / "out")
+    options = {"top": ["--sparsity", 0.5, "--window", 9], "all_swa": ["--window", 9], "{0}/a.tsv": ["--window", 9]}
+    given = ["--allocation", name.format(tmp_path), *options.get(name, [])]
+    result = consa_cli("convert", tiny_model_folder, *given, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     written = Allocation.load(tmp_path / "out" / "allocation.json")
     wanted = {"dense": 0.0, "all_swa": 1.0, "{0}/a.tsv": 1 / 3}.get(name, 0.5)

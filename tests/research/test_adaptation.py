@@ -23,7 +23,7 @@ LENGTH = 600
 def call(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs the benchmark with more arguments; returns what its file holds then."""
     chosen = {
-        f"consa-{granularity}-{sparsity}-seed0": {"granularity": granularity, "allocation": heads}
+        f"consa-{granularity}-{sparsity}-seed0": {"method": "consa", "granularity": granularity, "allocation": heads}
         for granularity, sparsity, heads in (
             ("kv_head", 0.5, ["100", "011", "010", "110"]),
             ("kv_head", 0.75, ["100", "010", "001", "000"]),

@@ -87,10 +87,22 @@ def test_the_way_to_load_works(made: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_plain_folder_says_so(base: Path, tmp_path: Path):
-    options = ["--granularity", "layer", "--window", 8, "--num-sink-tokens", 0, "--out", tmp_path / "plain"]
+    options = [
+        "--granularity",
+        "layer",
+        "--window",
+        8,
+        "--num-sink-tokens",
+        0,
+        "--kind",
+        "plain",
+        "--out",
+        tmp_path / "plain",
+    ]
     assert consa_cli("convert", base, "--allocation", "top", *options).exit_code == 0
     _, body = parts(tmp_path / "plain")
-    assert "import consa" not in body and "without consa" in body and "AutoModelForCausalLM" in body
+    assert "import consa" not in body and "AutoModelForCausalLM" in body
+    assert "without consa" in body and "- transformers 5.19" in body and "- vLLM 0.32" in body
 
 
 def test_a_card_may_be_edited(made: Path):

@@ -120,7 +120,7 @@ def test_the_server_gets_what_a_folder_needs(folders: Path, installed: dict[str,
         ("hybrid", ["-tp", "3"], "layer 0 has"),
         ("hybrid", ["--tensor-parallel-size=2"], "must divide the 3 KV heads of a layer, got 2"),
         ("olmo2", [], "hybrids of Olmo2ForCausalLM are not served"),
-        ("qwen3", ["--model-impl", "vllm"], "qwen3 does not slide single layers; leave --model-impl vllm out"),
+        ("qwen3", ["--model-impl", "vllm"], "mellum does not slide single layers; leave --model-impl vllm out"),
         ("absent", [], "holds no consa.json"),
     ],
 )
