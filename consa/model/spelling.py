@@ -161,11 +161,12 @@ def respelt(model: PreTrainedModel, allocation: Allocation) -> PreTrainedModel:
         own = AutoConfig.for_model(spelling.name)
     except ValueError as error:
         raise ConsaError(f"this version of transformers lacks {spelling.name}; install a newer one") from error
+    written_by: Any = AutoModelForCausalLM._model_mapping[type(own)]
     fields = {name: source[name] for name in own.to_dict() if name in source and name != "model_type"}
     fields |= spelling.config(model.config) | {
         "sliding_window": allocation.window,
         "layer_types": _layer_types(allocation),
-        "architectures": [AutoModelForCausalLM._model_mapping[type(own)].__name__],
+        "architectures": [written_by.__name__],
     }
     config = AutoConfig.for_model(spelling.name, **fields)
     with quiet(), torch.device("meta"):

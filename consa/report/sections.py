@@ -88,7 +88,7 @@ class Sections:
         if table := run.measured or run.evaluation:
             best = charts.best_rule(table.lines)
             view["made"] = next((line for line in table.lines if line.kind in charts.MADE_KINDS), None)
-            if (run.summary or {}).get("best_rule"):
+            if run.summary and run.summary.get("best_rule"):
                 view["verdict"] = paired_verdict(run.summary)
             elif view["made"]:
                 view["verdict"] = verdict(view["made"], next((o for o in table.lines if o.name == best), None))

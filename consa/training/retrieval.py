@@ -6,6 +6,7 @@ import math
 import random
 import re
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -65,20 +66,21 @@ class Retrieval(Objective):
         The first token stays where it is, and the end of the text makes room. Each puzzle has its own random places,
         in order: for its opening, each hidden sentence, and the question with its answer.
         """
-        pieces: list[tuple[int, list[int], int]] = []  # place in the text, tokens, how many at the end are answers
+        drawn: list[tuple[float, list[int], int]] = []  # place from 0 to 1, tokens, how many at the end are answers
         for puzzle in _without_conflicts(rng, min(MAX_PUZZLES, max(1, len(text) // TOKENS_PER_PUZZLE))):
             parts = [self._ids(f"\n{part}\n") for part in (puzzle.opening, *puzzle.hidden)]
             answer = self._ids(" " + ", ".join(puzzle.answers))
             parts.append([*self._ids(f"\n{puzzle.question}"), *answer])
             counts = [0] * (len(parts) - 1) + [len(answer)]
-            pieces += zip(sorted(rng.random() for _ in parts), parts, counts, strict=True)
-        room = len(text) - sum(len(part) for _, part, _ in pieces)
+            drawn += zip(sorted(rng.random() for _ in parts), parts, counts, strict=True)
+        room = len(text) - sum(len(part) for _, part, _ in drawn)
         if room < 1:
             raise ConsaError(
                 f"retrieval needs sequences of more than {len(text) - room} tokens, got seq_len {len(text)}; raise"
                 " seq_len, or set retrieval to 0"
             )
-        pieces = sorted((1 + int(place * (room - 1)), part, count) for place, part, count in pieces)
+        # Sorting is stable: what has the same place keeps its order, a question after its facts.
+        pieces = sorted(((1 + int(place * (room - 1)), part, count) for place, part, count in drawn), key=itemgetter(0))
         tokens, is_answer = [text[: pieces[0][0]]], [np.zeros(pieces[0][0], dtype=bool)]
         for (place, part, count), (end, *_) in pairwise([*pieces, (room, [], 0)]):
             between = text[place:end]
