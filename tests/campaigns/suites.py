@@ -5,7 +5,7 @@ run on the dense model, on hybrids (each config that a test builds holds an allo
 and inside `attached`, at sparsity 0 and 0.5. A failure that the dense model does not have is a refusal if consa raised
 a ConsaError, which is printed with the number of tests, and otherwise a fault, which is printed by name and makes the
 exit code 1. The tests need the packages parameterized and pytest-timeout. The five runs of a
-family take 5 minutes on one core.
+family take 3 minutes on one core.
 """
 
 from __future__ import annotations
