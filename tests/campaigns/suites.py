@@ -4,7 +4,8 @@ TESTS is the folder `tests` of transformers' repository, at the tag of the insta
 run on the dense model, on hybrids (each config that a test builds holds an allocation, as that of a converted model)
 and inside `attached`, at sparsity 0 and 0.5. A failure that the dense model does not have is a refusal if consa raised
 a ConsaError, which is printed with the number of tests, and otherwise a fault, which is printed by name and makes the
-exit code 1.
+exit code 1. The tests need the packages parameterized and pytest-timeout. The five runs of a
+family take 3 minutes on one core.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from consa import Allocation, attached, rules
+from consa.cache.split import by_start
 from consa.errors import ConsaError
 
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2"]
@@ -34,11 +37,7 @@ LEFT_OUT = (
     "flash pipeline overfit deepspeed tensor_parallel tp_ fsdp export kernels rope_scaling parallelism offload"
     " compile flex can_be_initialized conversion reverse_loading"
 )
-
 REASONS = {
-    "AttributeError: 'NoneType' object has no attribute 'shape'": (
-        "the test reads the keys of a cache layer as one tensor; a hybrid stores those of FA and SWA apart"
-    ),
     "test_can_set_attention_dynamically: AssertionError": "the test sets eager attention, which is left out here",
     "test_config_attn_implementation_setter: ValueError": "the test sets eager attention, which is left out here",
 }
@@ -65,14 +64,18 @@ class Plugin:
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         """Patch the classes that the collected tests use."""
         for tests in {item.cls for item in items if hasattr(item.cls, "model_tester_class")}:
-            tests.has_attentions = self.mode == "dense"  # a hybrid returns no attention weights
             if self.mode != "dense":
                 _leave_out_eager()
                 _pad_on_the_left(tests.model_tester_class)
+                _show_caches()
             if self.mode == "hybrid":
                 _hold_allocations(tests.model_tester_class, self.sparsity)
             elif self.mode == "attached":
                 _attach_to(tests.model_tester_class, self.sparsity)
+
+    def pytest_runtest_setup(self, item: Any) -> None:
+        """Say that a hybrid returns no attention weights, except to a test that only compares logits."""
+        item.cls.has_attentions = self.mode == "dense" or item.name == "test_left_padding_compatibility"
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: Any, call: Any) -> Any:
@@ -101,14 +104,55 @@ def _leave_out_eager() -> None:
 
 
 def _pad_on_the_left(tester: Any) -> None:
-    """The tests pad prompts on the right; new tokens after padding are a mask with holes, which a hybrid refuses."""
+    """A hybrid refuses masks with holes. The tests pad prompts on the right, and some mask each random token 1."""
     stock = tester.prepare_config_and_inputs_for_common
 
     def prepare(self: Any) -> Any:
         config, inputs = stock(self)
-        return config, inputs | {"attention_mask": inputs["attention_mask"].flip(1)}
+        ids = inputs["input_ids"]
+        return config, inputs | {"attention_mask": inputs["attention_mask"].flip(1), "input_ids": ids + (ids == 1)}
 
     tester.prepare_config_and_inputs_for_common = prepare
+
+
+def _show_caches() -> None:
+    """Some tests check the shape of `keys` and `values` of cache layers, or compare those of two caches.
+
+    A layer of a hybrid's cache has neither, since FA and SWA heads keep other numbers of tokens. The tests see a tensor
+    `(batch, kv_heads, columns, head_dim)` with what the layer keeps, and zeros for what it has dropped.
+    """
+    from consa.cache.layer import HybridLayer
+
+    for index, name in enumerate(("keys", "values")):
+
+        def read(layer: Any, index: int = index) -> Any:
+            return _kept(layer, index)
+
+        # The base class sets both to None.
+        setattr(HybridLayer, name, property(read, lambda layer, value: None))
+
+
+def _kept(layer: Any, index: int) -> torch.Tensor | None:
+    """Keys (index 0) or values (index 1) that a `HybridLayer` keeps, each in its column, and zeros elsewhere."""
+    if not layer.is_initialized:
+        return None
+    full = (layer.full_keys, layer.full_values)[index]
+    sliding = (layer.sliding_keys, layer.sliding_values)[index]
+    (batch, _, _, head_dim), split, length = (sliding if full is None else full).shape, layer.split, layer.length
+    columns = max(length, layer.get_max_length())  # a static layer shows its capacity
+    out = torch.zeros(batch, len(split.full) + len(split.sliding), columns, head_dim, dtype=layer.dtype)
+    if full is not None:
+        out[:, list(split.full), :length] = full[:, :, :length].cpu()
+    for rows, start in by_start(layer.first) if sliding is not None else []:
+        tokens = layer.read_sliding(rows, start)[index].cpu()
+        column = torch.arange(start, max(start, length))
+        if len(column) > split.kept:
+            column = torch.cat([column[: split.num_sink_tokens], column[len(column) - split.window :]])
+        of_rows = out[rows]
+        for i, head in enumerate(split.sliding):
+            of_rows[:, head, column] = tokens[:, i]
+        out[rows] = of_rows
+    return out
 
 
 def _hold_allocations(tester: Any, sparsity: float) -> None:
@@ -164,6 +208,8 @@ def compare(tests: Path, families: list[str], select: str) -> int:
     faults = 0
     for family in families:
         dense = _run_apart(tests, family, "dense", 0.0, select)
+        counts = Counter(kind for kind, _ in dense.values())
+        print(f"{family} dense: {counts['passed']} passed, {counts['failed']} failed and left out below", flush=True)
         for mode in MODES:
             for sparsity in SPARSITIES:
                 outcomes = _run_apart(tests, family, mode, sparsity, select)
@@ -194,11 +240,12 @@ def _run_apart(tests: Path, *arguments: Any) -> dict[str, list[str]]:
         command = [sys.executable, "-m", "tests.campaigns.suites", str(tests), "--one", *map(str, arguments), str(out)]
         root = Path(__file__).parents[2]
         # Both trees have a package `tests`; this file's is left before pytest imports the other.
-        done = subprocess.run(
-            command, cwd=root, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-        )
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # the models are tiny
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment)
         if not out.exists() or out.read_text() == "{}":
-            raise SystemExit(f"{command} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+            log = done.stdout + done.stderr
+            causes = [line for line in log.splitlines() if line.startswith(("E  ", "ERROR"))] or [log[-3000:]]
+            raise SystemExit("\n".join([f"{' '.join(command)} ran no tests:", *causes]))
         return json.loads(out.read_text())
 
 
