@@ -69,6 +69,8 @@ class Commands(TyperGroup):
             message = str(error.format_message()).rstrip(".")
             if "unexpected extra argument" in message:
                 message = f"{message[:120]}; put quotes around a pattern such as 'texts/*.txt', or the shell expands it"
+            elif "No such option" in message and error.ctx is not None and error.ctx.info_name == "serve":
+                message = f"{message}; write options of `vllm serve` after --: consa serve FOLDER -- --port 8001"
             status = fail(message, 2)
         except typer.Abort:
             status = INTERRUPTED

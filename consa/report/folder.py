@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from consa import published
+from consa import published, rules
 from consa.allocation import Allocation
 from consa.behaviour.record import Behaviour
 from consa.errors import ConsaError
@@ -66,6 +66,8 @@ class Run:
         if os.path.isfile(path):
             return cls(name=path.stem, allocation=Allocation.load(path))
         if not os.path.exists(path):
+            if str(path) in rules.RULES:
+                raise ConsaError(f"{path} is a rule, which has no file; `consa eval` measures allocations beside rules")
             raise ConsaError(f"{path} does not exist; name {WANTED}")
         if not any(os.path.exists(path / name) for name in FILES):
             raise ConsaError(f"{path} holds none of {', '.join(FILES)}; name {WANTED}")

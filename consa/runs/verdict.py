@@ -83,7 +83,7 @@ def advice(summary: Summary) -> list[str]:
     gain = _gain(compared) if (compared := summary.get("best_rule")) else None
     if gain and not (gain.low > 0 or gain.high < 0):
         lines.append(
-            "Too little text to tell: the difference is within its interval. Try --num-heldout"
+            "Too little text to tell which is better. Try --num-heldout"
             f" {4 * summary['heldout_sequences']}, with --heldout-data if --data holds too few documents."
         )
     if gain and gain.high < 0:

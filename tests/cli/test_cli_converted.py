@@ -304,5 +304,9 @@ def test_a_folder_that_does_not_exist_is_called_that(verb: str, tmp_path: Path):
     assert "there is no such folder" in line
 
 
+def test_serve_says_where_options_of_vllm_go(tmp_path: Path):
+    assert "serve FOLDER -- --port" in refused("serve", tmp_path, "--port", 8001)
+
+
 def test_h_is_help():
     assert consa_cli("generate", "-h").stdout == consa_cli("generate", "--help").stdout

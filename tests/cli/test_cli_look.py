@@ -98,3 +98,8 @@ def test_what_has_no_allocation_is_refused(tmp_path: Path, made: Path):
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "bench.json").write_text("{}")
     assert "holds no allocation" in refused("inspect", tmp_path / "bare")
+
+
+def test_compare_sends_a_rule_to_eval():
+    line = refused("compare", "smollm2-135m/kv_head-0.75", "interleaved")
+    assert "interleaved is a rule" in line and "consa eval" in line
