@@ -75,6 +75,20 @@ def test_every_answer_is_stated_once_before_its_question(seq_len: int, tokenizer
         assert asked == min(6, max(1, seq_len // 1024))
 
 
+def test_facts_come_first_where_all_places_are_the_same():
+    """With token numbers that fall where letters rise, so that sorting by tokens would put the question first."""
+
+    def backwards(text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [300 - ord(letter) for letter in text]}
+
+    rng = random.Random(0)
+    rng.random = lambda: 0.5
+    tokens, _ = Retrieval(1, backwards).puzzles_in(np.full(900, 1), rng)
+    whole = "".join(chr(300 - token) for token in tokens)
+    places = [whole.index(mark) for mark in ("are hidden in", ". ", "? The special magic number")]
+    assert places == sorted(places) and whole.rindex(".\n") < places[2]
+
+
 def test_places_alone_decide_what_is_drawn(sequences: np.ndarray, tokenizer: Any):
     objective, plain = Retrieval(0.25, tokenizer), Objective().drawn(sequences, 3, range(12))
     whole = objective.drawn(sequences, 3, range(12))
