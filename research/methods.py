@@ -18,7 +18,7 @@ import argparse
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
-from itertools import product
+from itertools import chain, product
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -76,6 +76,7 @@ PLAN = {
 }
 SHARED = [item.name for item in fields(ChoiceConfig)]  # settings that all methods have
 ANSWERING = 1.5  # seconds of a row's retrieval questions, for estimates
+TOKENS_AT_ONCE = 2**18  # tokens of prompts
 
 
 def main() -> None:
@@ -199,10 +200,13 @@ class Benchmark:
         self.compiled = settings["budget"].pop("compile", False)  # a file may hold rows of both kinds
         self.rows = Rows(options.out, settings)
         self.questions = {
-            str(length) if task == "single" else f"{task} {length}": examples(
-                task, self.loaded.tokenizer, length=length, count=options.examples, seed=1
-            )
-            for task, length in product(options.tasks.split(","), lengths)
+            length: {
+                str(length) if task == "single" else f"{task} {length}": examples(
+                    task, self.loaded.tokenizer, length=length, count=options.examples, seed=1
+                )
+                for task in options.tasks.split(",")
+            }
+            for length in lengths
         }
         if self.on_gpu:  # so that no row pays for compiling kernels
             warm_up: Any = method_named("consa", **given)
@@ -242,14 +246,14 @@ class Benchmark:
         """
         mask = allocation.full_attention.tobytes()
         if mask not in self.measured:
-            measured = self.heldout.measured(self.loaded.model, allocation)
-            at_once = 8 if self.on_gpu else 1
-            scores = {
-                asked: ask(self.loaded, allocation, questions, batch_size=at_once)["scores"]
-                for asked, questions in self.questions.items()
-            }
+            measured, retrieval = self.heldout.measured(self.loaded.model, allocation), {}
+            for length, asked in self.questions.items():  # all tasks together, which saves steps of decoding
+                at_once = max(1, TOKENS_AT_ONCE // length) if self.on_gpu else 1
+                scores = ask(self.loaded, allocation, list(chain(*asked.values())), batch_size=at_once)["scores"]
+                means = np.reshape(scores, (len(asked), -1)).mean(1)
+                retrieval |= {name: round(float(mean), 4) for name, mean in zip(asked, means, strict=True)}
             self.measured[mask] = measured | {
-                "retrieval": {asked: round(float(np.mean(each)), 4) for asked, each in scores.items()},
+                "retrieval": retrieval,
                 "cache_bytes": allocation.kv_cache_bytes(
                     self.heldout.tokens.shape[1], head_dim=self.loaded.layout.head_dim
                 ),

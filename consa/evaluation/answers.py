@@ -55,7 +55,7 @@ def ask(
     Args:
         loaded: model and tokenizer.
         allocation: attached while the model generates; None leaves the model as it is.
-        examples: of one task and length.
+        examples: of one length, so that prompts computed at once need little padding.
         batch_size: prompts computed at once.
         on_example: called with the number of examples done since the last call.
 
