@@ -1,8 +1,7 @@
-"""Retrieval in the objective: a share of the sequences hide facts in the user's own text and ask for them."""
+"""Retrieval in the objective: facts are hidden in the user's own text, and a share of the loss asks for them."""
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from itertools import pairwise
@@ -25,14 +24,16 @@ TOKENS_PER_PUZZLE = 1024
 MAX_PUZZLES = 6
 """Puzzles in one sequence: one per `TOKENS_PER_PUZZLE` tokens, at least one. Six take over half of the things."""
 
+_TEXT, _PUZZLE, _ANSWER = range(3)
+
 
 class Retrieval(Objective):
-    """A share of the sequences become puzzles, of which the answers count alone; the others are as before.
+    """Every sequence holds puzzles; their answers make up a share of its loss, and the user's text the rest.
 
-    The mean loss of a sequence's answer tokens weighs as much as the mean loss of a sequence of text.
+    Openings, hidden sentences and questions do not count. Every sequence weighs the same.
 
     Args:
-        share: of the sequences, in [0, 1]. They are spread evenly over the stream.
+        share: of the answers in the loss, in [0, 1].
         tokenizer: the model's own, for the puzzles.
         base: what is minimised on the tokens that count; by default the next-token loss.
     """
@@ -46,22 +47,21 @@ class Retrieval(Objective):
     def drawn(self, sequences: np.ndarray, seed: int, places: range) -> Batch:
         """See `Objective.drawn`."""
         text = self._base.drawn(sequences, seed, places)
-        weights = torch.ones(text.tokens[:, 1:].shape) if text.weights is None else text.weights
+        weights = torch.empty(text.tokens[:, 1:].shape)
         for row, place in enumerate(places):
-            if math.floor((place + 1) * self._share) > math.floor(place * self._share):
-                rng = random.Random(f"retrieval {seed} {place}")
-                tokens, is_answer = self.puzzles_in(text.tokens[row].numpy(), rng)
-                text.tokens[row] = torch.from_numpy(tokens)
-                answers = torch.from_numpy(is_answer[1:]).float()
-                weights[row] = answers * (len(answers) / answers.sum())
+            rng = random.Random(f"retrieval {seed} {place}")
+            tokens, is_answer, is_text = self.puzzles_in(text.tokens[row].numpy(), rng)
+            text.tokens[row] = torch.from_numpy(tokens)
+            answers, rest = (torch.from_numpy(part[1:]).float() for part in (is_answer, is_text))
+            weights[row] = self._share * answers / answers.mean() + (1 - self._share) * rest / rest.mean()
         return Batch(text.tokens, weights)
 
     def losses(self, batch: Batch, dense: Dense | None) -> LossOfChunk:
         """See `Objective.losses`."""
         return self._base.losses(batch, dense)
 
-    def puzzles_in(self, text: np.ndarray, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
-        """A text with puzzles in it, and which of its tokens are answers: int64 and bool, as long as the text.
+    def puzzles_in(self, text: np.ndarray, rng: random.Random) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A text with puzzles in it, which tokens are answers, and which the text's: int64 and bool, as long as it.
 
         The first token stays where it is, and the end of the text makes room. Each puzzle has its own random places,
         in order: for its opening, each hidden sentence, and the question with its answer.
@@ -81,12 +81,13 @@ class Retrieval(Objective):
             )
         # Sorting is stable: what has the same place keeps its order, a question after its facts.
         pieces = sorted(((1 + int(place * (room - 1)), part, count) for place, part, count in drawn), key=itemgetter(0))
-        tokens, is_answer = [text[: pieces[0][0]]], [np.zeros(pieces[0][0], dtype=bool)]
+        tokens, kinds = [text[: pieces[0][0]]], [np.full(pieces[0][0], _TEXT)]
         for (place, part, count), (end, *_) in pairwise([*pieces, (room, [], 0)]):
             between = text[place:end]
             tokens += [np.array(part), between]
-            is_answer += [np.arange(len(part)) >= len(part) - count, np.zeros(len(between), dtype=bool)]
-        return np.concatenate(tokens).astype(np.int64), np.concatenate(is_answer)
+            kinds += [np.repeat((_PUZZLE, _ANSWER), (len(part) - count, count)), np.full(len(between), _TEXT)]
+        kind = np.concatenate(kinds)
+        return np.concatenate(tokens).astype(np.int64), kind == _ANSWER, kind == _TEXT
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
