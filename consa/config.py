@@ -91,8 +91,8 @@ class LearnConfig(Settings):
     averaged: float = _solver(0.2, "Share of the last steps whose mean log_alpha ranks the units.", gt=0, le=1)
     retrieval: float = option(
         0.0,
-        "Share of the loss that asks for facts hidden in the training text, so that the allocation also keeps what finds"
-        " them.",
+        "Share of the loss that asks for facts hidden in the training text, so that the allocation also keeps what"
+        " finds them.",
         ge=0,
         le=1,
     )

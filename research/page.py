@@ -260,6 +260,31 @@ def large() -> tuple[Columns, Rows]:
     return ["method", "recovered", "consa recovers more by", *lengths], rows
 
 
+def retrieval() -> tuple[Columns, Rows]:
+    """What answers as a share of the objective change: loss, and answers found by task."""
+    rows: Rows = []
+    for name, model in (("retrieval-135m", "SmolLM2-135M"), ("methods-qwen2.5-coder-0.5b", "Qwen2.5-Coder-0.5B")):
+        record = read(name)
+        shown = [
+            row for row in record["rows"].values() if row.get("sparsity", 0.9) == 0.9 and row["method"] != "all_swa"
+        ]
+        plain = next(row for row in shown if row["method"] == "consa" and not row["retrieval_share"])
+        for row in sorted(shown, key=lambda row: (row["method"] != "dense", row.get("retrieval_share"), row["loss"])):
+            title = row["method"] + (f", {row['retrieval_share']:g} of answers" if row.get("retrieval_share") else "")
+            more = analysis.gain(record, np.array(plain["losses"]), np.array(row["losses"]))
+            found: dict[str, list[float]] = {}
+            for asked, share in row["retrieval"].items():
+                found.setdefault(asked.rpartition(" ")[0] or "single", []).append(share)
+            every = mean(mean(shares) for shares in found.values())
+            shares = [f"{value:.2f}" for value in (every, *map(mean, found.values()))]
+            recovered = (
+                [f"{row['recovered']:.3f}", "" if row is plain else str(more)] if "recovered" in row else ["", ""]
+            )
+            rows.append([model, title, *recovered, *shares])
+    tasks = [asked.replace("_", " ") for asked in found]
+    return ["model", "chosen by", "recovered", "more than without answers", "found", *tasks], rows
+
+
 def serving() -> tuple[Columns, Rows]:
     """Hybrids in vLLM beside the dense model in stock vLLM."""
     shown = ("workload", "model", "prefill s", "decode ms/step", "tokens/s", "x dense", "at once", "preempted", "fit")
@@ -311,6 +336,7 @@ TABLES = {
     "places": Table(places, ("study",)),
     "behaviour": Table(behaviour, ("behaviour",)),
     "large": Table(large, ("methods-qwen2.5-coder-1.5b",)),
+    "retrieval": Table(retrieval, ("retrieval-135m", "methods-qwen2.5-coder-0.5b")),
     "serving": Table(serving, ("serving", "serving-1.5b")),
     "speed": Table(speed, ("decode", "decode-short", "attention", "learning", "distributed")),
 }

@@ -37,7 +37,7 @@ class ConSA(TrainingMethod):
     )
     evaluation_sequences: int = option(8, "Sequences of each evaluation of the refinement.", ge=1)
     retrieval: float = option(
-        LearnConfig.retrieval, "Share of the sequences in which facts are hidden and asked for.", ge=0, le=1
+        LearnConfig.retrieval, "Share of the loss that asks for facts hidden in the training text.", ge=0, le=1
     )
 
     def choose(self, problem: Problem) -> Allocation:

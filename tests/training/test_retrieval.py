@@ -57,9 +57,10 @@ def sequences(tokenizer: Any) -> np.ndarray:
 def test_every_answer_is_stated_once_before_its_question(seq_len: int, tokenizer: Any):
     ids = np.array((tokenizer(TEXT * 200, add_special_tokens=False)["input_ids"])[:seq_len])
     for seed in range(3):
-        tokens, is_answer = Retrieval(1, tokenizer).puzzles_in(ids, random.Random(seed))
+        tokens, is_answer, is_text = Retrieval(1, tokenizer).puzzles_in(ids, random.Random(seed))
         assert tokens.shape == is_answer.shape == ids.shape
-        assert tokens[0] == ids[0] and not is_answer[0]
+        assert is_text[0] and not (is_text & is_answer).any()
+        assert (tokens[is_text] == ids[: is_text.sum()]).all(), "the end of the text makes room"
         whole = tokenizer.decode(tokens)
         facts = re.findall(r"The special magic number for (\w+) is (\d+)\.", whole)
         assert len(dict(facts)) == len(facts) == 4 * min(6, max(1, seq_len // 1024))
@@ -83,35 +84,41 @@ def test_facts_come_first_where_all_places_are_the_same():
 
     rng = random.Random(0)
     rng.random = lambda: 0.5
-    tokens, _ = Retrieval(1, backwards).puzzles_in(np.full(900, 1), rng)
+    tokens, *_ = Retrieval(1, backwards).puzzles_in(np.full(900, 1), rng)
     whole = "".join(chr(300 - token) for token in tokens)
     places = [whole.index(mark) for mark in ("are hidden in", ". ", "? The special magic number")]
     assert places == sorted(places) and whole.rindex(".\n") < places[2]
 
 
 def test_places_alone_decide_what_is_drawn(sequences: np.ndarray, tokenizer: Any):
-    objective, plain = Retrieval(0.25, tokenizer), Objective().drawn(sequences, 3, range(12))
+    objective = Retrieval(0.25, tokenizer)
     whole = objective.drawn(sequences, 3, range(12))
     parts = [objective.drawn(sequences, 3, range(start, start + 3)) for start in range(0, 12, 3)]
     assert torch.equal(whole.tokens, torch.cat([part.tokens for part in parts]))
     assert torch.equal(whole.weights, torch.cat([part.weights for part in parts]))
-    changed = [not torch.equal(*rows) for rows in zip(whole.tokens, plain.tokens, strict=True)]
-    assert changed == [False, False, False, True] * 3
-    assert torch.allclose(whole.weights.mean(1), torch.ones(12)), "every sequence has the same weight"
-    assert (whole.weights[~torch.tensor(changed)] == 1).all()
-    assert ((whole.weights[3] > 0).sum() < 60) and whole.weights[3].unique().numel() == 2
     assert not torch.equal(objective.drawn(sequences, 4, range(3, 4)).tokens, whole.tokens[3:4])
 
 
-def test_a_share_of_none_is_a_run_as_before(sequences: np.ndarray, tokenizer: Any):
-    drawn, wanted = (kind.drawn(sequences, 0, range(6)) for kind in (Retrieval(0.0, tokenizer), Objective()))
-    assert torch.equal(drawn.tokens, wanted.tokens) and (drawn.weights == 1).all()
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_answers_make_up_their_share_of_every_sequence(share: float, sequences: np.ndarray, tokenizer: Any):
+    drawn, answered = (Retrieval(part, tokenizer).drawn(sequences, 3, range(4)) for part in (share, 1.0))
+    assert torch.equal(drawn.tokens, answered.tokens)
+    of_answers = answered.weights > 0
+    for weights, is_answer in zip(drawn.weights, of_answers, strict=True):
+        assert 5 < is_answer.sum() < 60
+        assert float(weights.mean()) == pytest.approx(1)
+        assert float(weights[is_answer].sum() / weights.sum()) == pytest.approx(share)
+        assert weights[is_answer].unique().numel() == 1
+        others = weights[~is_answer].unique()
+        assert (others == 0).all() if share == 1 else others.numel() == 2, "the puzzles' other tokens do not count"
+
+
+def test_without_retrieval_a_run_is_as_before(sequences: np.ndarray, tokenizer: Any):
     plain = replace(CONFIG, retrieval=0.0)
     results = [
         learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences, plain, **given)
-        for given in ({}, {"tokenizer": tokenizer})
+        for given in ({}, {"tokenizer": tokenizer}, {"objective": Objective()})
     ]
-    results.append(learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences, plain, objective=Objective()))
     assert results[0].history == results[1].history == results[2].history
     masks = [result.allocation.full_attention for result in results]
     assert (masks[0] == masks[1]).all() and (masks[0] == masks[2]).all()
