@@ -68,7 +68,7 @@ def _parameter(item: Field[Any], kind: Kind) -> inspect.Parameter:
     elif kind.type is str:  # choices too, so that the dataclass can name a bad one
         extra = typer.Option(*names, metavar="|".join(kind.choices) or "TEXT", **details)
     else:
-        extra = number(*names, kind=kind.type, **details)
+        extra = number(*names, kind=kind.type, words=kind.choices, **details)
     return inspect.Parameter(
         item.name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -89,17 +89,17 @@ def by_group(parameters: list[Any]) -> dict[str, list[Any]]:
     return {HEADINGS[name]: some for name, some in members.items() if some}
 
 
-def number(*names: str, kind: type = int, **details: Any) -> Any:
-    """An option for a number; unlike typer's own, its error names the bad value."""
+def number(*names: str, kind: type = int, words: tuple[str, ...] = (), **details: Any) -> Any:
+    """An option for a number or one of some words; unlike typer's own, its error names the bad value."""
 
     def parse(text: Any) -> Any:
         try:
-            return kind(text)
+            return text if text in words else kind(text)
         except ValueError as error:
-            wanted = "an integer" if kind is int else "a number"
+            wanted = " or ".join([*words, "an integer" if kind is int else "a number"])
             raise typer.BadParameter(f"must be {wanted}, got {text!r}") from error
 
-    return typer.Option(*names, parser=parse, metavar=kind.__name__.upper(), **details)
+    return typer.Option(*names, parser=parse, metavar="|".join([kind.__name__.upper(), *words]), **details)
 
 
 def num_bytes(text: Any) -> int:

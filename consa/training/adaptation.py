@@ -115,6 +115,9 @@ class _Adaptation(loop.Training):
         due = done % self.config.evaluate_every == 0 or done == self.config.num_steps
         return self.measure(self.model) if self.measure and due else {}
 
+    def discard(self) -> None:
+        self.weights.discard()
+
     def tensors(self) -> dict[str, Tensor]:
         return self.weights.tensors()
 
