@@ -167,10 +167,14 @@ SavedDtype = Annotated[
 ]
 
 
+DEFAULTS = "consa.defaults"  # key of a context's meta: names of options that the run of another command passed on
+
+
 def was_given(ctx: typer.Context, name: str) -> bool:
-    """Whether the user typed an option, or a file of settings holds it."""
+    """Whether the user typed an option, or a file of settings holds it for this command."""
     source = ctx.get_parameter_source(name)
-    return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")
+    in_file = source is not None and source.name == "DEFAULT_MAP" and name not in ctx.meta.get(DEFAULTS, ())
+    return in_file or (source is not None and source.name == "COMMANDLINE")
 
 
 def chosen(ctx: typer.Context, name: str | None, model: str, config: EvalConfig) -> Allocation:
