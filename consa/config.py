@@ -73,7 +73,8 @@ class LearnConfig(Settings):
         "frozen", "Whether the weights stay frozen or are trained jointly with the gates."
     )
     rules: Literal["all", "best", "none"] = _data(
-        "all", "Rules to compare with: all, only the best of them in the table, or none."
+        "all",
+        "Rules to compare with: all, best or none. best measures all of them too, and shows the one of lowest loss.",
     )
     weight_lr: float = _solver(1e-5, "Learning rate of AdamW for the weights in joint mode.", gt=0)
     gate_lr: float | None = _solver(None, "Learning rate of Adam for the gates. Default: min(1, 60 / num_steps).", gt=0)

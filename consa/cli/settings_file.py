@@ -100,6 +100,8 @@ def _flat(record: JsonObject, verb: str, known: dict[str, Any], path: Path) -> J
         if not isinstance(values, dict):
             raise ConsaError(f"{path}: {section} must hold settings, got {values!r}")
         settings |= {name: value for name, value in values.items() if name in known}
+    if verb == "eval" and record.get("allocations"):
+        settings["allocation"] = record["allocations"]
     for name, value in record.items():
         if name in (*SECTIONS, *RECORDS) or isinstance(value, dict):
             continue

@@ -60,6 +60,8 @@ def convert(
 ) -> None:
     """Write MODEL with an allocation as a checkpoint that generates with a small KV cache."""
     config = EvalConfig(**options)
+    import torch
+
     from consa.model import convert, gguf_spelling, spelling
     from consa.model.layout import max_positions
     from consa.model.load import load_model
@@ -82,7 +84,7 @@ def convert(
         return
     if (kind == "plain" or engine) and (obstacle := spelling.layers_obstacle(allocated)):
         raise ConsaError(f"no plain checkpoint is possible: {obstacle}; write a hybrid, which consa.load reads")
-    loaded = load_model(model, device=device or "cpu", dtype=dtype or "auto")
+    loaded = load_model(model, device=device or "cpu", dtype=getattr(torch, dtype) if dtype else "auto")
     match allocated.provenance.get("config"):
         case {"mode": "joint"}:
             note("Mode joint trained weights along with this allocation; they are in the folder `model` of its run")
