@@ -55,7 +55,7 @@ def _read_into(ctx: typer.Context, value: str | None) -> str | None:
     settings = {name: given for name, given in own.items() if given != known[name].default}
     passed_on = {name: given for name, given in _passed_on(record, verb, known).items() if name not in own}
     if passed_on:
-        note(f"{path} also sets {', '.join(f'{option_name(name)} {given}' for name, given in passed_on.items())}")
+        note(f"Taken from {path}: {', '.join(f'{option_name(name)} {given}' for name, given in passed_on.items())}")
     ctx.default_map = passed_on | settings
     ctx.meta[DEFAULTS] = passed_on.keys()
     return value

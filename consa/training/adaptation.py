@@ -52,7 +52,8 @@ def adapt(
         objective: what is minimised; by default a `Mixture` with the config's factors.
 
     Returns:
-        One record per step: step, loss and its parts, learning_rate, grad_norm, and what `evaluate` returned.
+        One record per step: step, loss and its parts, learning_rate, grad_norm, micro_batch, and what `evaluate`
+        returned.
 
     Raises:
         ConsaError: unusable settings or text, a loss that is not finite, or a folder that cannot be written.

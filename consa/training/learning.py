@@ -41,7 +41,7 @@ class LearnResult:
     """What `learn` returns: the decision, exact at the target, and a record per step."""
 
     allocation: Allocation  # decided by the averaged log_alpha, its scores, but for exchanges by the refinement
-    history: list[loop.Record]  # step, loss, expected_sparsity, target, multiplier, fractional
+    history: list[loop.Record]  # step, loss, expected_sparsity, target, multiplier, fractional, micro_batch
 
 
 def learn(
