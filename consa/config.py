@@ -25,10 +25,10 @@ SEQ_LEN_HELP = "Length of a training sequence, in tokens."
 BATCH_HELP = "Sequences of one optimizer step, over all processes."
 MicroBatch = int | Literal["auto"] | None
 MICRO_BATCH_HELP = (
-    "Sequences computed at once, or auto, which tries how many fit in memory. The number can change the last bits of"
-    " the result. Default: auto on a GPU, 1 on a CPU."
+    "Sequences computed at once, or auto for what fits in memory. Can change the last bits."
+    " Default: auto on a GPU, 1 on a CPU."
 )
-RECOMPUTE_HELP = "Gradient checkpointing: recompute layers in the backward pass to save memory."
+RECOMPUTE_HELP = "Save memory by computing the layers twice."
 FULL_LEARNING_RATE, MEASURED_PARAMETERS = 5e-4, 135_000_000
 """The peak learning rate of full adaptation that was best, and the size of the one model it was measured on."""
 COMPILE_HELP = "Compile the layers with torch.compile. Takes seconds to start and makes steps faster."
@@ -72,10 +72,7 @@ class LearnConfig(Settings):
     mode: Literal["frozen", "joint"] = option(
         "frozen", "Whether the weights stay frozen or are trained jointly with the gates."
     )
-    rules: Literal["all", "best", "none"] = _data(
-        "all",
-        "Rules to compare with: all, best or none. best measures all of them too, and shows the one of lowest loss.",
-    )
+    rules: Literal["all", "best", "none"] = _data("all", "Rules to compare with. best measures all and shows the best.")
     weight_lr: float = _solver(1e-5, "Learning rate of AdamW for the weights in joint mode.", gt=0)
     gate_lr: float | None = _solver(None, "Learning rate of Adam for the gates. Default: min(1, 60 / num_steps).", gt=0)
     initial_log_alpha: float = _solver(

@@ -69,8 +69,9 @@ def verdict(summary: Summary) -> str:
 
 def advice(summary: Summary) -> list[str]:
     """What to change about an undecided or unlucky run, one sentence a line; empty for a clear success."""
-    is_fixed = summary["command"].startswith("consa demo")  # which has none of the options
-    if summary.get("fractional") is None or is_fixed:  # nothing was learned, so nothing can be learned better
+    if summary.get("fractional") is None:  # nothing was learned, so nothing can be learned better
+        return []
+    if summary["command"].startswith("consa demo"):  # which has none of the options
         return []
     steps, lines = summary["learn"]["num_steps"], []
     longer, elsewhere = f"--num-steps {2 * steps}", "another --out"

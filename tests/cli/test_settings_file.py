@@ -62,16 +62,18 @@ def run(tmp_path: Path, tiny_model_folder: Path, text_folder: Path) -> Path:
     return folder
 
 
-def test_other_commands_take_what_they_share_with_a_run(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_other_commands_take_what_they_share_with_a_run(run: Path, tmp_path: Path):
+    said: list[str] = []
+
     def measured(*more: object) -> dict[str, Any]:
         result = consa_cli("eval", "--config", run, "--out", tmp_path / "out", *more)
         assert result.exit_code == 0, result.output
+        said[:] = [line for line in result.stderr.splitlines() if line.startswith("Taken from ")]
         return json.loads((tmp_path / "out" / "eval-config.json").read_text())
 
     record = measured("--allocation", run)  # whose file has a sparsity of its own, and is not refused
     shared = {"sparsity": 0.5, "granularity": "kv_head", "window": 8, "num_sink_tokens": 2, "seq_len": 96}
     assert {name: record["eval"][name] for name in shared} == shared
-    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("Taken from ")]
     assert said == [
         f"Taken from {run / 'config.json'}: --sparsity 0.5, --granularity kv_head, --window 8, --num-sink-tokens 2,"
         " --seq-len 96"
@@ -90,9 +92,9 @@ def test_other_commands_take_what_they_share_with_a_run(run: Path, tmp_path: Pat
     assert consa_cli("adapt", "--config", run, *given).exit_code == 0
     assert json.loads((tmp_path / "adapted" / "config.json").read_text())["adapt"]["seq_len"] == 96
     # What is typed, or stands in a file for this command, is still refused beside an allocation of its own.
-    assert "--sparsity" in refused("eval", "--config", run, "--allocation", run, "--sparsity", 0.25)
+    assert "applies to rules" in refused("eval", "--config", run, "--allocation", run, "--sparsity", 0.25)
     (tmp_path / "e.yaml").write_text(f"model: {record['run']['model']}\nsparsity: 0.25\nallocation: [{run}]\n")
-    assert "--sparsity" in refused("eval", "--config", tmp_path / "e.yaml")
+    assert "applies to rules" in refused("eval", "--config", tmp_path / "e.yaml")
 
 
 def test_a_budget_decided_the_sparsity(tmp_path: Path):
