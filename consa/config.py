@@ -23,8 +23,12 @@ GRANULARITY_HELP = "Unit that is decided as one: a whole layer or a KV head."
 SPARSITY_HELP = "Share of the units that use sliding-window attention."
 SEQ_LEN_HELP = "Length of a training sequence, in tokens."
 BATCH_HELP = "Sequences of one optimizer step, over all processes."
-MICRO_BATCH_HELP = "Sequences computed at once. Gradients of the others are accumulated."
-RECOMPUTE_HELP = "Gradient checkpointing: recompute layers in the backward pass to save memory."
+MicroBatch = int | Literal["auto"] | None
+MICRO_BATCH_HELP = (
+    "Sequences computed at once, or auto for what fits in memory. Can change the last bits."
+    " Default: auto on a GPU, 1 on a CPU."
+)
+RECOMPUTE_HELP = "Save memory by computing the layers twice."
 FULL_LEARNING_RATE, MEASURED_PARAMETERS = 5e-4, 135_000_000
 """The peak learning rate of full adaptation that was best, and the size of the one model it was measured on."""
 COMPILE_HELP = "Compile the layers with torch.compile. Takes seconds to start and makes steps faster."
@@ -63,14 +67,12 @@ class LearnConfig(Settings):
     seq_len: int = option(8192, SEQ_LEN_HELP, ge=2)
     num_steps: int = option(200, "Optimizer steps.", ge=1)
     sequences_per_step: int = option(4, BATCH_HELP, ge=1)
-    micro_batch: int = _speed(1, MICRO_BATCH_HELP, ge=1)
+    micro_batch: MicroBatch = _speed(None, MICRO_BATCH_HELP, ge=1)
     seed: int = option(0, "Random seed of the gates and of the order of the text.", ge=0)
     mode: Literal["frozen", "joint"] = option(
         "frozen", "Whether the weights stay frozen or are trained jointly with the gates."
     )
-    rules: Literal["all", "best", "none"] = _data(
-        "all", "Rules to compare with: all, only the best of them in the table, or none."
-    )
+    rules: Literal["all", "best", "none"] = _data("all", "Rules to compare with. best measures all and shows the best.")
     weight_lr: float = _solver(1e-5, "Learning rate of AdamW for the weights in joint mode.", gt=0)
     gate_lr: float | None = _solver(None, "Learning rate of Adam for the gates. Default: min(1, 60 / num_steps).", gt=0)
     initial_log_alpha: float = _solver(
@@ -156,7 +158,7 @@ class AdaptConfig(Settings):
     seq_len: int = option(LearnConfig.seq_len, SEQ_LEN_HELP, ge=2)
     num_steps: int = option(200, "Optimizer steps.", ge=1)
     sequences_per_step: int = option(8, BATCH_HELP, ge=1)
-    micro_batch: int = _speed(1, MICRO_BATCH_HELP, ge=1)
+    micro_batch: MicroBatch = _speed(None, MICRO_BATCH_HELP, ge=1)
     seed: int = option(0, "Random seed of the order of the text and of LoRA's initial weights.", ge=0)
     learning_rate: float | None = option(
         None,
@@ -208,8 +210,13 @@ class AdaptConfig(Settings):
         return peak * (1 + math.cos(math.pi * (step - rising) / (self.num_steps - rising))) / 2
 
 
+def at_once(micro_batch: MicroBatch) -> int:
+    """The number of sequences computed at once: 1 where it is still to be found by trying."""
+    return micro_batch if isinstance(micro_batch, int) else 1
+
+
 def _check_steps(config: LearnConfig | AdaptConfig) -> None:
-    if config.sequences_per_step % config.micro_batch:
+    if config.sequences_per_step % at_once(config.micro_batch):
         raise ConsaError(
             f"micro_batch must divide sequences_per_step ({config.sequences_per_step}), got {config.micro_batch}"
         )
@@ -337,9 +344,7 @@ class SweepConfig(Settings):
     evaluation_sequences: int | None = _solver(
         None, "Sequences of each of these evaluations. Default: each method's own.", ge=1
     )
-    micro_batch: int | None = _speed(
-        None, "Micro-batch size while choosing: sequences computed at once. Default: 1.", ge=1
-    )
+    micro_batch: MicroBatch = _speed(None, f"{MICRO_BATCH_HELP} Applies to choosing.", ge=1)
     compile: bool = _speed(False, f"{COMPILE_HELP} Applies to methods that train gates.")
 
     def __post_init__(self) -> None:

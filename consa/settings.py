@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import types
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -48,7 +48,7 @@ class Kind:
 
     type: type  # bool, int, float or str
     optional: bool  # whether None is allowed
-    choices: tuple[str, ...]  # the values of a Literal; empty for other types
+    choices: tuple[str, ...]  # the words of a Literal, the only values of text, and allowed beside numbers
 
 
 @cache
@@ -60,9 +60,9 @@ def kinds(config: type) -> dict[str, Kind]:
 
 def _kind(hint: Any) -> Kind:
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    (member,) = (one for one in members if one is not type(None))
-    choices = get_args(member) if get_origin(member) is Literal else ()
-    return Kind(str if choices else member, len(members) > 1, choices)
+    choices = tuple(word for one in members if get_origin(one) is Literal for word in get_args(one))
+    plain = [one for one in members if isinstance(one, type) and one is not type(None)]
+    return Kind(plain[0] if plain else str, type(None) in members, choices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def check(config: Any) -> None:
 
 
 def _fits(value: Any, kind: Kind, bounds: Any) -> bool:
-    if kind.choices:
+    if kind.choices and (isinstance(value, str) or kind.type is str):
         return value in kind.choices
     if kind.type in (bool, str):
         return isinstance(value, kind.type)
@@ -104,8 +104,10 @@ def _fits(value: Any, kind: Kind, bounds: Any) -> bool:
 
 def _wanted(kind: Kind, bounds: Any) -> str:
     """What a value must be, for a message."""
-    if kind.choices:
+    if kind.choices and kind.type is str:
         return f"one of {', '.join(kind.choices)}"
+    if kind.choices:
+        return f"{' or '.join(kind.choices)}, or {_wanted(replace(kind, choices=()), bounds)}"
     if kind.type in (bool, str):
         return "True or False" if kind.type is bool else "text"
     noun = "an integer" if kind.type is int else "a number"
@@ -134,7 +136,7 @@ def parse(text: str, kind: Kind, name: str) -> Any:
             return text.lower() == "true"
         raise ConsaError(f"{name} must be true or false, got {text!r}")
     try:
-        return kind.type(text)
+        return text if text in kind.choices else kind.type(text)
     except ValueError as error:
         wanted = "an integer" if kind.type is int else "a number"
         raise ConsaError(f"{name} must be {wanted}, got {text!r}") from error

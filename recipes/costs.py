@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from consa import rules
-from consa.config import AdaptConfig, LearnConfig
+from consa.config import AdaptConfig, LearnConfig, at_once
 from consa.files import write_atomically
 from consa.model.loss import CHUNK_TOKENS
 from recipes.run import RECIPES
@@ -110,7 +110,7 @@ def parameters(model: Qwen3ForCausalLM) -> tuple[int, int, int]:
 def memory(model: Qwen3ForCausalLM, config: LearnConfig | AdaptConfig, gpus: int) -> dict[str, float]:
     """Bytes on each GPU, by what they are for."""
     total, layers, _ = parameters(model)
-    shape, tokens = model.config, config.seq_len * config.micro_batch
+    shape, tokens = model.config, config.seq_len * at_once(config.micro_batch)
     sharded = isinstance(config, AdaptConfig) and config.parallel == "fsdp" and gpus > 1
     parts: dict[str, float] = {}
     whole, split = (total - layers, layers) if sharded else (total, 0)

@@ -20,6 +20,7 @@ from benchmarks.common import parser_of
 from consa.allocation import Allocation
 from consa.published import FOLDER, MODELS
 from research.analysis import named
+from research.page import command
 from research.records import allocation_in, learned_allocations, read
 
 MEASURED = ("loss", "recovered", "retrieval")
@@ -67,7 +68,7 @@ def publish(
     path = FOLDER / model / f"{allocation.granularity}-{config['sparsity']:g}{ending}.json"
     if path.exists() and replace(Allocation.load(path), provenance={}) == replace(allocation, provenance={}):
         return  # the record may have grown since, on other days and hardware
-    how = {name: record[name] for name in ("command", "hardware", "date", "versions")} | more
+    how = {"command": command(record)} | {name: record[name] for name in ("hardware", "date", "versions")} | more
     path.parent.mkdir(parents=True, exist_ok=True)
     replace(allocation, provenance={"method": "consa", "model": model, "config": config, **how}).save(path)
     print(path.relative_to(FOLDER), round(allocation.sparsity, 4))

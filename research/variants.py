@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from consa import Allocation, rules
-from consa.config import LearnConfig
+from consa.config import LearnConfig, at_once
 from consa.evaluation.losses import heldout_losses
 from consa.model.layout import attention_layout
 from consa.training import gates
@@ -97,7 +97,9 @@ def distant_tokens(model: PreTrainedModel, sequences: np.ndarray, config: LearnC
     count = config.num_steps * config.sequences_per_step + config.refine_sequences
     used = np.unique(order(sequences, config.seed, range(count)))
     floor = rules.all_swa(*layout.shape, **asked_of(config, layout))
-    dense, swa = (heldout_losses(model, sequences[used], one, batch_size=config.micro_batch) for one in (None, floor))
+    dense, swa = (
+        heldout_losses(model, sequences[used], one, batch_size=at_once(config.micro_batch)) for one in (None, floor)
+    )
     rise = torch.from_numpy(np.maximum(swa - dense, 0) + 1e-3)
 
     class Weighted(Objective):

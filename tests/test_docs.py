@@ -118,6 +118,8 @@ def parse(words: list[str], *, partly: bool = False) -> None:
         partly: what is required may be left out.
     """
     group: Any = get_command(cli.app)
+    if words[0] in {option for p in group.params for option in p.opts}:  # of `consa` itself
+        return
     try:
         group.commands[words[0]].make_context(words[0], words[1:])
     except UsageError as error:

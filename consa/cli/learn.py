@@ -26,7 +26,7 @@ from consa.cli.options import (
 from consa.cli.terminal import show
 from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig, SweepConfig, folder_of
 from consa.errors import ConsaError
-from consa.settings import command_line
+from consa.settings import command_line, option_name
 
 
 @with_fields_of(RunConfig, LearnConfig)
@@ -63,16 +63,22 @@ DEMO_LEARN = LearnConfig(
 )
 
 
+@with_fields_of(RunConfig, only=("device", "dtype"))
 def demo(
+    *,
     out: Out = None,
     seed: Annotated[int, number(help="Random seed of the gates and of the order of the text.")] = 0,
     tensorboard: Tensorboard = False,
     wandb: Wandb = False,
+    **options: Any,
 ) -> None:
     """Learn KV heads of a real 135M model on Python's own sources, in 10 to 20 minutes on 2 CPU cores."""
     config = replace(DEMO_LEARN, seed=seed)
     folder = out or Path("runs") / ("demo" if seed == 0 else f"demo-seed{seed}")
-    _run(DEMO_RUN, config, folder, f"consa demo --seed {seed}", boards(tensorboard=tensorboard, wandb=wandb))
+    given = [word for name, value in options.items() if value for word in (option_name(name), value)]
+    command = shlex.join(["consa", "demo", "--seed", str(seed), *given])
+    run_config = replace(DEMO_RUN, **options)
+    _run(run_config, config, folder, command, boards(tensorboard=tensorboard, wandb=wandb))
 
 
 @with_fields_of(EvalConfig, only=RULE_FIELDS)

@@ -68,7 +68,7 @@ def _parameter(item: Field[Any], kind: Kind) -> inspect.Parameter:
     elif kind.type is str:  # choices too, so that the dataclass can name a bad one
         extra = typer.Option(*names, metavar="|".join(kind.choices) or "TEXT", **details)
     else:
-        extra = number(*names, kind=kind.type, **details)
+        extra = number(*names, kind=kind.type, words=kind.choices, **details)
     return inspect.Parameter(
         item.name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -89,17 +89,17 @@ def by_group(parameters: list[Any]) -> dict[str, list[Any]]:
     return {HEADINGS[name]: some for name, some in members.items() if some}
 
 
-def number(*names: str, kind: type = int, **details: Any) -> Any:
-    """An option for a number; unlike typer's own, its error names the bad value."""
+def number(*names: str, kind: type = int, words: tuple[str, ...] = (), **details: Any) -> Any:
+    """An option for a number or one of some words; unlike typer's own, its error names the bad value."""
 
     def parse(text: Any) -> Any:
         try:
-            return kind(text)
+            return text if text in words else kind(text)
         except ValueError as error:
-            wanted = "an integer" if kind is int else "a number"
+            wanted = " or ".join([*words, "an integer" if kind is int else "a number"])
             raise typer.BadParameter(f"must be {wanted}, got {text!r}") from error
 
-    return typer.Option(*names, parser=parse, metavar=kind.__name__.upper(), **details)
+    return typer.Option(*names, parser=parse, metavar="|".join([kind.__name__.upper(), *words]), **details)
 
 
 def num_bytes(text: Any) -> int:
@@ -167,10 +167,14 @@ SavedDtype = Annotated[
 ]
 
 
+DEFAULTS = "consa.defaults"  # key of a context's meta: names of options that the run of another command passed on
+
+
 def was_given(ctx: typer.Context, name: str) -> bool:
-    """Whether the user typed an option, or a file of settings holds it."""
+    """Whether the user typed an option, or a file of settings holds it for this command."""
     source = ctx.get_parameter_source(name)
-    return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")
+    in_file = source is not None and source.name == "DEFAULT_MAP" and name not in ctx.meta.get(DEFAULTS, ())
+    return in_file or (source is not None and source.name == "COMMANDLINE")
 
 
 def chosen(ctx: typer.Context, name: str | None, model: str, config: EvalConfig) -> Allocation:

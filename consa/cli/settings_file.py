@@ -11,13 +11,18 @@ from typing import Annotated, Any
 
 import typer
 
+from consa.cli.options import DEFAULTS
 from consa.config import with_present_names
 from consa.errors import ConsaError, first_line
 from consa.files import JsonObject, read_text
+from consa.progress import note
+from consa.settings import option_name
 
 MAX_BYTES = 2**20
 SECTIONS = ("run", "learn", "adapt", "eval", "sweep")  # of the config.json of a run
 RECORDS = ("command", "hardware", "versions", "allocations")  # what else stands there, and is not a setting
+FILES = ("config.json", "eval-config.json")  # in the folder of a run
+SHARED = ("sparsity", "granularity", "window", "num_sink_tokens", "seq_len")  # that a run of another command passes on
 HELP = "Options as a YAML or JSON file, or those of a run by its folder. What is typed overrides them."
 
 
@@ -41,11 +46,37 @@ def _read_into(ctx: typer.Context, value: str | None) -> str | None:
     """Make the file's settings the defaults of the command; what equals a default counts as not given."""
     if value is None:
         return None
-    path = Path(value) / "config.json" if Path(value).is_dir() else Path(value)
+    path = Path(value)
+    if path.is_dir():
+        path = next((path / name for name in FILES if (path / name).exists()), path / FILES[0])
     known = {one.name: one for one in ctx.command.params if one.name not in ("config", "help")}
-    settings = _flat(_parsed(path), str(ctx.info_name), known, path)
-    ctx.default_map = {name: given for name, given in settings.items() if given != known[name].default}
+    record, verb = _parsed(path), str(ctx.info_name)
+    own = _flat(record, verb, known, path)
+    settings = {name: given for name, given in own.items() if given != known[name].default}
+    passed_on = {name: given for name, given in _passed_on(record, verb, known).items() if name not in own}
+    if passed_on:
+        note(f"Taken from {path}: {', '.join(f'{option_name(name)} {given}' for name, given in passed_on.items())}")
+    ctx.default_map = passed_on | settings
+    ctx.meta[DEFAULTS] = passed_on.keys()
     return value
+
+
+def _passed_on(record: JsonObject, verb: str, known: dict[str, Any]) -> JsonObject:
+    """What a run of another command says of its sequences and its hybrid: defaults, which files of allocations beat."""
+    passed_on: JsonObject = {}
+    for section in ("learn", "adapt", "eval", "allocation"):
+        values = record.get(section)
+        if section not in _own(verb) and isinstance(values, dict):
+            passed_on |= {name: values[name] for name in SHARED if name in values and name in known}
+            if values.get("kv_budget") is not None:  # which decided the sparsity
+                passed_on.pop("sparsity", None)
+    if verb == "sweep":  # which asks for several
+        passed_on = {name: value for name, value in passed_on.items() if name not in ("sparsity", "granularity")}
+    return passed_on
+
+
+def _own(verb: str) -> tuple[str, ...]:
+    return ("run", "eval", "sweep") if verb == "sweep" else ("run", verb)
 
 
 def _parsed(path: Path) -> JsonObject:
@@ -62,14 +93,15 @@ def _parsed(path: Path) -> JsonObject:
 
 
 def _flat(record: JsonObject, verb: str, known: dict[str, Any], path: Path) -> JsonObject:
-    """The settings of one command: sections of other commands are left out, and of shared ones what it has not."""
+    """The settings for one command: its own section and that of the run, as far as it has them, and those outside."""
     settings: JsonObject = {}
-    own = ("run", "eval", "sweep") if verb == "sweep" else ("run", verb)
-    for section in (name for name in own if name in SECTIONS):
+    for section in (name for name in _own(verb) if name in SECTIONS):
         values = record.get(section) or {}
         if not isinstance(values, dict):
             raise ConsaError(f"{path}: {section} must hold settings, got {values!r}")
         settings |= {name: value for name, value in values.items() if name in known}
+    if verb == "eval" and record.get("allocations"):
+        settings["allocation"] = record["allocations"]
     for name, value in record.items():
         if name in (*SECTIONS, *RECORDS) or isinstance(value, dict):
             continue

@@ -51,6 +51,8 @@ def convert(
             "--for",
         ),
     ] = None,
+    device: Annotated[str | None, text("DEVICE", "Device that holds the model. Default: cpu.")] = None,
+    dtype: SavedDtype = None,
     push_to_hub: Annotated[
         str | None, text("OWNER/NAME", "Repository on the Hugging Face hub to upload the folder to.")
     ] = None,
@@ -58,6 +60,8 @@ def convert(
 ) -> None:
     """Write MODEL with an allocation as a checkpoint that generates with a small KV cache."""
     config = EvalConfig(**options)
+    import torch
+
     from consa.model import convert, gguf_spelling, spelling
     from consa.model.layout import max_positions
     from consa.model.load import load_model
@@ -67,6 +71,8 @@ def convert(
     if kind == "gguf":
         if push_to_hub is not None:
             raise ConsaError("--push-to-hub uploads folders, and --kind gguf writes a file; upload it by hf upload")
+        if device or dtype:
+            raise ConsaError("--device and --dtype apply to checkpoints; --kind gguf copies the weights as they are")
         gguf_spelling.check_wish(model, out, engine)
     else:
         convert.check_wish(out, kind, engine)
@@ -78,14 +84,14 @@ def convert(
         return
     if (kind == "plain" or engine) and (obstacle := spelling.layers_obstacle(allocated)):
         raise ConsaError(f"no plain checkpoint is possible: {obstacle}; write a hybrid, which consa.load reads")
-    loaded = load_model(model, device="cpu", dtype="auto")
+    loaded = load_model(model, device=device or "cpu", dtype=getattr(torch, dtype) if dtype else "auto")
     match allocated.provenance.get("config"):
         case {"mode": "joint"}:
             note("Mode joint trained weights along with this allocation; they are in the folder `model` of its run")
     written = convert.convert(
         loaded.model, allocated, out, tokenizer=loaded.tokenizer, kind=cast(Any, kind), engine=engine
     )
-    print(f"{written.folder}: {written.kind} checkpoint ({written.reason})")
+    print(f"{written.folder}: {written.kind} checkpoint in {str(loaded.model.dtype)[6:]} ({written.reason})")
     if written.kind == "plain":
         print(f"Window of each layer: {spelling.window_of_layers(allocated, max_positions(loaded.model.config))}")
     print(card.write(out, loaded.identity["model"], allocation=str(allocation), repo=push_to_hub or "OWNER/NAME"))

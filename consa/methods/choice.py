@@ -15,7 +15,7 @@ import numpy as np
 
 from consa import rules
 from consa.allocation import Allocation
-from consa.config import ChoiceConfig, EvalConfig, SweepConfig
+from consa.config import ChoiceConfig, EvalConfig, SweepConfig, at_once
 from consa.errors import ConsaError, first_line
 from consa.methods import METHODS, Method
 from consa.methods.problem import Problem
@@ -117,7 +117,7 @@ def choices(config: SweepConfig, measured: EvalConfig) -> Iterator[Choice]:
                 window=measured.window,
                 num_sink_tokens=measured.num_sink_tokens,
                 seed=seed,
-                micro_batch=config.micro_batch or 1,
+                micro_batch=at_once(config.micro_batch),
             )
             yield Choice(method=method, config=asked)
 

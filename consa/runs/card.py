@@ -51,7 +51,7 @@ def write(folder: Path, model: str, *, allocation: str | None = None, repo: str 
 
 # {name} with full and sliding-window attention
 
-{_summary(kept, name)}
+{_summary(kept, name)} {_dtype(folder)}
 {"" if licence else LICENCE_UNKNOWN}
 ```text
 {picture.characters(kept)}
@@ -105,8 +105,14 @@ def _summary(kept: Allocation, name: str) -> str:
     return (
         f"{kept.sparsity:.1%} of the {unit} of {name} use a sliding window of {kept.window} tokens and"
         f" {kept.num_sink_tokens} sink tokens; the others keep full attention. With {CONTEXT} tokens, the KV cache"
-        f" takes {taken / full:.1%} of what the base model's takes.\n"
+        f" takes {taken / full:.1%} of what the base model's takes."
     )
+
+
+def _dtype(folder: Path) -> str:
+    config = read_json(folder / "config.json", max_bytes=MAX_BYTES)
+    dtype = config.get("dtype", config.get("torch_dtype"))  # the name before transformers 5
+    return f"The weights are {dtype}.\n"
 
 
 def _loading(kind: str, repo: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from consa.allocation import Allocation
-from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig
+from consa.config import AdaptConfig, EvalConfig, LearnConfig, RunConfig, at_once
 from consa.evaluation import harness
 from consa.evaluation.suite import Suite, file_of, named, start_of
 from consa.evaluation.table import Table
@@ -86,7 +86,7 @@ def as_measured(config: LearnConfig | AdaptConfig, limits: LearnConfig | Allocat
         granularity=limits.granularity,
         window=limits.window,
         num_sink_tokens=limits.num_sink_tokens,
-        batch_size=config.micro_batch,
+        batch_size=at_once(config.micro_batch),
     )
 
 

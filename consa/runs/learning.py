@@ -111,7 +111,7 @@ def _measure(suite: Suite, result: LearnResult, config: LearnConfig, sparsity: f
     """The table and its results, with the losses of sampled gates if gates were learned."""
     learned, loaded, tokens = result.allocation, suite.loaded, suite.heldout.tokens
     allocations = suite.with_ends(_rules(loaded, config, sparsity) | {LEARNED: learned})
-    gates = sampled(loaded, tokens, learned, start=suite.start, batch_size=config.micro_batch)
+    gates = sampled(loaded, tokens, learned, start=suite.start, batch_size=suite.config.batch_size)
     results = suite.measure(
         allocations,
         also={LEARNED: gates} if result.history else None,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,18 @@ import numpy as np
 
 from consa import rules
 from consa.allocation import Allocation
-from consa.config import EvalConfig, RunConfig, SweepConfig
+from consa.config import EvalConfig, LearnConfig, RunConfig, SweepConfig, at_once
 from consa.errors import ConsaError
+from consa.evaluation.suite import Suite
 from consa.evaluation.table import Line, Table, csv_of, number
-from consa.files import png, write_files, write_json
+from consa.files import png, read_json, write_files, write_json
 from consa.methods.choice import Choice, choices, make
 from consa.model.load import LoadedModel, read_layout
 from consa.progress import progress
 from consa.runs import evaluation, inputs
-from consa.runs.folder import CONFIG, Settings, check_same, claimed
+from consa.runs.folder import CONFIG, MAX_CONFIG_BYTES, Settings, check_same, claimed
+from consa.training.learning import learn
+from consa.training.loop import is_automatic
 
 # Columns of frontier.csv: attributes of a point.
 COLUMNS = (*("method", "granularity", "sparsity", "seeds"), *("cache", "recovered", "spread", "retrieved", "seconds"))
@@ -150,8 +154,13 @@ def sweep(
         choice.method.check(layout, choice.config)
     settings = {"run": asdict(where), "sweep": asdict(config), "eval": asdict(measured), "command": command}
     with claimed(folder):
-        check_same(folder, settings, _decisive, kind="sweep")
+        is_given = isinstance(config.micro_batch, int)
+        check_same(folder, settings, partial(_decisive, with_micro_batch=is_given), kind="sweep")
         suite = evaluation.suite_for(where, measured, folder, start=start)
+        if not is_given:
+            config = replace(config, micro_batch=_recorded_micro_batch(folder) or _fitting_micro_batch(suite, config))
+            settings["sweep"] = asdict(config)
+            wanted = list(choices(config, measured))
         write_json(folder / CONFIG, settings)
         allocations = _choose(wanted, suite.loaded, where, measured.seq_len, folder)
         table = suite.evaluate(allocations, settings)
@@ -159,11 +168,36 @@ def sweep(
         return frontier, frontier.write(folder)
 
 
-def _decisive(settings: Settings) -> Settings:
+def _decisive(settings: Settings, *, with_micro_batch: bool) -> Settings:
     """The settings that all allocations of a folder have in common."""
-    free = {"run": ("num_heldout", "start"), "sweep": ("sparsity", "granularity", "methods", "seeds")}
+    asked = ("sparsity", "granularity", "methods", "seeds", *(() if with_micro_batch else ("micro_batch",)))
+    free = {"run": ("num_heldout", "start"), "sweep": asked}
     fixed = {part: {k: v for k, v in settings[part].items() if k not in left} for part, left in free.items()}
     return fixed | {"eval": {name: settings["eval"][name] for name in ("seq_len", "window", "num_sink_tokens")}}
+
+
+def _recorded_micro_batch(folder: Path) -> int | None:
+    """The number with which a sweep in this folder has begun."""
+    path = folder / CONFIG
+    return read_json(path, max_bytes=MAX_CONFIG_BYTES)["sweep"]["micro_batch"] if path.exists() else None
+
+
+def _fitting_micro_batch(suite: Suite, config: SweepConfig) -> int:
+    """The number that one step of learning on the held-out text ends up with; other methods need no more memory."""
+    if not is_automatic(config.micro_batch, suite.loaded.model.device):
+        return at_once(config.micro_batch)
+    measured = suite.config
+    step = LearnConfig(
+        num_steps=1,
+        refine_evaluations=0,
+        sequences_per_step=config.sequences_per_step or LearnConfig.sequences_per_step,
+        micro_batch=config.micro_batch,
+        compile=config.compile,
+        window=measured.window,
+        num_sink_tokens=measured.num_sink_tokens,
+    )
+    history = learn(suite.loaded.model, suite.heldout.tokens, step).history
+    return int(history[0]["micro_batch"]) if history else 1
 
 
 def _choose(

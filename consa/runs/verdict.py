@@ -71,25 +71,35 @@ def advice(summary: Summary) -> list[str]:
     """What to change about an undecided or unlucky run, one sentence a line; empty for a clear success."""
     if summary.get("fractional") is None:  # nothing was learned, so nothing can be learned better
         return []
+    if summary["command"].startswith("consa demo"):  # which has none of the options
+        return []
     steps, lines = summary["learn"]["num_steps"], []
-    longer = f"--num-steps {2 * steps}"
+    longer, elsewhere = f"--num-steps {2 * steps}", "another --out"
     if (share := summary["fractional"]) and share > MAX_FRACTIONAL:
-        lines.append(f"Undecided: {share:.0%} of the gates are neither open nor closed. Try {longer}.")
+        lines.append(f"Undecided: {share:.0%} of the gates are neither open nor closed. Try {longer} with {elsewhere}.")
     if (margin := summary.get("margin")) is not None and 0 <= margin < MIN_MARGIN:  # below 0: refined
         lines.append(
             f"Not separated: the last FA unit and the first SWA unit are {margin:.2f} of log_alpha apart, and another"
-            f" --seed may choose others. Try {longer}."
+            f" --seed may choose others. Try {longer} with {elsewhere}."
         )
     gain = _gain(compared) if (compared := summary.get("best_rule")) else None
     if gain and not (gain.low > 0 or gain.high < 0):
-        lines.append(
-            "Too little text to tell which is better. Try --num-heldout"
-            f" {4 * summary['heldout_sequences']}, with --heldout-data if --data holds too few documents."
-        )
+        if summary["heldout_documents"] == 1:
+            more = (
+                "one document gives no interval. Try several, for example chapters in files of their own, as"
+                f" --heldout-data, without them in --data, and {elsewhere}"
+            )
+        elif summary["heldout_sequences"] < summary["run"]["num_heldout"]:
+            more = f"all held-out sequences were measured. Try more --data or --heldout-data with {elsewhere}"
+        else:
+            more = (
+                f"try the same command with --num-heldout {4 * summary['heldout_sequences']}, which learns nothing anew"
+            )
+        lines.append(f"Too little text to tell which is better: {more}.")
     if gain and gain.high < 0:
         lines.append(
             f"A rule is better here. Try {longer}, a longer --seq-len (it is {summary['seq_len'] // summary['window']}"
-            " windows long now), or more --data that is like the model's task."
+            f" windows long now), or more --data that is like the model's task, with {elsewhere}."
         )
     return lines
 

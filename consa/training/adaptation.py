@@ -52,7 +52,8 @@ def adapt(
         objective: what is minimised; by default a `Mixture` with the config's factors.
 
     Returns:
-        One record per step: step, loss and its parts, learning_rate, grad_norm, and what `evaluate` returned.
+        One record per step: step, loss and its parts, learning_rate, grad_norm, micro_batch, and what `evaluate`
+        returned.
 
     Raises:
         ConsaError: unusable settings or text, a loss that is not finite, or a folder that cannot be written.
@@ -114,6 +115,9 @@ class _Adaptation(loop.Training):
         done = step + 1
         due = done % self.config.evaluate_every == 0 or done == self.config.num_steps
         return self.measure(self.model) if self.measure and due else {}
+
+    def discard(self) -> None:
+        self.weights.discard()
 
     def tensors(self) -> dict[str, Tensor]:
         return self.weights.tensors()

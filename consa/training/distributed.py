@@ -21,6 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from consa.config import MicroBatch, at_once
 from consa.errors import ConsaError
 from consa.model.layout import decoder_layers
 
@@ -61,14 +62,28 @@ def group(device: str | None = None) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+_alone = False  # whether the block of `alone` runs
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the block this process computes as if it were the only one, and waits for no other."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
 def rank() -> int:
     """This process's number."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def world_size() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def is_main() -> bool:
@@ -82,11 +97,11 @@ def share(count: int) -> slice:
     return slice(rank() * each, (rank() + 1) * each)
 
 
-def check_divides(sequences_per_step: int, micro_batch: int) -> None:
+def check_divides(sequences_per_step: int, micro_batch: MicroBatch) -> None:
     """Raise ConsaError unless every process gets as many whole micro-batches of a step's sequences."""
-    if sequences_per_step % (world_size() * micro_batch):
+    if sequences_per_step % (world_size() * at_once(micro_batch)):
         raise ConsaError(
-            f"sequences_per_step must be a multiple of {world_size()} processes x micro_batch {micro_batch},"
+            f"sequences_per_step must be a multiple of {world_size()} processes x micro_batch {at_once(micro_batch)},"
             f" got {sequences_per_step}; start fewer processes or take more sequences"
         )
 

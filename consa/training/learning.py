@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from consa import rules
 from consa.allocation import Allocation, Granularity, num_full_units, num_full_units_within
-from consa.config import ChoiceConfig, LearnConfig
+from consa.config import ChoiceConfig, LearnConfig, at_once
 from consa.constraints import choose
 from consa.errors import ConsaError
 from consa.model import loss
@@ -41,7 +41,7 @@ class LearnResult:
     """What `learn` returns: the decision, exact at the target, and a record per step."""
 
     allocation: Allocation  # decided by the averaged log_alpha, its scores, but for exchanges by the refinement
-    history: list[loop.Record]  # step, loss, expected_sparsity, target, multiplier, fractional
+    history: list[loop.Record]  # step, loss, expected_sparsity, target, multiplier, fractional, micro_batch
 
 
 def learn(
@@ -106,7 +106,7 @@ def learn(
             allocation,
             following,
             max_evaluations=config.refine_evaluations,
-            batch_size=config.micro_batch,
+            batch_size=at_once(learning.config.micro_batch),
             constraint=config.constraint,
             on_exchange=on_exchange,
         )
@@ -259,6 +259,11 @@ class _Learning(loop.Training):
             "fractional": gates.fractional_share(self.log_alpha.detach()),
             **joint,
         }
+
+    def discard(self) -> None:
+        self.log_alpha.grad = None
+        if self.weights:
+            self.weights.discard()
 
     def tensors(self) -> dict[str, Tensor]:
         state = {"log_alpha": self.log_alpha, "score_sum": self.score_sum, **self.constraint.tensors()}

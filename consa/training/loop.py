@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
-from consa.config import AdaptConfig, LearnConfig, check_window
+from consa.config import AdaptConfig, LearnConfig, MicroBatch, at_once, check_window
 from consa.errors import ConsaError, first_line
 from consa.files import read_sealed, read_text, write_atomically, write_sealed
 from consa.model.layout import decoder_layers
@@ -93,7 +93,15 @@ def _digest(lines: list[str]) -> str:
 
 
 class Training(Protocol):
-    """What is trained, and how; `train` runs its steps."""
+    """What is trained, and how; `train` runs its steps.
+
+    Attributes:
+        model: that computes.
+        config: the run's settings; `train` puts a number in the place of an automatic micro_batch.
+    """
+
+    model: PreTrainedModel
+    config: Any
 
     def accumulate(self, step: int) -> Record:
         """Add up the gradients of a step, counted from 0; returns its loss and the parts of it."""
@@ -106,6 +114,10 @@ class Training(Protocol):
     def evaluate(self, step: int) -> Record:
         """What is measured after a step, to join its record."""
         return {}
+
+    def discard(self) -> None:
+        """Forget the gradients that `accumulate` has added up."""
+        ...
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state by name; the main process gets all of it, and every process must call it."""
@@ -146,12 +158,15 @@ def train(
         if distributed.is_main():
             note(f"Resuming after step {start} of {config.num_steps}")
     distributed.check_same(start, "the step to continue from (is --out a folder that all of them see?)")
+    begun = history[0].get("micro_batch") if history else None
+    micro_batch = int(begun or fitting_micro_batch(training, config))
+    training.config = replace(training.config, micro_batch=micro_batch)
     with _finishing_steps() if checkpoint else nullcontext(lambda: False) as is_interrupted:
         for step in range(start, config.num_steps):
             began, done = time.perf_counter(), step + 1
             losses = training.accumulate(step)
             _check_finite({"step": done} | losses, config, checkpoint)
-            record = training.update(step, losses)
+            record = training.update(step, losses) | {"micro_batch": micro_batch}
             speed = config.sequences_per_step * seq_len / (time.perf_counter() - began)
             record |= training.evaluate(step)
             _check_finite(record, config, checkpoint)
@@ -164,6 +179,47 @@ def train(
             if stop:
                 raise KeyboardInterrupt
     return history
+
+
+def fitting_micro_batch(training: Training, config: LearnConfig | AdaptConfig) -> int:
+    """The micro_batch of the config, or if it is automatic the largest whose step fits in memory on every process.
+
+    That is found by trying powers of two that divide a process's sequences of a step, the largest first. Layers that
+    are sharded cannot be tried by one process alone, and take 1. How many sequences are computed at once can change the
+    last bits of a result.
+    """
+    sharded = config.parallel == "fsdp" and distributed.world_size() > 1
+    if sharded or not is_automatic(config.micro_batch, training.model.device):
+        return at_once(config.micro_batch)
+    own = config.sequences_per_step // distributed.world_size()
+    size = own & -own  # the largest power of two that divides it
+    while size > 1 and not _fits(training, size):
+        size //= 2
+    smallest = int(distributed.all_gather(torch.tensor([size])).min())
+    if distributed.is_main():
+        note(f"Computing {smallest} sequences at once, the most that fit in memory")
+    return smallest
+
+
+def is_automatic(micro_batch: MicroBatch, device: torch.device) -> bool:
+    """Whether the number of sequences computed at once is found by trying: where that is asked for, and on a GPU."""
+    return micro_batch == "auto" or (micro_batch is None and device.type == "cuda")
+
+
+def _fits(training: Training, size: int) -> bool:
+    """Whether the gradients of `size` sequences at once fit in memory."""
+    config = training.config
+    training.config = replace(config, sequences_per_step=size, micro_batch=size)
+    try:
+        with distributed.alone():
+            training.accumulate(0)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        training.config = config
+        training.discard()
+        torch.cuda.empty_cache()
+    return True
 
 
 @contextmanager

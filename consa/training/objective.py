@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from consa.config import AdaptConfig, LearnConfig
+from consa.config import AdaptConfig, LearnConfig, at_once
 from consa.model import loss
 from consa.model.plan import Plan
 from consa.training import distributed
@@ -98,7 +98,8 @@ class Objective:
         """
         first = step * config.sequences_per_step
         places = range(first, first + config.sequences_per_step)
-        return self.drawn(sequences, config.seed, places[distributed.share(len(places))]).split(config.micro_batch)
+        own = self.drawn(sequences, config.seed, places[distributed.share(len(places))])
+        return own.split(at_once(config.micro_batch))
 
     def drawn(self, sequences: np.ndarray, seed: int, places: range) -> Batch:
         """The sequences at some places of a run's stream, which the steps and then the refinement use up.

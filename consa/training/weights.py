@@ -30,6 +30,10 @@ class Weights:
         groups = [{"params": kind} for kind in kinds if kind]  # one call cannot update both kinds
         # Fused: otherwise an update holds several copies of the weights.
         self.optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0, fused=True)
+        for master in self.masters.values():  # now, so that what fits in memory at the first step fits later
+            step = torch.zeros((), dtype=torch.float32, device=master.device)
+            averages = {slot: torch.zeros_like(master) for slot in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[master] = {"step": step, **averages}
 
     def __enter__(self) -> Weights:
         for name, parameter in self.parameters.items():
@@ -62,6 +66,11 @@ class Weights:
         self.optimizer.zero_grad()
         self._refresh()
         return float(norm)
+
+    def discard(self) -> None:
+        """Forget all gradients, also those of parameters that a failed backward pass has not moved to masters."""
+        for tensor in (*self.masters.values(), *self.parameters.values()):
+            tensor.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Masters and the optimizer's state by name, whole; every process must call it, the main one gets them."""

@@ -87,7 +87,7 @@ def test_convert(
     file = allocations / f"{allocation}.json"
     result = consa_cli("convert", tiny_model_folder, "--allocation", file, "--out", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
-    assert result.stdout.startswith(f"{tmp_path / 'out'}: {kind} checkpoint (")
+    assert result.stdout.startswith(f"{tmp_path / 'out'}: {kind} checkpoint in float32 (")
     assert ("Window of each layer: [" in result.stdout) == (kind == "plain")
     assert verify(tmp_path / "out") == (kind, Allocation.load(file))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

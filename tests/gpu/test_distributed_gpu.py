@@ -12,9 +12,9 @@ from tests.compare import assert_close
 from tests.training.distributed_job import job, launch, results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
-ADAPT = {"num_steps": 4, "sequences_per_step": 4, "learning_rate": 3e-3, "checkpoint_every": 2}
+ADAPT = {"num_steps": 4, "sequences_per_step": 4, "learning_rate": 3e-3, "checkpoint_every": 2, "micro_batch": 1}
 LEARN = {"sparsity": 0.5, "window": 3, "num_sink_tokens": 1, "num_steps": 8, "sequences_per_step": 4}
-LEARN |= {"gate_lr": 0.5, "refine_evaluations": 4, "refine_sequences": 3, "checkpoint_every": 2}
+LEARN |= {"gate_lr": 0.5, "refine_evaluations": 4, "refine_sequences": 3, "checkpoint_every": 2, "micro_batch": 1}
 JOBS: dict[str, dict[str, Any]] = {
     "frozen": {"verb": "learn", "settings": LEARN, "dtype": "bfloat16"},
     "layers": {"verb": "learn", "settings": LEARN | {"granularity": "layer", "micro_batch": 2}},

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from consa.config import AdaptConfig, LearnConfig, RunConfig
+from consa.config import AdaptConfig, LearnConfig, RunConfig, at_once
 from consa.model.layout import attention_layout
 from consa.model.load import load_model
 from consa.training.learning import target_units, units_of
@@ -31,7 +31,7 @@ def test_settings(name: str):
     assert isinstance(recipe.LEARN, LearnConfig) and isinstance(recipe.ADAPT, AdaptConfig)
     assert recipe.RUN.start_for(recipe.LEARN) < recipe.LEARN.seq_len == recipe.ADAPT.seq_len
     for config in (recipe.LEARN, recipe.ADAPT):
-        assert config.sequences_per_step % (8 * config.micro_batch) == 0
+        assert config.sequences_per_step % (8 * at_once(config.micro_batch)) == 0
         assert config.gradient_checkpointing, "the page counts on it"
     layout = attention_layout(costs.skeleton(recipe.SHAPE))
     units = units_of(layout, recipe.LEARN.granularity)

@@ -35,7 +35,8 @@ def summary(gain: Estimate | None, *, fractional: float | None = 0.0, margin: fl
         "best_rule": None if gain is None else {"rule": "sandwich", "gain": ends},
         "learn": {"mode": "frozen", "num_steps": 200},
         **{"fractional": fractional, "margin": margin, "model": {"model": "a/model"}},
-        **{"heldout_sequences": 16, "seq_len": 1024, "window": 128},
+        **{"heldout_sequences": 16, "heldout_documents": 9, "seq_len": 1024, "window": 128},
+        **{"run": {"num_heldout": 16}, "command": "consa learn a/model"},
         **more,
     }
 
@@ -80,7 +81,24 @@ def test_needles_are_named_where_they_were_measured():
 def test_a_poor_run_says_what_to_change(given: Any, starts: list[str]):
     lines = advice(given)
     assert [line.startswith(start) for line, start in zip(lines, starts, strict=True)] == [True] * len(starts)
-    assert all("Try --" in line or "Try a" in line for line in lines)
+    assert all("with another --out" in line for line in lines if "--num-steps" in line), "this run's folder is taken"
+
+
+@pytest.mark.parametrize(
+    ("given", "words", "not_words"),
+    [
+        (summary(UNCLEAR), ["--num-heldout 64"], ["--out"]),  # which a finished run may change
+        (summary(UNCLEAR, heldout_sequences=9), ["all held-out", "--heldout-data", "another --out"], ["--num-heldout"]),
+        (summary(NO_INTERVAL, heldout_documents=1), ["one document", "--heldout-data"], ["--num-heldout"]),
+    ],
+)
+def test_more_text_is_asked_for_where_it_helps(given: Any, words: list[str], not_words: list[str]):
+    (line,) = advice(given)
+    assert all(word in line for word in words) and not any(word in line for word in not_words)
+
+
+def test_the_demo_has_nothing_to_change():
+    assert advice(summary(BAD, fractional=0.5, command="consa demo --seed 0")) == []
 
 
 def test_the_best_rule_is_compared_sequence_by_sequence():

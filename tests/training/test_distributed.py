@@ -53,7 +53,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, (verb, settings) in JOBS.items()
         if name != COMPILED or COMPILES
     ]
-    done = launch(*jobs, {**BFLOAT16, "out": str(folder / "bfloat16")})
+    auto = {"verb": "adapt", "settings": ADAPT | {"micro_batch": "auto"}, "out": str(folder / "auto")}
+    done = launch(*jobs, {**BFLOAT16, "out": str(folder / "bfloat16")}, auto)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -76,6 +77,14 @@ def test_two_processes_do_what_one_does(name: str, two: Path, tmp_path: Path):
     assert_alike(found, wanted, verb)
     if name in ("frozen", "layers"):
         assert found[0] == wanted[0], "gates alone: the same bits"
+
+
+def test_each_tries_its_own_sequences(two: Path, tmp_path: Path):
+    job("adapt", ADAPT, str(tmp_path / "one"))
+    found, wanted = results(two / "auto"), results(tmp_path / "one")
+    for record, other in zip(found[0]["history"], wanted[0]["history"], strict=True):
+        assert record.pop("micro_batch") == ADAPT["sequences_per_step"] // 2 > other.pop("micro_batch") == 1
+    assert_alike(found, wanted, "adapt")
 
 
 def test_sharded_bfloat16_trains_float32_masters(two: Path, tmp_path: Path):
