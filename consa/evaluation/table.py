@@ -112,9 +112,12 @@ class Table:
     def sections(self) -> Iterator[Section]:
         """The parts of the table for the terminal."""
         dense, section = self.lines[0], self.section
+        difference = "with 95 % confidence intervals of the difference to dense"
+        if math.isnan(dense.difference.low):
+            difference = "and the difference to dense, without confidence intervals because the text is one document"
         yield section(
-            f"Held-out loss (nats) from position {self.start} on, with 95 % confidence intervals of the difference to"
-            f" dense; KV cache with {self.cache_tokens} tokens, as a share of the dense model's",
+            f"Held-out loss (nats) from position {self.start} on, {difference}; KV cache with {self.cache_tokens} tokens,"
+            " as a share of the dense model's",
             ["sparsity", "cache", "loss", "to dense", "recovered"],
             lambda line: [
                 f"{line.sparsity:.4f}",
