@@ -116,8 +116,8 @@ class Table:
         if math.isnan(dense.difference.low):
             difference = "and the difference to dense, without confidence intervals because the text is one document"
         yield section(
-            f"Held-out loss (nats) from position {self.start} on, {difference}; KV cache with {self.cache_tokens} tokens,"
-            " as a share of the dense model's",
+            f"Held-out loss (nats) from position {self.start} on, {difference}; KV cache with {self.cache_tokens}"
+            " tokens, as a share of the dense model's",
             ["sparsity", "cache", "loss", "to dense", "recovered"],
             lambda line: [
                 f"{line.sparsity:.4f}",

@@ -103,7 +103,7 @@ class Display(ExitStack):
             board.write(record)
 
     def on_exchange(self, budget: int, exchange: Exchange) -> None:
-        """Show an evaluation of the refinement, which makes at most `budget` of them; `change` is against the best so far."""
+        """Show an evaluation of the refinement, which makes at most `budget` of them."""
         alone = None in (exchange.closed, exchange.opened)
         tried = "one unit tried alone" if alone else f"exchange {'kept' if exchange.accepted else 'undone'}"
         text = f"loss {exchange.change:+.5f}, {tried}"
