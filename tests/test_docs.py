@@ -241,6 +241,8 @@ def test_blocks_run(path: Path, folder: Path, servers: list[Any]):
 def test_options_in_the_text_exist(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("hybrid", "plain"):  # a command refuses a folder that does not exist
         (tmp_path / name).mkdir()
+    (tmp_path / "runs/qwen").mkdir(parents=True)
+    (tmp_path / "runs/qwen/config.json").write_text("{}")  # of --config
     monkeypatch.chdir(tmp_path)
     if path.name in RECORDS:
         pytest.skip("a record")

@@ -94,7 +94,8 @@ def convert(
     print(f"{written.folder}: {written.kind} checkpoint in {str(loaded.model.dtype)[6:]} ({written.reason})")
     if written.kind == "plain":
         print(f"Window of each layer: {spelling.window_of_layers(allocated, max_positions(loaded.model.config))}")
-    print(card.write(out, loaded.identity["model"], allocation=str(allocation), repo=push_to_hub or "OWNER/NAME"))
+    model_card = card.write(out, loaded.identity["model"], allocation=str(allocation), repo=push_to_hub or "OWNER/NAME")
+    print(f"Model card: {model_card}")
     if push_to_hub is None:
         print(f"To share it: {shlex.join(['hf', 'upload', 'OWNER/NAME', str(out)])}")
     else:

@@ -105,6 +105,11 @@ class Table:
         """The line of that name."""
         return {line.name: line for line in self.lines}[name]
 
+    @property
+    def has_intervals(self) -> bool:
+        """Whether there are confidence intervals, which takes text of several documents."""
+        return not math.isnan(self.lines[0].difference.low)
+
     def section(self, title: str, columns: list[str], row: Callable[[Line], list[str]]) -> Section:
         """A part with a row for each allocation."""
         return Section(title, ["allocation", *columns], [[line.name, *row(line)] for line in self.lines])
@@ -112,9 +117,12 @@ class Table:
     def sections(self) -> Iterator[Section]:
         """The parts of the table for the terminal."""
         dense, section = self.lines[0], self.section
+        difference = "with 95 % confidence intervals of the difference to dense"
+        if not self.has_intervals:
+            difference = "and the difference to dense, without confidence intervals because the text is one document"
         yield section(
-            f"Held-out loss (nats) from position {self.start} on, with 95 % confidence intervals of the difference to"
-            f" dense; KV cache with {self.cache_tokens} tokens, as a share of the dense model's",
+            f"Held-out loss (nats) from position {self.start} on, {difference}; KV cache with {self.cache_tokens}"
+            " tokens, as a share of the dense model's",
             ["sparsity", "cache", "loss", "to dense", "recovered"],
             lambda line: [
                 f"{line.sparsity:.4f}",
@@ -127,7 +135,7 @@ class Table:
         yield section(
             "Loss above the dense model's (nats), by first position",
             [str(first) for first in dense.by_position],
-            lambda line: [f"{estimate.mean:.4f}" for estimate in line.differences_by_position.values()],
+            lambda line: [f"{estimate.mean:z.4f}" for estimate in line.differences_by_position.values()],
         )
         if dense.by_domain:
             yield section(

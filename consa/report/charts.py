@@ -203,21 +203,18 @@ def curves(name: str, data: str, *, adapted: bool) -> list[Chart]:
     ]
 
 
-def loss_by_cache(name: str, data: str, tokens: int) -> Chart:
+def loss_by_cache(name: str, data: str, tokens: int, *, intervals: bool) -> Chart:
     """Loss above the dense model's over the KV cache; rows are of `frontier`."""
     x = _amount("cache", "KV cache, bytes") | {"axis": {"format": "~s", "tickCount": 4}}
-    y, interval = _amount("rise", "nats above dense"), {"type": "rule", "strokeWidth": 2}
+    y, interval = _amount("rise", "nats above dense"), {"type": "rule", "strokeWidth": 2} if intervals else None
     return _lines(f"{name}-frontier", data, f"Loss against KV cache at {tokens:,} tokens", x, y, interval=interval)
 
 
-def by_position(name: str, data: str) -> Chart:
+def by_position(name: str, data: str, *, intervals: bool) -> Chart:
     """Loss above the dense model's, by position; rows are of `positions`."""
-    title = "Loss above the dense model's, by position (95 % intervals)"
-    x, y, interval = (
-        _places("from", "from position"),
-        _amount("rise", "nats above dense"),
-        {"type": "area", "opacity": 0.15},
-    )
+    title = "Loss above the dense model's, by position" + (" (95 % intervals)" if intervals else "")
+    x, y = _places("from", "from position"), _amount("rise", "nats above dense")
+    interval = {"type": "area", "opacity": 0.15} if intervals else None
     return _lines(f"{name}-by-position", data, title, x, y, interval=interval)
 
 

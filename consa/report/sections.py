@@ -93,7 +93,7 @@ class Sections:
             elif view["made"]:
                 view["verdict"] = verdict(view["made"], next((o for o in table.lines if o.name == best), None))
             data = self._add_data(f"frontier {index}", charts.frontier(table.lines, best))
-            chart = charts.loss_by_cache(self.files[index], data, table.cache_tokens)
+            chart = charts.loss_by_cache(self.files[index], data, table.cache_tokens, intervals=table.has_intervals)
             view["first"].append(self._add_chart(chart))
             view["measured"] = self._measured(index, run.measured, best, run.summary, "", "")
             view["evaluation"] = self._measured(index, run.evaluation, best, None, "evaluated ", "-eval")
@@ -139,7 +139,8 @@ class Sections:
             return None
         lines, name, counts = table.lines, self.files[index] + file, summary or table.how
         rises = self._add_data(f"{data}positions {index}", charts.positions(lines, best))
-        part: JsonObject = {"rise": self._add_chart(charts.by_position(name, rises)), "retrieval": []}
+        rise = charts.by_position(name, rises, intervals=table.has_intervals)
+        part: JsonObject = {"rise": self._add_chart(rise), "retrieval": [], "intervals": table.has_intervals}
         part["colours"] = charts.colours(lines, best)
         fields = ("heldout_sequences", "seq_len", "heldout_documents")
         part["counts"] = {field: counts[field] for field in fields} if "seq_len" in counts else None
@@ -207,7 +208,9 @@ class Sections:
             tables = [table for table in tables if table.cache_tokens == tables[0].cache_tokens]
             if len(tables) > 1:
                 losses = self._add_data(f"frontiers {number}", charts.frontiers(tables))
-                shown.append(charts.loss_by_cache(f"runs-{number}", losses, tables[0].cache_tokens))
+                intervals = any(table.has_intervals for table in tables)
+                chart = charts.loss_by_cache(f"runs-{number}", losses, tables[0].cache_tokens, intervals=intervals)
+                shown.append(chart)
             models = ", ".join(dict.fromkeys(run.model for run in runs if run.model))
             yield models, [self._add_chart(chart) for chart in shown], matrix
 

@@ -104,8 +104,9 @@ class Display(ExitStack):
 
     def on_exchange(self, budget: int, exchange: Exchange) -> None:
         """Show an evaluation of the refinement, which makes at most `budget` of them."""
-        kind = "probe" if None in (exchange.closed, exchange.opened) else "exchange"
-        text = f"loss {exchange.change:+.5f}: {kind} {'kept' if exchange.accepted else 'dropped'}"
+        alone = None in (exchange.closed, exchange.opened)
+        tried = "one unit tried alone" if alone else f"exchange {'kept' if exchange.accepted else 'undone'}"
+        text = f"loss {exchange.change:+.5f}, {tried}"
         self._show("Refining", budget, exchange.evaluations, text)
 
     def _show(self, title: str, total: int, done: int, text: str) -> None:

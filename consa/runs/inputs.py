@@ -71,6 +71,6 @@ def _read(where: RunConfig, source: str, split: Split, seq_len: int, loaded: Loa
         )
     if distributed.is_main():
         count, documents, unused = len(found.tokens), found.num_documents, found.num_skipped
-        text = f"Found {count:,} sequences of {seq_len:,} tokens in {documents:,} documents"
+        text = f"Found {count:,} sequences of {seq_len:,} tokens in {documents:,} document{'s' * (documents != 1)}"
         note(text + (f", {unused:,} of them too short or not text" if unused else ""))
     return found

@@ -184,7 +184,7 @@ def _measured(summary: Summary, title: str) -> str:
 
 Granularity {summary["granularity"]}, window {summary["window"]}, {summary["num_sink_tokens"]} sink tokens, \
 seed {summary["seed"]}. Measured on {summary["heldout_sequences"]} held-out sequences of {summary["seq_len"]} tokens \
-from {summary["heldout_documents"]} documents.
+from {summary["heldout_documents"]} document{"s" * (summary["heldout_documents"] != 1)}.
 
 ## Loss on held-out text
 

@@ -57,8 +57,10 @@ def verdict(summary: Summary) -> str:
             lost = Estimate(-gain.mean, -gain.high, -gain.low)
             outcome = f"Does not beat {rule}, whose loss is {lost} nats lower"
         elif math.isnan(gain.low):
+            better = "lower" if gain.mean > 0 else "higher"
             outcome = (
-                f"Differs from {rule} by {gain} nats (positive is better), on one document and so without interval"
+                f"The loss is {abs(gain.mean):.3f} nats {better} than that of {rule}; all held-out text is of one"
+                " document, so there is no confidence interval"
             )
         else:
             outcome = f"Does not clearly beat {rule}: the difference is {gain} nats (positive is better)"

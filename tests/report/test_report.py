@@ -48,6 +48,27 @@ def test_a_page_shows_every_piece(tmp_path: Path):
     assert units["decision"].count("FA") == 6
 
 
+def test_intervals_are_promised_only_where_there_are_some(tmp_path: Path):
+    folder = make_run(tmp_path / "run")
+    _, seen = make_page([folder], tmp_path / "report.html")
+    assert "(95 % intervals)" in seen.text and "from 2 documents. Intervals are" in seen.text
+    for name in ("summary.json", "eval.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(re.sub(r'"(low|high)": [-\d.e]+', r'"\1": null', text))
+    summary = json.loads((folder / "summary.json").read_text()) | {"heldout_documents": 1}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    _, seen = make_page([folder], tmp_path / "report.html")
+    assert "(95 % intervals)" not in seen.text and "Intervals are" not in seen.text
+    assert "from 1 document." in seen.text
+    drawn = [chart["spec"] for chart in json.loads(seen.scripts[0])["charts"]]
+    assert not any(
+        layer["mark"].get("type") in ("rule", "area")
+        for spec in drawn
+        for layer in spec.get("layer", [])
+        if "y2" in layer.get("encoding", {})
+    )
+
+
 def test_texts_of_a_run_are_shown_and_never_executed(tmp_path: Path):
     hostile = HOSTILE.replace("/", "")
     folders = [make_run(tmp_path / hostile, name=HOSTILE), make_run(tmp_path / "run", name=HOSTILE, sparsity=0.75)]

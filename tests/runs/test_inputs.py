@@ -37,3 +37,9 @@ def test_all_of_the_text_is_learned_on_only_if_other_text_is_measured_on(where: 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_model_computes_in_the_dtype_asked_for(dtype: Any, where: RunConfig):
     assert inputs.load(replace(where, dtype=dtype)).model.dtype == getattr(torch, dtype)
+
+
+def test_one_document_is_named_in_the_singular(where: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "one.txt").write_text("a word and another one, " * 400)
+    inputs.training_text(replace(where, data=str(tmp_path / "one.txt")), 96, load_model(where.model, device="cpu"))
+    assert "tokens in 1 document\n" in capsys.readouterr().err

@@ -51,7 +51,8 @@ NO_INTERVAL = Estimate(0.2, math.nan, math.nan)
         (GOOD, "Beats the best rule (sandwich) by 0.200 [0.100, 0.300] nats; "),
         (UNCLEAR, "Does not clearly beat the best rule (sandwich): the difference is 0.010 [-0.100, 0.100] nats"),
         (BAD, "Does not beat the best rule (sandwich), whose loss is 0.200 [0.100, 0.300] nats lower; "),
-        (NO_INTERVAL, "Differs from the best rule (sandwich) by 0.200 nats (positive is better), on one document"),
+        (Estimate(-0.2, math.nan, math.nan), "The loss is 0.200 nats higher than that of the best rule (sandwich); "),
+        (NO_INTERVAL, "The loss is 0.200 nats lower than that of the best rule (sandwich); all held-out text"),
         (None, "no rule was measured; "),
     ],
 )
