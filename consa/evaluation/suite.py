@@ -21,7 +21,7 @@ from consa.evaluation import answers, harness, losses
 from consa.evaluation.cells import Cell, Measure, Results, run_cells
 from consa.evaluation.intervals import Estimate, bootstrap
 from consa.evaluation.losses import LOSSES, recovered
-from consa.evaluation.table import Line, Table
+from consa.evaluation.table import NOTHING, Line, Table
 from consa.model.layout import AttentionLayout, check_fits
 from consa.model.load import LoadedModel, read_layout, read_type
 from consa.provenance import environment, versions
@@ -214,8 +214,10 @@ class Suite:
             return bootstrap(values[chosen], documents[chosen], seed=config.seed)
 
         dense = measured[DENSE]
+        given = [name for name, allocation in allocations.items() if allocation and allocation.full_attention.any()]
         for name, allocation in allocations.items():
             own = measured[name]
+            compared = not made and name in given[1:]
             rise = {part: own[part] - dense[part] for part in own}
             firsts = [part for part in own if part != "all"]
             floor = max(floors.values()) if allocation is None else floors[_limits(allocation)]
@@ -230,6 +232,7 @@ class Suite:
                 cache_bytes=(allocation or dense_cache).kv_cache_bytes(config.cache_tokens, head_dim=layout.head_dim),
                 loss=estimate(own["all"]),
                 difference=estimate(rise["all"]),
+                to_first=estimate(own["all"] - measured[given[0]]["all"]) if compared else NOTHING,
                 recovered=recovered(own["all"].mean(), dense=dense["all"].mean(), floor=floor),
                 by_position={int(part): estimate(own[part]) for part in firsts},
                 differences_by_position={int(part): estimate(rise[part]) for part in firsts},

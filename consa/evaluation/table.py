@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 from consa.evaluation.intervals import Estimate
 from consa.files import JsonObject, png, write_files
 
+NOTHING = Estimate(math.nan, math.nan, math.nan)
+"""Where nothing is compared."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
@@ -26,6 +29,7 @@ class Line:
         cache_bytes: size of its KV cache with `Table.cache_tokens` tokens, in bytes.
         loss: mean cross-entropy in nats, from `Table.start` on.
         difference: of `loss`.
+        to_first: of `loss`, but to the loss of the first allocation that was given; NaN for that one and the ends.
         recovered: share of the gap from all-SWA (of the same window) to dense that is closed; NaN without a gap.
         by_position: loss in each bucket of positions, by the bucket's first position.
         differences_by_position: of `by_position`.
@@ -46,6 +50,7 @@ class Line:
     differences_by_position: dict[int, Estimate]
     by_domain: dict[str, Estimate]
     differences_by_domain: dict[str, Estimate]
+    to_first: Estimate = NOTHING
     retrieval: dict[str, dict[int, float]] = field(default_factory=dict)
     tasks: dict[str, float] = field(default_factory=dict)
 
@@ -69,6 +74,7 @@ class Line:
             **estimates("position", int),
             **estimates("domain", str),
             recovered=_number(record["recovered"]),
+            to_first=_estimate(record["to_first"]) if "to_first" in record else NOTHING,  # older tables lack it
             retrieval={
                 task: {int(length): _number(share) for length, share in lengths.items()}
                 for task, lengths in record["retrieval"].items()
@@ -137,6 +143,9 @@ class Table:
             [str(first) for first in dense.by_position],
             lambda line: [f"{estimate.mean:z.4f}" for estimate in line.differences_by_position.values()],
         )
+        first, *others = [line for line in self.lines if line.kind not in ("dense", "all-SWA")] or [dense]
+        if compared := [[line.name, str(line.to_first)] for line in others if not math.isnan(line.to_first.mean)]:
+            yield Section(f"Loss above that of {first.name} (nats)", ["allocation", "difference"], compared)
         if dense.by_domain:
             yield section(
                 f"Loss above the dense model's (nats) from position {self.start} on, by domain",

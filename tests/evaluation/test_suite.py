@@ -207,9 +207,10 @@ def test_the_files_hold_the_table(finished: Any):
     assert float(rows[2]["by_domain.code.mean"]) == table.line("middle").by_domain["code"].mean
     assert float(rows[3]["retrieval.single.900"]) == table.line("random_units").retrieval["single"][900]
     assert paths[2].read_bytes().startswith(b"\x89PNG")
-    for _, columns, rows in table.sections():
-        assert all(len(row) == len(columns) for row in rows) and len(rows) == 4
-    assert len(list(table.sections())) == 4
+    for title, columns, rows in table.sections():
+        assert all(len(row) == len(columns) for row in rows)
+        assert len(rows) == (1 if title == "Loss above that of middle (nats)" else 4)
+    assert len(list(table.sections())) == 5
     assert len(list((folder / "cells").iterdir())) == 4 * (1 + 4)
 
 
@@ -226,7 +227,9 @@ def test_nothing_is_measured_twice(finished: Any, where: RunConfig, monkeypatch:
     again, _ = run_evaluation(where, CONFIG, ["middle", "random_units"], folder, command="c")
     assert again == table and not done
     more, _ = run_evaluation(where, replace(CONFIG, retrieval=None), ["top", "middle"], folder, command="c")
-    assert len(done) == 1 and more.line("middle") == replace(table.line("middle"), retrieval={})
+    assert len(done) == 1 and more.line("middle") == replace(
+        table.line("middle"), retrieval={}, to_first=more.line("middle").to_first
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -382,9 +385,21 @@ def test_a_rule_that_draws_takes_the_seed(where: RunConfig):
         assert found and np.array_equal(found.full_attention, wanted.full_attention)
 
 
+def test_others_are_paired_with_the_first_that_was_given(finished: Any):
+    _, table, _ = finished
+    first, other = table.line("middle"), table.line("random_units")
+    assert other.to_first.mean == pytest.approx(other.loss.mean - first.loss.mean)
+    assert other.to_first.low < other.to_first.mean < other.to_first.high
+    unpaired = (other.loss.high - other.loss.low) + (first.loss.high - first.loss.low)
+    assert other.to_first.high - other.to_first.low < unpaired
+    assert all(math.isnan(line.to_first.mean) for line in table.lines if line is not other)
+
+
 def test_the_terminal_says_what_was_measured(finished: Any):
     _, table, _ = finished
     sections = {title.partition(",")[0]: (columns, rows) for title, columns, rows in table.sections()}
+    (((_, ours),),) = sections.pop("Loss above that of middle (nats)")[1:]
+    assert ours == str(table.line("random_units").to_first)
     for title, (columns, rows) in sections.items():
         assert columns[0] == "allocation" and [row[0] for row in rows] == [line.name for line in table.lines]
         for line, (_, *said) in zip(table.lines, rows, strict=True):
