@@ -369,12 +369,12 @@ def _lines(
     pale = {"condition": {"test": f"datum.colour === '{PALE}'", "value": 1}, "value": 2.5}
     drawn = {"y": y, "color": colour, "strokeWidth": pale}
     drawn |= {"tooltip": _tooltip(line, x["field"], **{y["field"]: ".4~r"})}
-    layers: list[Spec] = [{"mark": {"type": "line", "point": {"size": 40}}, "encoding": drawn}, _names(y, line)]
+    layers: list[Spec] = [{"mark": {"type": "line", "point": {"size": 40}}, "encoding": drawn}, *_names(x, y, line)]
     if interval:
         ends = {"y": y | {"field": "low"}, "y2": {"field": "high"}, "color": colour}
         strong = [{"filter": f"datum.colour !== '{PALE}' && isValid(datum.low)"}]
         layers.insert(0, {"transform": strong, "mark": interval, "encoding": ends})
-    room = {"left": 5, "top": 5, "right": 45 if line == "decision" else 112, "bottom": 5}  # for the names
+    room = {"left": 5, "top": 5, "right": 45 if line == "decision" else 120, "bottom": 5}  # for the names
     return Chart(
         name,
         data,
@@ -384,14 +384,25 @@ def _lines(
     )
 
 
-def _names(y: Spec, name: str) -> Spec:
-    """The names of lines, in the rows where `_columns` says that one stands; a pale line's is not bold."""
+def _names(x: Spec, y: Spec, line: str) -> list[Spec]:
+    """The names of lines, in the rows where `_columns` says that one stands; a pale line's is not bold.
+
+    A thin line leads from the end of each line to its name, which stands elsewhere where names would overlap.
+    """
     bold = {"expr": f"datum.colour === '{PALE}' ? 'normal' : 'bold'"}
-    return {
-        "transform": [{"filter": f"isValid(datum['{y['field']} name'])"}],
-        "mark": {"type": "text", "align": "left", "dx": 9, "limit": 102, "fontSize": 11, "fontWeight": bold},
-        "encoding": {"y": y | {"field": f"{y['field']} name"}, "text": {"field": name}, "color": {"value": "#333333"}},
-    }
+    at = f"{y['field']} name"
+    named = [{"filter": f"isValid(datum['{at}'])"}]
+    leader = {"type": "rule", "x2Offset": 10, "strokeWidth": 0.7, "color": PALE, "tooltip": None}
+    text = {"type": "text", "align": "left", "dx": 12, "limit": 106, "fontSize": 11, "fontWeight": bold}
+    moved = y | {"field": at}
+    return [
+        {"transform": named, "mark": leader, "encoding": {"y": y, "x2": {"field": x["field"]}, "y2": {"field": at}}},
+        {
+            "transform": named,
+            "mark": text,
+            "encoding": {"y": moved, "text": {"field": line}, "color": {"value": "#333333"}},
+        },
+    ]
 
 
 def _columns(names: str, rows: Sequence[tuple[Any, ...]], *named: str) -> Columns:

@@ -64,7 +64,7 @@ def verdict(summary: Summary) -> str:
             )
         else:
             outcome = f"Does not clearly beat {rule}: the difference is {gain} nats (positive is better)"
-    cache = f"KV cache {learned.cache_bytes / dense.cache_bytes:.1%} of dense at {table.cache_tokens} tokens"
+    cache = f"KV cache {learned.cache_bytes / dense.cache_bytes:.1%} of dense at {table.cache_tokens:,} tokens"
     needles = f"; needles found {learned.retrieved:.0%}, by dense {dense.retrieved:.0%}" if learned.retrieval else ""
     return f"{outcome}; {cache}{needles}."
 

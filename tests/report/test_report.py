@@ -62,7 +62,7 @@ def test_intervals_are_promised_only_where_there_are_some(tmp_path: Path):
     assert "from 1 document." in seen.text
     drawn = [chart["spec"] for chart in json.loads(seen.scripts[0])["charts"]]
     assert not any(
-        layer["mark"].get("type") in ("rule", "area")
+        layer["encoding"].get("y2") == {"field": "high"}
         for spec in drawn
         for layer in spec.get("layer", [])
         if "y2" in layer.get("encoding", {})

@@ -58,7 +58,7 @@ NO_INTERVAL = Estimate(0.2, math.nan, math.nan)
 )
 def test_the_verdict_follows_the_interval(gain: Estimate | None, text: str):
     said = verdict(summary(gain))
-    assert text in said and said.endswith("KV cache 25.0% of dense at 32768 tokens.") and "\n" not in said
+    assert text in said and said.endswith("KV cache 25.0% of dense at 32,768 tokens.") and "\n" not in said
 
 
 def test_needles_are_named_where_they_were_measured():
