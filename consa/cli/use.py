@@ -64,7 +64,7 @@ def convert(
 
     from consa.model import convert, gguf_spelling, spelling
     from consa.model.layout import max_positions
-    from consa.model.load import load_model
+    from consa.model.load import load_model, read_config
     from consa.progress import note
     from consa.runs import card
 
@@ -82,8 +82,8 @@ def convert(
     if kind == "gguf":
         print(f"{out}: {gguf_spelling.respell(Path(model), allocated, out)}")
         return
-    if (kind == "plain" or engine) and (obstacle := spelling.layers_obstacle(allocated)):
-        raise ConsaError(f"no plain checkpoint is possible: {obstacle}; write a hybrid, which consa.load reads")
+    if kind == "plain" or engine:
+        convert.check_plain(read_config(model), allocated, engine)
     loaded = load_model(model, device=device or "cpu", dtype=getattr(torch, dtype) if dtype else "auto")
     match allocated.provenance.get("config"):
         case {"mode": "joint"}:

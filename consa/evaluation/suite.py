@@ -23,7 +23,7 @@ from consa.evaluation.intervals import Estimate, bootstrap
 from consa.evaluation.losses import LOSSES, recovered
 from consa.evaluation.table import NOTHING, Line, Table
 from consa.model.layout import AttentionLayout, check_fits
-from consa.model.load import LoadedModel, read_layout, read_type
+from consa.model.load import LoadedModel, read_config, read_layout
 from consa.provenance import environment, versions
 
 DENSE = "dense"
@@ -84,7 +84,7 @@ def file_of(name: str, model: str) -> Path | None:
 
 def names_for(model: str) -> list[str]:
     """Names of allocations for a model, files apart; the published ones are of its type and shape."""
-    published_ones = published.fitting(read_type(model), read_layout(model).shape)
+    published_ones = published.fitting(read_config(model).model_type, read_layout(model).shape)
     return [DENSE, ALL_SWA, *rules.RULES, *published_ones]
 
 

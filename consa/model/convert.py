@@ -80,16 +80,15 @@ def convert(
     folder = Path(out_dir)
     check_wish(folder, kind, engine)
     check_fits(allocation, attention_layout(model), type(model).__name__)
-    obstacle = plain_obstacle(model.config, allocation, engine)
     if kind == "auto":
         kind = "hybrid" if engine is None else "plain"
-    if kind == "plain" and obstacle:
-        raise ConsaError(f"no plain checkpoint is possible: {obstacle}; write a hybrid, which consa.load reads")
     if kind == "plain":
+        check_plain(model.config, allocation, engine)
         chosen = spelling_for(model.config.model_type, engine)
         readers = [chosen.engines[engine]] if engine else list(chosen.engines.values())
         reason = f"{chosen.name}, which needs no consa; read by {'; '.join(readers)}"
     else:
+        obstacle = plain_obstacle(model.config, allocation)
         reason = f"needs consa: {obstacle or 'a plain checkpoint is possible too'}"
     try:
         with new_folder(folder) as temporary, quiet():
@@ -208,6 +207,12 @@ def _saved_allocation(folder: Path) -> Allocation | None:
     if config.get("model_type") != interface.NAME or not isinstance(config.get("consa"), dict):
         return None
     return Allocation.from_json(json.dumps(config["consa"]))
+
+
+def check_plain(config: Any, allocation: Allocation, engine: str | None) -> None:
+    """Raise a ConsaError unless a plain checkpoint of a model with this config is possible, for this engine."""
+    if obstacle := plain_obstacle(config, allocation, engine):
+        raise ConsaError(f"no plain checkpoint is possible: {obstacle}; write a hybrid, which consa.load reads")
 
 
 def plain_obstacle(config: Any, allocation: Allocation, engine: str | None = None) -> str | None:

@@ -24,7 +24,7 @@ from consa.errors import ConsaError, UnsupportedModelError, first_line, missing_
 from consa.files import cache_dir, sha256_of
 from consa.model.attach import has_softcap
 from consa.model.gguf import apply_header, check_header
-from consa.model.layout import AttentionLayout, inspect_attention, max_positions
+from consa.model.layout import AttentionLayout, inspect_attention
 
 # Models inside an installed package: name -> (package, file, how to install it).
 PACKAGED_MODELS = {
@@ -109,14 +109,9 @@ def read_layout(source: str) -> AttentionLayout:
     return _inspect_source(source)[3]
 
 
-def read_type(source: str) -> str:
-    """The model_type of the model that `load_model` would load; raises as `read_layout`."""
-    return _inspect_source(source)[2].model_type
-
-
-def read_positions(source: str) -> int | None:
-    """The positions of the model that `load_model` would load; raises as `read_layout`."""
-    return max_positions(_inspect_source(source)[2])
+def read_config(source: str) -> Any:
+    """The transformers config of the model that `load_model` would load; raises as `read_layout`."""
+    return _inspect_source(source)[2]
 
 
 def _inspect_source(source: str) -> tuple[str, str | None, Any, AttentionLayout]:

@@ -9,7 +9,8 @@ from consa.data.documents import check_data
 from consa.data.sequences import SequenceSet, Split, load_sequences
 from consa.errors import ConsaError
 from consa.model.attach import make_dense
-from consa.model.load import LoadedModel, check_device, load_model, read_positions
+from consa.model.layout import max_positions
+from consa.model.load import LoadedModel, check_device, load_model, read_config
 from consa.progress import note
 from consa.training import distributed
 
@@ -33,7 +34,7 @@ def load(where: RunConfig, **asked: int) -> LoadedModel:
     """
     dtype = getattr(torch, where.dtype) if where.dtype else None
     with distributed.main_first():
-        longest = read_positions(where.model)
+        longest = max_positions(read_config(where.model))
         for name, tokens in asked.items():
             if longest is not None and tokens > longest:
                 raise ConsaError(f"{name} must be at most the {longest} positions of {where.model}, got {tokens}")

@@ -145,6 +145,19 @@ def test_convert_reads_no_model_in_vain(
     refused("convert", "model", *arguments, "--kind", given["--kind"])
 
 
+@pytest.mark.parametrize(
+    ("engine", "named"),
+    [("mlx", "mlx reads no spelling of "), ("tensorrt-llm", "TensorRT-LLM takes the dense model and a list")],
+)
+def test_an_engine_that_cannot_read_the_family_is_named_before_weights_are_read(
+    engine: str, named: str, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("consa.model.load.load_model", lambda *_, **__: pytest.fail("loaded"))
+    layers = ["--allocation", "interleaved", "--granularity", "layer", "--sinks", "0"]
+    assert named in refused("convert", tiny_model_folder, *layers, "--for", engine, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_checkpoint_keeps_its_dtype(dtype: torch.dtype, allocations: Path, tiny_model_folder: Path, tmp_path: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=dtype)
