@@ -153,7 +153,7 @@ def test_an_engine_that_cannot_read_the_family_is_named_before_weights_are_read(
     engine: str, named: str, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("consa.model.load.load_model", lambda *_, **__: pytest.fail("loaded"))
-    layers = ["--allocation", "interleaved", "--granularity", "layer", "--sinks", "0"]
+    layers = ["--allocation", "interleaved", "--granularity", "layer", "--num-sink-tokens", "0"]
     assert named in refused("convert", tiny_model_folder, *layers, "--for", engine, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
