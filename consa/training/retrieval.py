@@ -30,12 +30,12 @@ _TEXT, _PUZZLE, _ANSWER = range(3)
 class Retrieval(Objective):
     """Every sequence holds puzzles; their answers make up a share of its loss, and the user's text the rest.
 
-    Openings, hidden sentences and questions do not count. Every sequence weighs the same.
+    Openings, hidden sentences and questions do not count. Every sequence weighs the same, but for weights of `base`.
 
     Args:
         share: of the answers in the loss, in [0, 1].
         tokenizer: the model's own, for the puzzles.
-        base: what is minimised on the tokens that count; by default the next-token loss.
+        base: what is minimised on the tokens that count; by default the next-token loss. Its weights hold for the text.
     """
 
     def __init__(self, share: float, tokenizer: Any, base: Objective | None = None) -> None:
@@ -47,13 +47,16 @@ class Retrieval(Objective):
     def drawn(self, sequences: np.ndarray, seed: int, places: range) -> Batch:
         """See `Objective.drawn`."""
         text = self._base.drawn(sequences, seed, places)
-        weights = torch.empty(text.tokens[:, 1:].shape)
+        of_text = torch.ones(text.tokens[:, 1:].shape) if text.weights is None else text.weights
+        weights = torch.empty_like(of_text)
         for row, place in enumerate(places):
             rng = random.Random(f"retrieval {seed} {place}")
             tokens, is_answer, is_text = self.puzzles_in(text.tokens[row].numpy(), rng)
             text.tokens[row] = torch.from_numpy(tokens)
             answers, rest = (torch.from_numpy(part[1:]).float() for part in (is_answer, is_text))
-            weights[row] = self._share * answers / answers.mean() + (1 - self._share) * rest / rest.mean()
+            scale = rest.mean()
+            rest[is_text[1:]] = of_text[row, : is_text[1:].sum()]  # the base's weights move along with the text
+            weights[row] = self._share * answers / answers.mean() + (1 - self._share) * rest / scale
         return Batch(text.tokens, weights)
 
     def losses(self, batch: Batch, dense: Dense | None) -> LossOfChunk:

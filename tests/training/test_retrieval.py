@@ -113,6 +113,25 @@ def test_answers_make_up_their_share_of_every_sequence(share: float, sequences: 
         assert (others == 0).all() if share == 1 else others.numel() == 2, "the puzzles' other tokens do not count"
 
 
+def test_weights_of_the_base_move_along_with_the_text(sequences: np.ndarray, tokenizer: Any):
+    class Weighted(Objective):
+        def drawn(self, sequences: np.ndarray, seed: int, places: range) -> Batch:
+            tokens = super().drawn(sequences, seed, places).tokens
+            return Batch(tokens, torch.arange(1.0, tokens.shape[1]).repeat(len(tokens), 1))
+
+    objective = Retrieval(0.25, tokenizer, Weighted())
+    text = Objective().drawn(sequences, 3, range(2)).tokens
+    drawn, plain = objective.drawn(sequences, 3, range(2)), Retrieval(0.25, tokenizer).drawn(sequences, 3, range(2))
+    assert torch.equal(drawn.tokens, plain.tokens)
+    for row in range(2):
+        *_, is_text = objective.puzzles_in(text[row].numpy(), random.Random(f"retrieval 3 {row}"))
+        counted = torch.from_numpy(is_text[1:])
+        torch.testing.assert_close(
+            drawn.weights[row][counted] / plain.weights[row][counted], torch.arange(1.0, counted.sum() + 1)
+        )
+        assert torch.equal(drawn.weights[row][~counted], plain.weights[row][~counted])
+
+
 def test_without_retrieval_a_run_is_as_before(sequences: np.ndarray, tokenizer: Any):
     plain = replace(CONFIG, retrieval=0.0)
     results = [
