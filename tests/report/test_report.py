@@ -528,5 +528,15 @@ def test_of_one_document_there_is_no_interval(tmp_path: Path):
     assert cells(evaluation, RECOVERED)[-2:] == ["\N{EN DASH}", "0.800"]
 
 
+def test_a_thin_line_leads_from_a_point_to_its_name():
+    layers = charts.loss_by_cache("a", "d", 8, intervals=False).spec["layer"]
+    (leader,) = (layer for layer in layers if layer["mark"]["type"] == "rule")
+    (name,) = (layer for layer in layers if layer["mark"]["type"] == "text")
+    assert leader["encoding"]["y"]["field"] == "rise" and leader["encoding"]["x2"] == {"field": "cache"}
+    assert leader["encoding"]["y2"]["field"] == name["encoding"]["y"]["field"] == "rise name"
+    assert leader["mark"]["x2Offset"] < name["mark"]["dx"]
+    assert leader["transform"] == name["transform"]
+
+
 def test_names_that_come_again_are_told_apart():
     assert _distinct(["a", "a (2)", "a", "a"]) == ["a", "a (2)", "a (3)", "a (4)"]
