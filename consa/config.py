@@ -155,6 +155,13 @@ class AdaptConfig(Settings):
         "Weight of the squared distance of the last hidden states from the dense model's, relative to their norm.",
         ge=0,
     )
+    retrieval: float = option(
+        0.0,
+        "Share of the loss that asks for facts hidden in the training text, so that the weights also learn to find"
+        " them.",
+        ge=0,
+        le=1,
+    )
     seq_len: int = option(LearnConfig.seq_len, SEQ_LEN_HELP, ge=2)
     num_steps: int = option(200, "Optimizer steps.", ge=1)
     sequences_per_step: int = option(8, BATCH_HELP, ge=1)

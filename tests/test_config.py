@@ -85,6 +85,7 @@ def test_the_table_of_bad_settings_is_whole():
         ({"num_steps": 0}, "num_steps must be an integer >= 1, got 0"),
         ({"micro_batch": 3}, r"micro_batch must divide sequences_per_step \(2\), got 3"),
         ({"method": "lora", "parallel": "fsdp"}, "parallel must be ddp with method lora"),
+        ({"retrieval": 1.5}, r"retrieval must be a share in \[0, 1\], got 1\.5"),
         ({"lora_targets": " , "}, "lora_targets must name linear layers, got ' , '"),
     ],
 )

@@ -89,6 +89,7 @@ def run_adaptation(
                 allocation,
                 config,
                 identity=loaded.identity,
+                tokenizer=loaded.tokenizer,
                 run_dir=folder,
                 evaluate=partial(_evaluate, suite, means),
                 on_step=shown.on_step if distributed.is_main() else None,

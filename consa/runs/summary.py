@@ -160,7 +160,8 @@ def of_adaptation(summary: Summary) -> str:
 `hybrid` is the allocation with the original weights, `adapted` the allocation with the trained weights. Settings of \
 the training: method {config["method"]}, {config["num_steps"]} steps of {config["sequences_per_step"]} sequences; \
 weights of the loss: cross-entropy {config["cross_entropy"]:g}, distillation {config["distillation"]:g}, hidden \
-states {config["hidden_loss"]:g}. The folder `model` holds the trained hybrid.
+states {config["hidden_loss"]:g}; share of retrieval {config["retrieval"]:g}. The folder `model` holds the trained \
+hybrid.
 
 {_how(summary, "trained", "adapting")}
 

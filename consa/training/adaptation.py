@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from consa.allocation import Allocation
 from consa.config import AdaptConfig
@@ -18,6 +18,7 @@ from consa.model import loss
 from consa.model.attach import attached
 from consa.training import distributed, loop, lora
 from consa.training.objective import Dense, Gradients, Mixture, Objective
+from consa.training.retrieval import with_retrieval
 from consa.training.weights import Weights
 
 
@@ -31,6 +32,7 @@ def adapt(
     run_dir: Path | None = None,
     evaluate: Callable[[PreTrainedModel], dict[str, float]] | None = None,
     on_step: Callable[[loop.Record], None] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     objective: Objective | None = None,
 ) -> list[loop.Record]:
     """Train `model` under `allocation`; it keeps the weights it ends with, LoRA's adapters merged.
@@ -49,7 +51,8 @@ def adapt(
             and ends with the same weights, bit for bit, on the same machine and number of processes.
         evaluate: called with the hybrid every `evaluate_every` steps and after the last; its numbers join the record.
         on_step: called with each step's record.
-        objective: what is minimised; by default a `Mixture` with the config's factors.
+        tokenizer: the model's own, which `config.retrieval` needs.
+        objective: what is minimised; by default a `Mixture` with the config's factors, and its share of retrieval.
 
     Returns:
         One record per step: step, loss and its parts, learning_rate, grad_norm, micro_batch, and what `evaluate`
@@ -62,9 +65,8 @@ def adapt(
     loop.check(config, sequences, window=allocation.window, num_sink_tokens=allocation.num_sink_tokens)
     decided = loop.described(objective) | {"allocation": allocation.decision()}
     checkpoint = loop.checkpoint_of(run_dir, config, sequences, identity, **decided)
-    objective = objective or Mixture(
-        cross_entropy=config.cross_entropy, distillation=config.distillation, hidden_loss=config.hidden_loss
-    )
+    factors = {name: getattr(config, name) for name in ("cross_entropy", "distillation", "hidden_loss")}
+    objective = objective or with_retrieval(Mixture(**factors), config.retrieval, tokenizer)
     full = config.method == "full"
     with ExitStack() as stack:
         stack.enter_context(loss.evaluating(model))  # its copy too

@@ -29,7 +29,7 @@ from consa.training.gates import Units
 from consa.training.lagrangian import AugmentedLagrangian, ramp, target_at
 from consa.training.objective import Dense, Gradients, Objective
 from consa.training.refinement import Exchange
-from consa.training.retrieval import Retrieval
+from consa.training.retrieval import with_retrieval
 from consa.training.weights import Weights
 
 Draws = Callable[[int, int, torch.Generator], Tensor]
@@ -88,7 +88,8 @@ def learn(
     replaced = loop.described(objective, constraint, draws, refine)
     checkpoint = loop.checkpoint_of(run_dir, config, sequences, identity, **replaced)
     provenance = dict(identity or {}) | replaced
-    objective, draws = objective or _objective(config, tokenizer), draws or gates.stratified_uniform
+    objective = objective or with_retrieval(Objective(), config.retrieval, tokenizer)
+    draws = draws or gates.stratified_uniform
     target = 1 - num_full / units.count
     constraint = constraint or AugmentedLagrangian(config.penalty, config.multiplier_step)
     with distributed.sharded(model) if config.parallel == "fsdp" else nullcontext(model) as trained:
@@ -117,14 +118,6 @@ def learn(
         allocation = replace(allocation, full_attention=learning.refined.numpy())
     distributed.check_same(allocation.to_json(), "the allocation")
     return LearnResult(allocation, history)
-
-
-def _objective(config: LearnConfig, tokenizer: PreTrainedTokenizerBase | None) -> Objective:
-    if not config.retrieval:
-        return Objective()
-    if tokenizer is None:
-        raise ConsaError("retrieval needs the model's tokenizer, because questions are text; give it, or 0 retrieval")
-    return Retrieval(config.retrieval, tokenizer)
 
 
 def units_of(layout: AttentionLayout, granularity: Granularity) -> Units:

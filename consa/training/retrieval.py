@@ -27,6 +27,15 @@ MAX_PUZZLES = 6
 _TEXT, _PUZZLE, _ANSWER = range(3)
 
 
+def with_retrieval(base: Objective, share: float, tokenizer: Any) -> Objective:
+    """`base` with this share of retrieval, or as it is for 0; ConsaError if the tokenizer that it needs is None."""
+    if not share:
+        return base
+    if tokenizer is None:
+        raise ConsaError("retrieval needs the model's tokenizer, because questions are text; give it, or 0 retrieval")
+    return Retrieval(share, tokenizer, base)
+
+
 class Retrieval(Objective):
     """Every sequence holds puzzles; their answers make up a share of its loss, and the user's text the rest.
 

@@ -36,6 +36,7 @@ from consa.training.weights import Weights
 from tests.compare import Elements, assert_close
 from tests.compiler import needs_compiler
 from tests.models import exact, tiny, tokens
+from tests.text import TEXT
 from tests.training.adaptation_case import (
     METHODS,
     OBJECTIVES,
@@ -352,6 +353,11 @@ def test_the_command(where: RunConfig, tmp_path: Path):
     done = runner.invoke(app, common)
     assert done.exit_code == 0, done.output
     assert "adapted" in done.stdout and str(tmp_path / "run" / "model") in done.stdout
+    (tmp_path / "book.txt").write_text(TEXT * 40)
+    longer = ["--data", str(tmp_path / "book.txt"), "--seq-len", "640", "--out", str(tmp_path / "retrieval")]
+    done = runner.invoke(app, [*common, *longer, "--retrieval", "0.25"])
+    assert done.exit_code == 0, done.output
+    assert "share of retrieval 0.25" in (tmp_path / "retrieval" / "summary.md").read_text()
     for extra, message in ((["--method", "qlora"], "method must be one of"), (["--allocation", "x"], "x")):
         done = runner.invoke(app, [*common, *extra])
         assert done.exit_code == 2 and message in done.stderr

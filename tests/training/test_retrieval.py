@@ -13,13 +13,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from consa.config import LearnConfig
+from consa.config import AdaptConfig, LearnConfig
 from consa.errors import ConsaError
 from consa.model import loss
 from consa.model.attach import attached
 from consa.training import refinement
+from consa.training.adaptation import adapt
 from consa.training.learning import learn
-from consa.training.objective import Batch, Objective
+from consa.training.objective import Batch, Mixture, Objective
 from consa.training.refinement import refine
 from consa.training.retrieval import FAMILIES, Retrieval
 from tests.models import allocate, tiny
@@ -39,6 +40,15 @@ CONFIG = LearnConfig(
     refine_evaluations=1,
     refine_sequences=4,
     checkpoint_every=1,
+)
+ADAPTING = AdaptConfig(
+    seq_len=SEQ_LEN,
+    num_steps=8,
+    sequences_per_step=2,
+    micro_batch=2,
+    learning_rate=3e-3,
+    retrieval=0.5,
+    checkpoint_every=3,
 )
 
 
@@ -173,6 +183,67 @@ def test_learning_and_refinement_use_it_and_a_stopped_run_ends_alike(
     )
 
 
+def adapted(sequences: np.ndarray, config: AdaptConfig = ADAPTING, **options: Any) -> tuple[Any, Any]:
+    """What adaptation of a small model records, and the model."""
+    model = tiny(vocab_size=2000, num_hidden_layers=1)
+    kept = allocate(model, window=8, num_sink_tokens=1)
+    return adapt(model, sequences, kept, config, **options), model
+
+
+def test_adaptation_learns_the_answers(sequences: np.ndarray, tokenizer: Any):
+    asked = Retrieval(1, tokenizer).drawn(sequences, 9, range(4))
+
+    def answering(model: Any) -> float:
+        return refinement._mean_loss(model, allocate(model, window=8, num_sink_tokens=1), asked, 4)
+
+    plain, mixed, answers = (
+        adapted(sequences, replace(ADAPTING, retrieval=share), tokenizer=tokenizer)[1] for share in (0, 0.5, 1)
+    )
+    before = answering(tiny(vocab_size=2000, num_hidden_layers=1))
+    assert answering(answers) < answering(mixed) < answering(plain) - 1 < before - 1
+
+
+def test_adaptation_without_retrieval_is_as_before(sequences: np.ndarray, tokenizer: Any):
+    config = replace(ADAPTING, retrieval=0.0, num_steps=2, distillation=0.5)
+    given = ({}, {"tokenizer": tokenizer}, {"objective": Mixture(distillation=0.5)})
+    (history, model), *others = (adapted(sequences, config, **options) for options in given)
+    for other, trained in others:
+        assert other == history
+        assert all(torch.equal(value, trained.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_adaptation_follows_the_dense_model_in_its_answers(sequences: np.ndarray, tokenizer: Any):
+    """The weights of the answers hold for each part of the loss, on the sequences that hold puzzles."""
+    config = replace(ADAPTING, num_steps=1, distillation=2.0)
+    ((record,), _), model = adapted(sequences, config, tokenizer=tokenizer), tiny(vocab_size=2000, num_hidden_layers=1)
+    drawn = Retrieval(0.5, tokenizer).drawn(sequences, 0, range(2))
+    with torch.no_grad():
+        target = model(drawn.tokens).logits[:, :-1].log_softmax(-1)
+        with attached(model, allocate(model, window=8, num_sink_tokens=1)):
+            predicted = model(drawn.tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
+    parts = {
+        "cross_entropy": -predicted.gather(-1, drawn.tokens[:, 1:, None])[..., 0],
+        "distillation": (target.exp() * (target - predicted)).sum(-1),
+    }
+    for name, each in parts.items():
+        assert record[name] == pytest.approx(float((each * drawn.weights).mean()), rel=1e-4)
+    assert record["loss"] == pytest.approx(record["cross_entropy"] + 2 * record["distillation"])
+
+
+def test_a_stopped_adaptation_ends_alike(sequences: np.ndarray, tokenizer: Any, tmp_path: Path):
+    wanted, model = adapted(sequences, tokenizer=tokenizer)
+    with pytest.raises(Interrupted):
+        adapted(sequences, tokenizer=tokenizer, run_dir=tmp_path, on_step=at_step(5, interrupt))
+    steps: list[float] = []
+    got, other = adapted(
+        sequences, tokenizer=tokenizer, run_dir=tmp_path, on_step=lambda record: steps.append(record["step"])
+    )
+    assert steps[0] == 4 and got == wanted
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ConsaError, match=r"config\.retrieval was 0\.5, now 0\.25"):
+        adapted(sequences, replace(ADAPTING, retrieval=0.25), tokenizer=tokenizer, run_dir=tmp_path)
+
+
 def test_the_refinement_weighs_tokens_as_a_step_does():
     model, tokens = tiny(), torch.arange(24).view(2, 12)
     weights = torch.zeros(2, 11)
@@ -186,6 +257,10 @@ def test_the_refinement_weighs_tokens_as_a_step_does():
 def test_needs_a_tokenizer_and_room(sequences: np.ndarray, tokenizer: Any):
     with pytest.raises(ConsaError, match="retrieval needs the model's tokenizer, because questions are text"):
         learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences, CONFIG)
+    with pytest.raises(ConsaError, match="retrieval needs the model's tokenizer, because questions are text"):
+        adapted(sequences)
+    with pytest.raises(ConsaError, match=r"retrieval needs sequences of more than \d+ tokens, got seq_len 64"):
+        adapted(sequences[:, :64], tokenizer=tokenizer)
     with pytest.raises(ConsaError, match=r"retrieval needs sequences of more than \d+ tokens, got seq_len 64"):
         learn(tiny(vocab_size=2000, num_hidden_layers=1), sequences[:, :64], CONFIG, tokenizer=tokenizer)
 
