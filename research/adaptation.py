@@ -14,7 +14,11 @@ weights, and adapts for the rest.
 Losses are means over the held-out sequences from `--start` on, before and after training. `recovered` is the share of
 the gap from all-SWA (with the row's sinks) to the dense model that a row closes: before training, of the gap between
 the untrained two; after training, up to the trained dense model, from all-SWA untrained (`recovered`) or trained too
-(`recovered_of_trained`). Retrieval is the share of single needles that the model's greedy continuation answers.
+(`recovered_of_trained`). `behind dense` has a paired interval over the held-out sequences. Retrieval is the share of
+answers in the model's greedy continuation, of single needles or of all `--tasks`; `found` is the mean.
+
+`--retrieval 0,0.25` trains every row without and with this share of retrieval in the loss. The name of a row with it
+ends in `/retrieval0.25`, and it is compared with the dense model and all-SWA trained in the same way.
 
 An interrupted run continues with the first missing row; `--seconds 500` starts no row later than that.
 """
@@ -25,6 +29,7 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -37,20 +42,29 @@ from benchmarks.common import print_table
 from consa import rules
 from consa.allocation import Allocation
 from consa.config import AdaptConfig, LearnConfig
-from consa.data.questions import examples
-from consa.evaluation.answers import ask
+from consa.evaluation.intervals import bootstrap
 from consa.model.load import load_model
 from consa.training.adaptation import adapt
 from consa.training.learning import learn
 from consa.training.objective import order
-from research.records import RESULTS, Heldout, Rows, allocation_in, digits_of, run_missing, study_parser, tokens_of
+from research.records import (
+    RESULTS,
+    Heldout,
+    Questions,
+    Rows,
+    allocation_in,
+    digits_of,
+    run_missing,
+    study_parser,
+    tokens_of,
+)
 
-COLUMNS = ["row", "loss before", "recovered before", "loss", "recovered", "of trained", "behind dense"]
+COLUMNS = ["row", "loss before", "recovered before", "found before"]
+COLUMNS += ["loss", "recovered", "of trained", "found", "behind dense"]
 ROWS = [
     *("dense", "kv_head/4", "all_swa/4", "kv_head/0", "layer/4", "interleaved/4", "middle/4", "joint/4"),
     *("all_swa/0", "distilled/4", "layer/0", "interleaved/0", "middle/0"),
 ]
-AT_ONCE = 2**18  # tokens of prompts
 KINDS = (
     {row.partition("/")[0] for row in ROWS} | rules.RULES.keys() | {f"{rule}_layer" for rule in rules.RULES} | {"again"}
 )
@@ -58,7 +72,8 @@ KINDS = (
 
 def main() -> None:
     options = parse()
-    names = options.rows.split(",")
+    endings = [f"/retrieval{share:g}" if share else "" for share in map(float, options.retrieval.split(","))]
+    names = [row + ending for ending in endings for row in options.rows.split(",")]
     if unknown := {name for name in names if name.partition("/")[0] not in KINDS}:
         raise SystemExit(f"--rows must be of {', '.join(ROWS)} or rules, got {', '.join(sorted(unknown))}")
     if options.tokens > 20e6:
@@ -66,7 +81,7 @@ def main() -> None:
     began = time.perf_counter()
     bench = Benchmark(options)
     run_missing(names, lambda name: name in bench.rows, bench.add, began=began, seconds=options.seconds)
-    print_table(COLUMNS, [cells(name, row) for name, row in bench.rows.items()])
+    print_table(COLUMNS, [cells(name, bench.rows) for name in bench.rows])
 
 
 def parse() -> argparse.Namespace:
@@ -83,6 +98,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--compile", action="store_true", help="compile the layers that train")
     parser.add_argument("--learn-steps", type=int, help="steps of joint learning (default: those of the record)")
+    parser.add_argument("--retrieval", default="0", help="shares of retrieval in the loss of the rows' adaptation")
+    parser.add_argument("--tasks", default="single", help="retrieval tasks of the questions")
     parser.add_argument("--lengths", default="4096,8192", help="tokens of the retrieval questions")
     parser.add_argument("--examples", type=int, default=50, help="questions per length")
     return parser.parse_args()
@@ -124,11 +141,8 @@ class Benchmark:
         )
         needed = self.adapting.num_steps * options.sequences_per_step
         self.text = self.train[unseen] if len(unseen) >= needed else self.train
-        self.questions = {
-            length: examples("single", self.loaded.tokenizer, length=int(length), count=options.examples, seed=1)
-            for length in options.lengths.split(",")
-        }
-        free = ("rows", "seconds", "out")
+        self.questions = Questions.of(options, self.loaded.tokenizer)
+        free = ("rows", "retrieval", "seconds", "out", *(["tasks"] if options.tasks == "single" else []))
         settings = {name: value for name, value in vars(options).items() if name not in free}
         settings |= {"allocations": options.allocations.name, "weights": self.loaded.identity["revision"]}
         self.rows = Rows(
@@ -145,9 +159,10 @@ class Benchmark:
 
     def add(self, name: str) -> None:
         """Train, measure, write."""
-        kind = name.partition("/")[0]
+        plain, _, share = name.partition("/retrieval")
+        kind = plain.partition("/")[0]
         model = copy.deepcopy(self.loaded.model)
-        config, learning_seconds = self.adapting, None
+        config, learning_seconds = replace(self.adapting, retrieval=float(share or 0)), None
         if kind == "distilled":
             config = replace(config, cross_entropy=0.5, distillation=0.5)
         if kind == "joint":
@@ -155,20 +170,20 @@ class Benchmark:
             allocation = learn(model, self.train, self.learning).allocation
             learning_seconds = round(seconds() - began, 1)
         else:
-            allocation = self.allocation(name)
+            allocation = self.allocation(plain)
         measured = None if kind == "dense" else allocation
         before = self.measure(model, measured)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         if kind == "again":
             config = replace(config, num_steps=max(1, config.num_steps // 2))
-            adapt(model, self.text, allocation, config)
+            adapt(model, self.text, allocation, config, tokenizer=self.loaded.tokenizer)
             began, again = seconds(), replace(self.learning, mode="frozen", sparsity=allocation.sparsity)
             measured = allocation = learn(model, self.train, again).allocation
             learning_seconds = round(seconds() - began, 1)
             config = replace(config, seed=config.seed + 1)  # another order of the text
         began = seconds()
-        history = adapt(model, self.text, allocation, config)
+        history = adapt(model, self.text, allocation, config, tokenizer=self.loaded.tokenizer)
         took = seconds() - began
         tokens = config.num_steps * config.sequences_per_step * config.seq_len
         row = {
@@ -211,32 +226,40 @@ class Benchmark:
         """Held-out loss, and the share of answers found at each length."""
         measured = self.heldout.measured(model, allocation)
         loaded, attended = replace(self.loaded, model=model), allocation or self.allocation("dense")
-        answered = {
-            length: ask(loaded, attended, asked, batch_size=max(1, AT_ONCE // int(length)))["scores"]
-            for length, asked in self.questions.items()
-        }
-        return measured | {"retrieval": {length: round(float(np.mean(each)), 4) for length, each in answered.items()}}
+        return measured | {"retrieval": self.questions.answered(loaded, attended)}
 
 
-def compare(rows: dict[str, dict[str, Any]]) -> None:
+def compare(rows: Mapping[str, dict[str, Any]]) -> None:
     """Compute each row's differences from the dense model and all-SWA, where those are measured."""
-    for row in rows.values():
-        floor, dense = rows.get(f"all_swa/{row['sinks']}"), rows.get("dense")
-        row |= {"recovered_before": None, "recovered": None, "recovered_of_trained": None}
-        row["behind_dense"] = dense and round(row["after"]["loss"] - dense["after"]["loss"], 5)
-        if floor and dense:
-            for key, when, low, high in (
-                ("recovered_before", "before", floor["before"], dense["before"]),
-                ("recovered", "after", floor["before"], dense["after"]),
-                ("recovered_of_trained", "after", floor["after"], dense["after"]),
-            ):
-                share = (low["loss"] - row[when]["loss"]) / (low["loss"] - high["loss"])
+    for name, row in rows.items():
+        floor, trained, dense = rows.get(f"all_swa/{row['sinks']}"), *alike(name, rows)
+        for key, low, of, when in (
+            ("recovered_before", floor, "before", "before"),
+            ("recovered", floor, "before", "after"),
+            ("recovered_of_trained", trained, "after", "after"),
+        ):
+            row[key] = None
+            if low and dense:
+                share = (low[of]["loss"] - row[when]["loss"]) / (low[of]["loss"] - dense[when]["loss"])
                 row[key] = round(share, 4) + 0.0  # no negative zero
+        row["behind_dense"] = dense and round(row["after"]["loss"] - dense["after"]["loss"], 5)
 
 
-def cells(name: str, row: dict[str, Any]) -> list[Any]:
-    derived = (row[key] for key in ("recovered", "recovered_of_trained", "behind_dense"))
-    return [name, row["before"]["loss"], row["recovered_before"], row["after"]["loss"], *derived]
+def alike(name: str, rows: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The rows of all-SWA and of the dense model that were trained on as much retrieval as a row; None if missing."""
+    _, mark, share = name.partition("/retrieval")
+    return rows.get(f"all_swa/{rows[name]['sinks']}{mark}{share}"), rows.get(f"dense{mark}{share}")
+
+
+def cells(name: str, rows: Mapping[str, dict[str, Any]]) -> list[Any]:
+    """What the table shows of a row."""
+    row, (_, dense) = rows[name], alike(name, rows)
+    before, after = row["before"], row["after"]
+    found = [f"{np.mean(list(when['retrieval'].values())):.2f}" for when in (before, after)]
+    shown = [name, before["loss"], row["recovered_before"], found[0]]
+    shown += [after["loss"], row["recovered"], row["recovered_of_trained"], found[1]]
+    apart = dense and np.subtract(after["losses"], dense["after"]["losses"])
+    return [*shown, None if apart is None else bootstrap(apart, np.arange(len(apart)))]
 
 
 def seconds() -> float:

@@ -18,19 +18,16 @@ import argparse
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
-from itertools import chain, product
+from itertools import product
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from benchmarks.common import print_table
 from consa import rules
 from consa.allocation import Allocation, Granularity
 from consa.config import ChoiceConfig
-from consa.data.questions import examples
-from consa.evaluation.answers import ask
 from consa.methods.choice import Choice, make, method_named
 from consa.model.layout import AttentionLayout
 from consa.model.load import LoadedModel, load_model, read_layout
@@ -39,6 +36,7 @@ from research.records import (
     FORWARD,
     FORWARD_AND_BACKWARD,
     Heldout,
+    Questions,
     Rows,
     digits_of,
     overrides,
@@ -76,7 +74,6 @@ PLAN = {
 }
 SHARED = [item.name for item in fields(ChoiceConfig)]  # settings that all methods have
 ANSWERING = 1.5  # seconds of a row's retrieval questions, for estimates
-TOKENS_AT_ONCE = 2**18  # tokens of prompts
 
 
 def main() -> None:
@@ -110,7 +107,7 @@ def main() -> None:
         print_table(["run", "rows", "M tokens forward", "of those also backward", "seconds"], rows)
         print(f"\n{sum(seconds[i] for i in mine):.0f} seconds, {sum(row[1] for row in rows)} rows")
         return
-    bench = Benchmark(options, heldout, lengths, number)
+    bench = Benchmark(options, heldout, number)
     run_missing(
         (runs[place] for place in mine),
         lambda run: all(name_of(choice) in bench.rows for choice in run),
@@ -182,11 +179,10 @@ def estimate(choice: Choice, layout: AttentionLayout, seq_len: int) -> tuple[int
 class Benchmark:
     """The rows, and what measures one."""
 
-    def __init__(self, options: argparse.Namespace, heldout: Heldout, lengths: list[int], processes: int) -> None:
+    def __init__(self, options: argparse.Namespace, heldout: Heldout, processes: int) -> None:
         self.loaded: LoadedModel = load_model(options.model)
         self.train, self.heldout, self.processes = tokens_of(options.train), heldout, processes
         self.measured: dict[bytes, dict[str, Any]] = {}
-        self.on_gpu = torch.cuda.is_available()
         given = overrides(options.budget)
         budget = ChoiceConfig(**{name: value for name, value in given.items() if name in SHARED})
         kept = ("model", "train", "heldout", "start", "lengths", "examples", "tasks")
@@ -199,16 +195,8 @@ class Benchmark:
         }
         self.compiled = settings["budget"].pop("compile", False)  # a file may hold rows of both kinds
         self.rows = Rows(options.out, settings)
-        self.questions = {
-            length: {
-                str(length) if task == "single" else f"{task} {length}": examples(
-                    task, self.loaded.tokenizer, length=length, count=options.examples, seed=1
-                )
-                for task in options.tasks.split(",")
-            }
-            for length in lengths
-        }
-        if self.on_gpu:  # so that no row pays for compiling kernels
+        self.questions = Questions.of(options, self.loaded.tokenizer)
+        if torch.cuda.is_available():  # so that no row pays for compiling kernels
             warm_up: Any = method_named("consa", **given)
             learn(self.loaded.model, self.train, warm_up.learning(budget, num_steps=2, refine_evaluations=1))
         layout = self.loaded.layout
@@ -246,14 +234,8 @@ class Benchmark:
         """
         mask = allocation.full_attention.tobytes()
         if mask not in self.measured:
-            measured, retrieval = self.heldout.measured(self.loaded.model, allocation), {}
-            for length, asked in self.questions.items():  # all tasks together, which saves steps of decoding
-                at_once = max(1, TOKENS_AT_ONCE // length) if self.on_gpu else 1
-                scores = ask(self.loaded, allocation, list(chain(*asked.values())), batch_size=at_once)["scores"]
-                means = np.reshape(scores, (len(asked), -1)).mean(1)
-                retrieval |= {name: round(float(mean), 4) for name, mean in zip(asked, means, strict=True)}
-            self.measured[mask] = measured | {
-                "retrieval": retrieval,
+            self.measured[mask] = self.heldout.measured(self.loaded.model, allocation) | {
+                "retrieval": self.questions.answered(self.loaded, allocation),
                 "cache_bytes": allocation.kv_cache_bytes(
                     self.heldout.tokens.shape[1], head_dim=self.loaded.layout.head_dim
                 ),

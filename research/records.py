@@ -8,20 +8,26 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from benchmarks.common import environment, parser_of, write_json
 from consa.allocation import Allocation
+from consa.data.questions import Example, examples
+from consa.evaluation.answers import ask
 from consa.evaluation.losses import heldout_losses
+from consa.model.load import LoadedModel
 from consa.provenance import hardware
 
 RESULTS = Path(__file__).parent / "results"
 # Tokens per second of SmolLM2-135M on one H100, four sequences at once: for estimates alone.
 FORWARD, FORWARD_AND_BACKWARD = 450_000, 150_000
+TOKENS_AT_ONCE = 2**18  # of the prompts that a GPU answers at once
 Task = TypeVar("Task")
 
 
@@ -69,6 +75,38 @@ class Heldout:
         """Mean loss of all sequences, and of each, as rows keep them."""
         each = self.losses(model, allocation)
         return {"loss": round(float(each.mean()), 5), "losses": each.round(5).tolist()}
+
+
+@dataclass
+class Questions:
+    """Retrieval questions, and the share that a model answers."""
+
+    at: dict[int, dict[str, list[Example]]]  # by tokens, then by name: `multi_key 4096`; `4096` is `single`
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, tokenizer: Any) -> Questions:
+        """As the options of a study say: tasks, lengths and examples, which may be 0."""
+        lengths = [int(text) for text in options.lengths.split(",")] if options.examples else []
+        tasks = {task: "" if task == "single" else f"{task} " for task in options.tasks.split(",")}
+        return cls(
+            {
+                length: {
+                    f"{prefix}{length}": examples(task, tokenizer, length=length, count=options.examples, seed=1)
+                    for task, prefix in tasks.items()
+                }
+                for length in lengths
+            }
+        )
+
+    def answered(self, loaded: LoadedModel, allocation: Allocation) -> dict[str, float]:
+        """The share of answers that the model finds under an allocation."""
+        shares: dict[str, float] = {}
+        for length, asked in self.at.items():  # all tasks together, which saves steps of decoding
+            at_once = max(1, TOKENS_AT_ONCE // length) if torch.cuda.is_available() else 1
+            scores = ask(loaded, allocation, list(chain(*asked.values())), batch_size=at_once)["scores"]
+            means = np.reshape(scores, (len(asked), -1)).mean(1)
+            shares |= {name: round(float(mean), 4) for name, mean in zip(asked, means, strict=True)}
+        return shares
 
 
 class Rows(dict[str, dict[str, Any]]):

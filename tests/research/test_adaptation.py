@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from consa import rules
+from consa.evaluation.intervals import bootstrap
 from research import adaptation
 from research.analysis import best_trained_rule
 from research.records import digits_of
@@ -51,7 +52,7 @@ def call(tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_choosing_again_adapts_in_two_halves(call: Any, monkeypatch: pytest.MonkeyPatch):
     runs: list[Any] = []
-    monkeypatch.setattr(adaptation, "adapt", lambda *run: runs.append(run) or [])
+    monkeypatch.setattr(adaptation, "adapt", lambda *run, **_: runs.append(run) or [])
     monkeypatch.setattr(adaptation, "learn", lambda *run: runs.append(run) or chosen)
     shape = {"window": 6, "num_sink_tokens": 4}
     chosen = SimpleNamespace(allocation=rules.bottom(4, 3, sparsity=0.5, granularity="kv_head", **shape))
@@ -82,6 +83,23 @@ def test_every_row_is_measured_once(call: Any, capsys: pytest.CaptureFixture[str
     assert hybrid["recovered"] == pytest.approx(wanted, abs=1e-4)
     with pytest.raises(SystemExit, match="was measured with"):
         call("--start", "50")
+
+
+def test_rows_adapt_with_retrieval_beside_the_others(call: Any, capsys: pytest.CaptureFixture[str]):
+    tasks = ("--tasks", "single,multi_value", "--examples", "1")
+    rows = call("--rows", "dense,all_swa/4,kv_head/4", "--retrieval", "0,0.5", *tasks)["rows"]
+    plain, mixed = list(rows)[:3], list(rows)[3:]
+    assert mixed == [f"{name}/retrieval0.5" for name in plain]
+    for name, other in zip(plain, mixed, strict=True):
+        assert rows[name]["before"] == rows[other]["before"] and rows[name]["losses"] != rows[other]["losses"]
+        assert list(rows[other]["after"]["retrieval"]) == [str(LENGTH), f"multi_value {LENGTH}"]
+    dense, floor, hybrid = (rows[name] for name in mixed)
+    assert dense["behind_dense"] == 0 and floor["recovered_of_trained"] == 0
+    assert hybrid["behind_dense"] == pytest.approx(hybrid["after"]["loss"] - dense["after"]["loss"], abs=1e-5)
+    differences = np.subtract(hybrid["after"]["losses"], dense["after"]["losses"])
+    paired = bootstrap(differences, np.arange(2))
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert paired.low < paired.high and shown.startswith("| kv_head/4/retrieval0.5 |") and f"| {paired} |" in shown
 
 
 def test_a_row_can_name_its_sparsity(call: Any):
