@@ -9,7 +9,8 @@ continues with the first missing row; `--seconds 500` starts no run later than t
 `--estimate` prints the expected cost of every run. `--share 1/4` to `--share 4/4`, each with its own --out, divide the
 work among four processes on one GPU, and research/merge.py joins their files. `--budget micro_batch=4` computes four
 sequences at once; `--budget compile=true` compiles the layers while gates are trained. `--retrieval 0,0.25` learns with
-each of these shares of retrieval texts, and `--tasks single,multi_value` asks more than single needles.
+each of these shares of retrieval texts; `greedy` and `bosch` judge by such texts too. `--tasks single,multi_value` asks
+more than single needles. `--methods research.variants:Distilled` runs a method that is not in the plan.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--granularity", default=",".join(BOTH), help="units to run at, where a method has them")
     parser.add_argument("--seeds", type=int, default=3, help="of methods that use randomness")
     parser.add_argument("--budget", action="append", default=[], metavar="NAME=VALUE", help="a setting of the methods")
-    parser.add_argument("--retrieval", default="0", help="shares of retrieval texts that ConSA learns with")
+    parser.add_argument("--retrieval", default="0", help="shares of retrieval in what ConSA and searches judge by")
     parser.add_argument("--tasks", default="single", help="retrieval tasks of the questions")
     parser.add_argument("--lengths", default="2048,4096,8192", help="tokens of the retrieval questions")
     parser.add_argument("--examples", type=int, default=8, help="questions per length; 0 for none")
@@ -138,12 +139,13 @@ def planned(options: argparse.Namespace) -> Iterator[list[Choice]]:
     mixed = [float(text) for text in options.retrieval.split(",")]
     for seed in range(options.seeds):
         for name in options.methods.split(","):
-            if name not in PLAN:
-                raise SystemExit(f"--methods takes some of {','.join(PLAN)}, got {name!r}")
-            methods = (method_named(name, **{**PLAN[name].settings, **given, "retrieval": share}) for share in mixed)
-            for method, granularity in product(dict.fromkeys(methods), PLAN[name].granularities):
+            if name not in PLAN and ":" not in name:
+                raise SystemExit(f"--methods takes some of {','.join(PLAN)}, or package.module:Class, got {name!r}")
+            entry = PLAN.get(name, Entry(HEADS, True))
+            methods = (method_named(name, **{**entry.settings, **given, "retrieval": share}) for share in mixed)
+            for method, granularity in product(dict.fromkeys(methods), entry.granularities):
                 unknown = name in rules.RULES and name not in rules.names(granularity)
-                if granularity not in options.granularity.split(",") or unknown or (seed and not PLAN[name].is_random):
+                if granularity not in options.granularity.split(",") or unknown or (seed and not entry.is_random):
                     continue
                 runs: dict[Any, list[Choice]] = {}
                 for sparsity in sparsities:
@@ -169,10 +171,9 @@ def estimate(choice: Choice, layout: AttentionLayout, seq_len: int) -> tuple[int
     if choice.method.name == "duo_attention":
         asked = steps * (min(settings["shortest"], seq_len) + seq_len) // (2 * seq_len)
         return 2 * asked, asked
-    evaluations = {
-        "consa": settings.get("refine_evaluations", 0),
-        "nll_guided": units_of(layout, choice.config.granularity).count + 1,
-    }.get(choice.method.name, settings.get("evaluations", 1))
+    evaluations = {"nll_guided": units_of(layout, choice.config.granularity).count + 1}.get(
+        choice.method.name, settings.get("refine_evaluations", settings.get("evaluations", 1))
+    )
     return steps + evaluations * settings.get("evaluation_sequences", 0) * seq_len, steps
 
 

@@ -1,13 +1,13 @@
 """Learning with one of its parts replaced by another: what research/study.py compares.
 
 Each variant is called like `learn`, and hands it another object: the constraint, the objective, the random draws of the
-gates, or the refinement.
+gates, or the refinement. `Distilled` and `Backward` are methods, for the `--methods` of research/methods.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,14 +17,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from consa import Allocation, rules
-from consa.config import LearnConfig, at_once
+from consa.config import ChoiceConfig, LearnConfig, at_once
 from consa.evaluation.losses import heldout_losses
-from consa.model.layout import attention_layout
+from consa.methods import SearchingMethod
+from consa.methods.problem import Problem
+from consa.methods.searching import exchanged
+from consa.methods.training import ConSA
+from consa.model.layout import AttentionLayout, attention_layout
+from consa.settings import option
 from consa.training import gates
 from consa.training.lagrangian import AugmentedLagrangian
-from consa.training.learning import LearnResult, asked_of, learn
+from consa.training.learning import LearnResult, asked_of, learn, units_of
 from consa.training.objective import Batch, Mixture, Objective, order
 from consa.training.refinement import refine
+from consa.training.retrieval import with_retrieval
 
 Variant = Callable[[PreTrainedModel, np.ndarray, LearnConfig], LearnResult]
 
@@ -126,3 +132,46 @@ VARIANTS: dict[str, Variant] = {
     "distant_tokens": distant_tokens,
     "candidates_by_all_steps": candidates_by_all_steps,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled(ConSA):
+    """ConSA whose gates follow the dense model's predictions, those of the answers too; refined by the loss."""
+
+    name = "distilled"
+
+    def objective(self, problem: Problem) -> Objective:
+        """See `ConSA.objective`."""
+        followed = Mixture(cross_entropy=0.0, distillation=1.0)
+        return with_retrieval(followed, self.retrieval, problem.loaded.tokenizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backward(SearchingMethod):
+    """From the dense model close one unit after another, the one that costs least; then exchange units.
+
+    A step tries the `num_tried` open units that cost least when they were last tried. Every unit is tried first.
+    """
+
+    name = "backward"
+    num_tried: int = option(8, "Units of which each step closes one.", ge=1)
+
+    def num_probes(self, layout: AttentionLayout, config: ChoiceConfig) -> int:
+        """One for each unit, and `num_tried` for each unit that is closed after the first, at most."""
+        count = units_of(layout, config.granularity).count
+        return count + self.num_tried * (round(count * config.sparsity) - 1)
+
+    def choose(self, problem: Problem) -> Allocation:
+        """See `Method.choose`."""
+        texts, count = problem.sample(self.evaluation_sequences, self.retrieval), problem.units.count
+        full, cost, worth = np.ones(count, dtype=bool), np.zeros(count), np.full(count, float(count))
+        current, spent, tried = problem.loss(full, texts), 1, range(count)
+        for closed in range(count - problem.num_full):
+            for unit in tried:
+                cost[unit] = problem.loss(full & (np.arange(count) != unit), texts) - current
+            spent += len(tried)
+            least = min(tried, key=lambda unit: cost[unit])
+            full[least], worth[least], current = False, closed, current + cost[least]
+            tried = sorted(np.flatnonzero(full), key=lambda unit: cost[unit])[: self.num_tried]
+        start = problem.decide(self, worth, full)
+        return problem.decide(self, worth, exchanged(problem, start, texts, self.evaluations - spent))

@@ -76,6 +76,9 @@ class SearchingMethod(Method):
 
     evaluations: int = option(340, "Budget, in forward evaluations.", ge=1)
     evaluation_sequences: int = option(8, "Sequences of each evaluation.", ge=1)
+    retrieval: float = option(
+        LearnConfig.retrieval, "Share of the loss that asks for facts hidden in the sequences.", ge=0, le=1
+    )
 
     def num_probes(self, layout: AttentionLayout, config: ChoiceConfig) -> int:
         """Evaluations that the method needs before it can begin to search."""

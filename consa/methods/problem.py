@@ -22,6 +22,8 @@ from consa.model.load import LoadedModel
 from consa.provenance import versions
 from consa.training.gates import Units
 from consa.training.learning import asked_of, units_of
+from consa.training.objective import Batch, Objective
+from consa.training.retrieval import with_retrieval
 
 QUESTIONS = "multi_query"
 """The retrieval task of the methods that need answers: several numbers are hidden, and all are asked for."""
@@ -33,6 +35,7 @@ class Text:
 
     tokens: np.ndarray  # int (seq_len,)
     start: int = 1  # index of the first token that is to be predicted: the answer's first one in a question
+    weights: Tensor | None = None  # float32 (seq_len - 1,), factors on the losses; 1 if None
 
 
 @dataclass
@@ -66,9 +69,17 @@ class Problem:
             for place in np.random.default_rng([self.config.seed, epoch]).permutation(len(self.sequences)):
                 yield Text(self.sequences[place])
 
-    def sample(self, number: int) -> list[Text]:
-        """The first `number` sequences of the stream, or all there are: those of an evaluation."""
-        return list(islice(self.stream(), min(number, len(self.sequences))))
+    def sample(self, number: int, retrieval: float = 0.0) -> list[Text]:
+        """The first `number` sequences of the stream, or all there are: those of an evaluation.
+
+        With a share of `retrieval` they hold puzzles, and tokens weigh as in learning.
+        """
+        objective = with_retrieval(Objective(), retrieval, self.loaded.tokenizer)
+        drawn = objective.drawn(self.sequences, self.config.seed, range(min(number, len(self.sequences))))
+        return [
+            Text(one.tokens[0].numpy(), weights=None if one.weights is None else one.weights[0])
+            for one in drawn.split(1)
+        ]
 
     def questions(self, number: int, length: int | None = None) -> list[Text]:
         """Questions about what lies in a text of `length` tokens (by default as long as the sequences), answered."""
@@ -86,6 +97,11 @@ class Problem:
         """The tokens of texts of one length, int64 `(texts, seq_len)` on the model's device."""
         tokens = np.stack([text.tokens for text in texts]).astype(np.int64)
         return torch.from_numpy(tokens).to(self.loaded.model.device)
+
+    def together(self, texts: list[Text]) -> Batch:
+        """The texts of a sample, on the model's device."""
+        weights = [text.weights for text in texts if text.weights is not None]
+        return Batch(self.tensor(*texts), torch.stack(weights) if weights else None)
 
     def batches(self, texts: list[Text]) -> Iterator[list[Text]]:
         """Neighbours of one length, as many as are computed at once."""
@@ -110,7 +126,8 @@ class Problem:
             for batch in self.batches(texts):
                 losses = loss.token_losses(self.loaded.model, self.tensor(*batch))
                 for text, own in zip(batch, losses, strict=True):
-                    total += float(own[text.start - 1 :].double().sum())
+                    weighted = own.double() if text.weights is None else own.double() * text.weights.to(own.device)
+                    total += float(weighted[text.start - 1 :].sum())
                     self.forward_tokens += len(text.tokens)
         return total / sum(len(text.tokens) - text.start for text in texts)
 

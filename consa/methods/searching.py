@@ -10,11 +10,10 @@ from consa import rules
 from consa.allocation import Allocation
 from consa.config import ChoiceConfig
 from consa.methods import Method, SearchingMethod
-from consa.methods.problem import Problem
+from consa.methods.problem import Problem, Text
 from consa.model.layout import AttentionLayout
 from consa.settings import option
 from consa.training.learning import asked_of, units_of
-from consa.training.objective import Batch
 from consa.training.refinement import Exchange, refine
 
 
@@ -51,25 +50,15 @@ class Greedy(SearchingMethod):
 
     def choose(self, problem: Problem) -> Allocation:
         """See `Method.choose`."""
-        texts = problem.sample(self.evaluation_sequences)
+        texts = problem.sample(self.evaluation_sequences, self.retrieval)
         full = problem.gather(Rule(name="middle").choose(problem).full_attention)
         before = problem.loss(full, texts)
         worth = np.zeros(problem.units.count)
         for unit in range(len(worth)):
             change = problem.loss(full ^ (np.arange(len(full)) == unit), texts) - before
             worth[unit] = change if full[unit] else -change
-        exchanges: list[Exchange] = []
-        refined = refine(
-            problem.loaded.model,
-            problem.decide(self, worth, full),
-            Batch(problem.tensor(*texts)),
-            max_evaluations=self.evaluations - problem.units.count - 1,
-            batch_size=problem.config.micro_batch,
-            on_exchange=exchanges.append,
-        )
-        evaluations = exchanges[-1].evaluations if exchanges else 1
-        problem.forward_tokens += evaluations * len(texts) * problem.sequences.shape[1]
-        return problem.decide(self, worth, problem.gather(refined.full_attention), start="middle")
+        full = exchanged(problem, problem.decide(self, worth, full), texts, self.evaluations - problem.units.count - 1)
+        return problem.decide(self, worth, full, start="middle")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +79,7 @@ class Bosch(SearchingMethod):
 
     def choose(self, problem: Problem) -> Allocation:
         """See `Method.choose`."""
-        units, texts = problem.units, problem.sample(self.evaluation_sequences)
+        units, texts = problem.units, problem.sample(self.evaluation_sequences, self.retrieval)
         layer = np.arange(units.count) // units.per_layer  # of each unit
         dense = problem.loss(np.ones(units.count, dtype=bool), texts)
         rise = np.array([problem.loss(layer != one, texts) - dense for one in range(len(units.layers))])
@@ -114,6 +103,22 @@ class Bosch(SearchingMethod):
             if value < current:
                 full, current = trial, value
         return problem.decide(self, rise[layer], full)
+
+
+def exchanged(problem: Problem, start: Allocation, texts: list[Text], max_evaluations: int) -> np.ndarray:
+    """The units on full attention, bool `(units,)`, after exchanges from `start` by `training.refinement.refine`."""
+    exchanges: list[Exchange] = []
+    refined = refine(
+        problem.loaded.model,
+        start,
+        problem.together(texts),
+        max_evaluations=max_evaluations,
+        batch_size=problem.config.micro_batch,
+        on_exchange=exchanges.append,
+    )
+    evaluations = exchanges[-1].evaluations if exchanges else 1
+    problem.forward_tokens += evaluations * len(texts) * problem.sequences.shape[1]
+    return problem.gather(refined.full_attention)
 
 
 def buckets_of(rise: np.ndarray, per_layer: int, num_buckets: int) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ from consa.settings import option
 from consa.training import gates
 from consa.training.learning import learn
 from consa.training.loop import prepared
+from consa.training.objective import Objective
 from consa.training.refinement import Exchange
 
 INSIDE = 1e-6  # a gate of DuoAttention at its bound is computed this far from it, so that it still has a gradient
@@ -52,6 +53,7 @@ class ConSA(TrainingMethod):
             learning,
             identity=loaded.identity,
             tokenizer=loaded.tokenizer,
+            objective=self.objective(problem),
             on_exchange=exchanges.append,
         )
         trained = len(result.history) * self.sequences_per_step * sequences.shape[1]
@@ -59,6 +61,10 @@ class ConSA(TrainingMethod):
         spent = cost(trained + evaluations * self.evaluation_sequences * sequences.shape[1], trained)
         provenance = {**result.allocation.provenance, "settings": asdict(self), "cost": spent}
         return replace(result.allocation, provenance=provenance)
+
+    def objective(self, problem: Problem) -> Objective | None:
+        """What a derived method learns on, instead of the next-token loss with a share of retrieval."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,12 @@ from consa.methods.choice import choose, method_named
 from consa.methods.problem import Problem, Text
 from consa.methods.searching import apportion, buckets_of
 from consa.methods.training import DuoAttention, PruLong
+from consa.model import loss
+from consa.model.attach import attached
 from consa.model.layout import attention_layout
 from consa.model.load import LoadedModel, load_model
+from consa.training import refinement
+from consa.training.retrieval import Retrieval
 from tests.models import allocate, exact, tiny
 
 LENGTH = 600  # tokens; a question with a byte for a token does not fit into fewer
@@ -201,6 +205,35 @@ def test_the_loss_of_a_problem_is_that_of_its_answers_under_the_allocation(token
     texts = [texts[0], texts[2], texts[1]]
     assert [len(batch) for batch in problem.batches(texts)] == [2, 1]
     assert problem.loss(full, texts) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_a_sample_with_retrieval_weighs_as_learning_does(tokenizer: Any):
+    model = tiny(vocab_size=300)
+    sequences = np.random.default_rng(0).integers(2, 250, (3, 700)).astype(np.uint16)
+    problem = Problem(loaded_from(model, tokenizer), sequences, ChoiceConfig(seed=1, **ASKED))
+    assert [text.tokens.tolist() for text in problem.sample(2)] == [
+        text.tokens.tolist() for text, _ in zip(problem.stream(), range(2), strict=False)
+    ]
+    texts, wanted = problem.sample(2, 0.5), Retrieval(0.5, tokenizer).drawn(sequences, 1, range(2))
+    together = problem.together(texts)
+    assert torch.equal(together.tokens, wanted.tokens) and torch.equal(together.weights, wanted.weights)
+    full = allocate(model).full_attention.flatten()
+    with attached(model, problem.allocation(full)):
+        losses = loss.token_losses(model, wanted.tokens)
+    assert problem.loss(full, texts) == pytest.approx(float((losses * wanted.weights).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bosch", "greedy"])
+def test_searches_judge_by_answers_all_along(name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    judged: list[Any] = []
+    text_loss, batch_loss = Problem.loss, refinement._mean_loss
+    monkeypatch.setattr(Problem, "loss", lambda *of: judged.append(of[2][0].weights) or text_loss(*of))
+    monkeypatch.setattr(refinement, "_mean_loss", lambda *of: judged.append(of[2].weights[0]) or batch_loss(*of))
+    sequences = np.random.default_rng(0).integers(2, 250, (3, 700)).astype(np.uint16)
+    small(name, retrieval=1.0).choose(
+        Problem(loaded_from(tiny(vocab_size=300), tokenizer), sequences, ChoiceConfig(**ASKED))
+    )
+    assert len(judged) == 18 and all(0 < int((weights > 0).sum()) < 60 for weights in judged)
 
 
 def test_questions_end_with_their_answers(tokenizer: Any):

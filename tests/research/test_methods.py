@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from consa.config import ChoiceConfig
+from consa.errors import ConsaError
 from consa.methods import METHODS
-from consa.model.load import read_layout
+from consa.methods.problem import Problem
+from consa.model.load import load_model, read_layout
 from consa.rules import RULES
-from research import merge, methods
+from research import merge, methods, variants
+from research.variants import Distilled
 
 LENGTH = 600
 BUDGET = ("num_steps=2", "sequences_per_step=2", "evaluations=8", "evaluation_sequences=2", "window=6")
@@ -108,6 +112,47 @@ def test_shares_of_retrieval_are_rows_of_their_own_and_tasks_are_told_apart(call
     assert list(rows) == [first, f"{first}-retrieval1", "lazy_layers-kv_head-0.5-seed0"]
     assert [row["retrieval_share"] for row in rows.values()] == [0, 1, 0]
     assert list(rows[first]["retrieval"]) == [str(LENGTH), f"multi_value {LENGTH}"]
+
+
+@pytest.mark.timeout(600)
+def test_methods_that_are_not_in_the_plan_run_by_their_class(call: Any, capsys: pytest.CaptureFixture[str]):
+    methods = "--methods=research.variants:Distilled,research.variants:Backward"
+    asked = (methods, "--granularity=kv_head", "--sparsity=0.5", "--seeds=1", "--retrieval=0,1", "--examples=0")
+    asked += ("--budget=num_tried=2", "--budget=evaluations=25")
+    call("others.json", *asked, "--estimate")
+    assert "distilled-kv_head-0.5-seed0-retrieval1" in capsys.readouterr().out
+    rows = rows_of(call("others.json", *asked))
+    names = [f"{name}-kv_head-0.5-seed0" for name in ("distilled", "backward")]
+    assert list(rows) == [name + end for name in names for end in ("", "-retrieval1")]
+    assert [row["cost"]["backward_tokens"] for row in rows.values()] == [2 * 2 * LENGTH] * 2 + [0, 0]
+
+
+def test_distilled_gates_follow_the_dense_model(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    loaded = load_model(str(tiny_model_folder), device="cpu")
+    problem = Problem(loaded, np.arange(1300).reshape(2, 650) % 250, ChoiceConfig(window=6))
+    objective = Distilled(retrieval=0.25).objective(problem)
+    assert objective.factors == {"distillation": 1.0} and objective.needs_dense
+    assert objective.drawn(problem.sequences, 0, range(1)).weights is not None
+    provenance = Distilled(num_steps=1, refine_evaluations=0).choose(problem).provenance
+    assert provenance["replaced"] == ["Mixture(distillation=1.0)"]
+
+
+def test_backward_closes_what_costs_least_and_then_exchanges(tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    costs = np.random.default_rng(0).random(12)
+    monkeypatch.setattr(Problem, "loss", lambda problem, full, texts: float(costs[~full].sum()))
+    left: list[int] = []
+
+    def exchanged(problem: Problem, start: Any, texts: Any, max_evaluations: int) -> np.ndarray:
+        left.append(max_evaluations)
+        return problem.gather(start.full_attention)
+
+    monkeypatch.setattr(variants, "exchanged", exchanged)
+    problem = Problem(load_model(str(tiny_model_folder), device="cpu"), np.ones((2, 20), int), ChoiceConfig())
+    allocation = variants.Backward(evaluations=40, num_tried=2).choose(problem)
+    assert (problem.gather(allocation.full_attention) == (costs >= np.sort(costs)[-3])).all()
+    assert left == [40 - 1 - 12 - 8 * 2]
+    with pytest.raises(ConsaError, match="evaluations must be at least 30 for backward"):
+        variants.Backward(evaluations=29, num_tried=2).check(problem.loaded.layout, problem.config)
 
 
 def test_what_is_not_in_the_plan_is_refused(call: Any):
