@@ -118,7 +118,7 @@ def test_shares_of_retrieval_are_rows_of_their_own_and_tasks_are_told_apart(call
 def test_methods_that_are_not_in_the_plan_run_by_their_class(call: Any, capsys: pytest.CaptureFixture[str]):
     methods = "--methods=research.variants:Distilled,research.variants:Backward"
     asked = (methods, "--granularity=kv_head", "--sparsity=0.5", "--seeds=1", "--retrieval=0,1", "--examples=0")
-    asked += ("--budget=num_tried=2", "--budget=evaluations=25")
+    asked += ("--budget=num_tried=2", "--budget=evaluations=25", "--budget=refine_evaluations=1")
     call("others.json", *asked, "--estimate")
     assert "distilled-kv_head-0.5-seed0-retrieval1" in capsys.readouterr().out
     rows = rows_of(call("others.json", *asked))
