@@ -65,7 +65,7 @@ def _found(row: Record) -> float:
 
 
 def _over_cache(axes: Axes, record: Record, label: str, value: Callable[[Record], float]) -> None:
-    """A line for each method and granularity with values that are not NaN; ConSA, the best rule and dense are strong."""
+    """A line for each method and granularity with values; ConSA, the best rule and dense are strong."""
     losses = by_kind(record, lambda row: row["loss"], mean)
     known = record | {"rows": {name: row for name, row in record["rows"].items() if not isnan(value(row))}}
     quality = by_kind(known, value)
