@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from consa.methods import METHODS
 from consa.rules import RULES
 from research import analysis
 from research.analysis import GATES, Record
+from research.records import allocation_in
 from research.sinks import kept
 
 ROOT = Path(__file__).parents[1]
@@ -275,6 +277,18 @@ def _found(retrieval: dict[str, float]) -> list[str]:
     return [f"{mean(single):.2f}", f"{mean(retrieval.values()):.2f}" if len(single) < len(retrieval) else ""]
 
 
+def large_places() -> tuple[Columns, Rows]:
+    """Where FA lies in the model of 0.5 B parameters, by layer and third."""
+    rows: Rows = []
+    record = analysis.joined(read("methods-qwen2.5-coder-0.5b"))
+    for unit, at in product(UNITS, ("0.5", "0.75", "0.9")):
+        allocation = allocation_in(record, f"consa-{unit}-{at}-seed0")
+        thirds = " / ".join(f"{share:.0%}" for share in depth(allocation).thirds)
+        layers = "".join("·▄█"[heads] for heads in allocation.full_attention.sum(1))
+        rows.append([UNITS[unit], at, thirds, f"`{layers}`"])
+    return ["units", "sparsity", "bottom / middle / top", "FA heads in each of 24 layers: none, one, both"], rows
+
+
 def large_trained() -> tuple[Columns, Rows]:
     """Hybrids of a model of 0.5 B parameters and the dense model after equal training."""
     record = read("adaptation-qwen2.5-coder-0.5b")
@@ -386,6 +400,7 @@ TABLES = {
     "places": Table(places, ("study",)),
     "behaviour": Table(behaviour, ("behaviour",)),
     "large": Table(large, tuple(name for files in LARGE.values() for name in files)),
+    "large_places": Table(large_places, ("methods-qwen2.5-coder-0.5b",)),
     "large_trained": Table(large_trained, ("adaptation-qwen2.5-coder-0.5b",)),
     "sinks": Table(sinks, ("sinks-135m-layer", "sinks-qwen2.5-coder-0.5b")),
     "retrieval": Table(retrieval, ("retrieval-135m", "methods-qwen2.5-coder-0.5b")),
