@@ -227,7 +227,7 @@ class Allocation:
         """
         file = published.resolve(path)
         if not os.path.exists(file):  # unlike Path.exists, accepts names that are too long
-            known = ", ".join(published.names())
+            known = ", ".join(published.alike(str(path)))
             raise ConsaError(f"allocation {str(path)!r} is neither a file nor a published allocation: {known}")
         text = read_text(file, max_bytes=MAX_FILE_BYTES)
         try:

@@ -27,6 +27,12 @@ def names() -> list[str]:
     return sorted(path.relative_to(FOLDER).with_suffix("").as_posix() for path in FOLDER.glob("*/*.json"))
 
 
+def alike(name: str) -> list[str]:
+    """The names of the same model; of a model that has none, the models that have some, each as `MODEL/...`."""
+    same = [known for known in names() if known.partition("/")[0] == name.partition("/")[0]]
+    return same or sorted({known.partition("/")[0] + "/..." for known in names()})
+
+
 def resolve(name: str | Path) -> Path:
     """The file that `name` means: a file, the allocation in a run's folder, or a published allocation."""
     path = Path(name)

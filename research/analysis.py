@@ -79,6 +79,12 @@ def parts(record: Record) -> dict[str, list[Record]]:
     return cells
 
 
+def joined(*records: Record) -> Record:
+    """Records of research/methods.py of one model as one: settings and rows of the last win; plain objectives only."""
+    rows = {name: row for record in records for name, row in record["rows"].items() if not row.get("retrieval_share")}
+    return records[-1] | {"rows": rows}
+
+
 def losses_of_methods(record: Record) -> dict[Key, np.ndarray]:
     """Loss of each held-out sequence, mean over seeds, from a record of research/methods.py or of the study.
 

@@ -1,4 +1,4 @@
-"""Draw docs/frontier.png, docs/methods.png and docs/study.png from the results.
+"""Draw docs/headline.png, docs/frontier.png, docs/methods.png and docs/study.png from the results.
 
 python -m research.figures
 """
@@ -6,6 +6,7 @@ python -m research.figures
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isnan, nan
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,16 +19,22 @@ from benchmarks.common import parser_of
 from consa.files import png, write_atomically
 from consa.rules import RULES
 from consa.runs.figures import BEST_RULE, DENSE, MADE, PALE, name_lines
-from research.analysis import GATES, Record, by_gates, by_kind, in_order, located, named, recovered
+from research.analysis import GATES, Record, by_gates, by_kind, in_order, joined, located, named, recovered
 from research.records import read
 
 DOCS = Path(__file__).parents[1] / "docs"
-MODELS = {"methods": "SmolLM2-135M", "methods-qwen2.5-coder-1.5b": "Qwen2.5-Coder-1.5B"}
+MODELS = {
+    "SmolLM2-135M": ("methods",),
+    "Qwen2.5-Coder-0.5B": ("rules-qwen2.5-coder-0.5b", "methods-qwen2.5-coder-0.5b"),
+}
+HEADLINE = "Qwen2.5-Coder-0.5B"
 
 
 def main() -> None:
     parser_of(__doc__).parse_args()
-    write_atomically(DOCS / "frontier.png", frontier({title: read(name) for name, title in MODELS.items()}))
+    records = {title: joined(*map(read, files)) for title, files in MODELS.items()}
+    write_atomically(DOCS / "frontier.png", frontier(records))
+    write_atomically(DOCS / "headline.png", frontier({HEADLINE: records[HEADLINE]}))
     write_atomically(DOCS / "methods.png", methods(read("methods")))
     write_atomically(DOCS / "study.png", places(read("study")))
 
@@ -35,11 +42,11 @@ def main() -> None:
 def frontier(records: dict[str, Record]) -> bytes:
     """Loss and hidden answers found over the KV cache, of ConSA, rules and dense, a row for each model, as PNG."""
     drawing = Figure(figsize=(10, 4 * len(records)), layout="constrained")
-    for (title, record), row in zip(records.items(), drawing.subplots(len(records), 2), strict=True):
+    for (title, record), row in zip(records.items(), drawing.subplots(len(records), 2, squeeze=False), strict=True):
         dense, shown = record["rows"]["dense"], ("dense", "consa", *RULES)
         record |= {"rows": {name: row for name, row in record["rows"].items() if row["method"] in shown}}
         _over_cache(row[0], record, f"{title}: nats above dense", lambda row, least=dense["loss"]: row["loss"] - least)
-        _over_cache(row[1], record, "share of hidden answers found", lambda row: mean(row["retrieval"].values()))
+        _over_cache(row[1], record, "share of hidden answers found", _found)
     return png(drawing)
 
 
@@ -52,9 +59,16 @@ def methods(record: Record) -> bytes:
     return png(drawing)
 
 
+def _found(row: Record) -> float:
+    """Mean over tasks and lengths; NaN where no question was asked."""
+    return mean(row["retrieval"].values()) if row["retrieval"] else nan
+
+
 def _over_cache(axes: Axes, record: Record, label: str, value: Callable[[Record], float]) -> None:
-    """A line for each method and granularity; ConSA, the rule of least loss and dense are strong."""
-    losses, quality = by_kind(record, lambda row: row["loss"], mean), by_kind(record, value)
+    """A line for each method and granularity with values; ConSA, the best rule and dense are strong."""
+    losses = by_kind(record, lambda row: row["loss"], mean)
+    known = record | {"rows": {name: row for name, row in record["rows"].items() if not isnan(value(row))}}
+    quality = by_kind(known, value)
     cache = by_kind(record, lambda row: row["cache_bytes"] / 1e6, mean)
     best = min((kind for kind in losses if kind[0] in RULES), key=lambda kind: mean(losses[kind].values()))
     colours = {best: BEST_RULE, ("consa", "layer"): MADE[0], ("consa", "kv_head"): MADE[0]}
@@ -64,7 +78,7 @@ def _over_cache(axes: Axes, record: Record, label: str, value: Callable[[Record]
         style |= {"color": colours.get(kind, PALE), "label": ("best rule: " if kind == best else "") + ", ".join(kind)}
         axes.plot(*zip(*points, strict=True), "o-" if kind[1] == "kv_head" else "o--", **style)
     dense = record["rows"]["dense"]
-    axes.plot(dense["cache_bytes"] / 1e6, value(dense), "o", color=DENSE, label="dense", linewidth=2)
+    axes.plot([dense["cache_bytes"] / 1e6], [value(dense)], "o", color=DENSE, label="dense", linewidth=2)
     axes.set(xlabel=f"KV cache at {record['settings']['seq_len']:,} tokens, MB", ylabel=label)
     axes.spines[["top", "right"]].set_visible(False)
     name_lines(axes)

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
@@ -20,17 +21,24 @@ import numpy as np
 
 from benchmarks.common import parser_of, table
 from consa.behaviour.relate import agreement, depth
+from consa.evaluation.intervals import bootstrap
 from consa.files import write_atomically
 from consa.methods import METHODS
 from consa.rules import RULES
 from research import analysis
 from research.analysis import GATES, Record
+from research.records import allocation_in
+from research.sinks import kept
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs" / "RESULTS.md", ROOT / "docs" / "STUDY.md", ROOT / "README.md")
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->\n)", re.DOTALL)
 UNITS = {"kv_head": "KV heads", "layer": "layers"}
 SPARSITIES = (0.5, 0.733, 0.9)
+LARGE = {
+    "Qwen2.5-Coder-0.5B": ("rules-qwen2.5-coder-0.5b", "methods-qwen2.5-coder-0.5b"),
+    "Qwen2.5-Coder-1.5B": ("methods-qwen2.5-coder-1.5b",),
+}
 SCRATCH = {"30m": "30 M", "60m": "60 M"}  # models trained from scratch
 PEERS = [name for name in METHODS if name not in ("consa", "nested")]  # `nested` is ours too
 # What the tables leave to the files: methods behind the best rule at each sparsity, and cells that say nothing new.
@@ -244,20 +252,76 @@ def behaviour() -> tuple[Columns, Rows]:
 
 
 def large() -> tuple[Columns, Rows]:
-    """Quality and retrieval on a model of 1.5 B parameters: ConSA, and each rule at its better granularity."""
-    record = read("methods-qwen2.5-coder-1.5b")
-    best: dict[str, Record] = {}
-    for row in record["rows"].values():
-        if "recovered" in row:
-            best[row["method"]] = max(row, best.get(row["method"], row), key=lambda row: row["recovered"])
-    ours, rows = np.array(best["consa"]["losses"]), []
-    for row in sorted(best.values(), key=lambda row: -row["recovered"]):
-        more = "" if row is best["consa"] else str(analysis.gain(record, np.array(row["losses"]), ours))
-        title = f"{row['method'].replace('_', ' ')}, {UNITS[row['granularity']]}"
-        needles = (f"{share:.2f}" for share in row["retrieval"].values())
-        rows.append([title, f"{row['recovered']:.3f}", more, *needles])
-    lengths = [f"needles at {int(length):,}" for length in best["consa"]["retrieval"]]
-    return ["method", "recovered", "consa recovers more by", *lengths], rows
+    """Quality and retrieval on models of 0.5 B and 1.5 B parameters, beside the best rule over KV heads or layers."""
+    rows: Rows = []
+    for model, files in LARGE.items():
+        record = analysis.joined(*map(read, files))
+        losses = analysis.losses_of_methods(record)
+        rows.append([model, "dense", *[""] * 4, *_found(record["rows"]["dense"]["retrieval"])])
+        for sparsity in sorted({key[0] for key in losses if key[2] == "consa"}, key=float):
+            rules = [analysis.best_rule(losses, sparsity, unit) for unit in UNITS]
+            best = min(filter(None, rules), key=lambda key: losses[key].mean())
+            ours = {unit: record["rows"].get(f"consa-{unit}-{sparsity}-seed0") for unit in UNITS}
+            recovered = [f"{row['recovered']:.3f}" if row else "" for row in ours.values()]
+            rule = record["rows"]["-".join((best[2], best[1], best[0], "seed0"))]
+            more = analysis.gain(record, losses[best], losses[sparsity, "kv_head", "consa"])
+            title = f"{rule['recovered']:.3f} ({best[2].replace('_', ' ')}, {UNITS[best[1]]})"
+            rows.append([model, sparsity, *recovered, title, more, *_found(ours["kv_head"]["retrieval"])])
+    columns = ["model", "sparsity", "KV heads recover", "layers recover", "best rule recovers", "KV heads more by"]
+    return [*columns, "needles", "all answers"], rows
+
+
+def _found(retrieval: dict[str, float]) -> list[str]:
+    """Mean share of single needles found, and of the answers of all tasks if others were asked."""
+    single = [share for asked, share in retrieval.items() if asked.isdigit()]
+    return [f"{mean(single):.2f}", f"{mean(retrieval.values()):.2f}" if len(single) < len(retrieval) else ""]
+
+
+def large_places() -> tuple[Columns, Rows]:
+    """Where FA lies in the model of 0.5 B parameters, by layer and third."""
+    rows: Rows = []
+    record = analysis.joined(read("methods-qwen2.5-coder-0.5b"))
+    for unit, at in product(UNITS, ("0.5", "0.75", "0.9")):
+        allocation = allocation_in(record, f"consa-{unit}-{at}-seed0")
+        thirds = " / ".join(f"{share:.0%}" for share in depth(allocation).thirds)
+        layers = "".join("·▄█"[heads] for heads in allocation.full_attention.sum(1))
+        rows.append([UNITS[unit], at, thirds, f"`{layers}`"])
+    return ["units", "sparsity", "bottom / middle / top", "FA heads in each of 24 layers: none, one, both"], rows
+
+
+def large_trained() -> tuple[Columns, Rows]:
+    """Hybrids of a model of 0.5 B parameters and the dense model after equal training."""
+    record = read("adaptation-qwen2.5-coder-0.5b")
+    dense, rows = np.array(record["rows"]["dense"]["after"]["losses"]), []
+    for key, row in sorted(record["rows"].items(), key=lambda item: item[1]["after"]["loss"]):
+        less = np.array(row["after"]["losses"]) - dense
+        behind = "" if key == "dense" else str(bootstrap(less, np.arange(len(less))))
+        loss = [f"{row[when]['loss']:.3f}" for when in ("before", "after")]
+        shares = [f"{row[name]:.3f}" if row[name] is not None else "" for name in ("recovered_before", "recovered")]
+        needles = [f"{share:.2f}" for share in row["after"]["retrieval"].values()]
+        rows.append([_title(key), f"{row['sparsity']:g}", *loss, behind, *shares, *needles])
+    lengths = [f"needles at {int(length):,}" for length in record["settings"]["lengths"].split(",")]
+    columns = ["trained under", "sparsity", "loss before", "after", "nats behind dense", "recovered before", "after"]
+    return [*columns, *lengths], rows
+
+
+def sinks() -> tuple[Columns, Rows]:
+    """What learned sinks keep of what four sink tokens save (loss) and find (answers)."""
+    rows: Rows = []
+    for name, model in (("sinks-135m-layer", "SmolLM2-135M"), ("sinks-qwen2.5-coder-0.5b", "Qwen2.5-Coder-0.5B")):
+        cells: dict[tuple[int, str], list[Record]] = {}
+        measured = read(name)["rows"]
+        for key, row in measured.items():
+            kind, window, *_ = f"{key}/".split("/")
+            if kind not in ("dense", "tokens"):
+                of = kept(row, measured[f"tokens/{window}"], measured[f"none/{window}"])
+                cells.setdefault((int(window), kind), []).append(of)
+        for (window, kind), seeds in sorted(cells.items()):
+            objective, _, steps = kind.partition("-")
+            spans = [f"{kept['rise'][0]:.3f} [{kept['rise'][1]:.3f}, {kept['rise'][2]:.3f}]" for kept in seeds]
+            shares = ["; ".join(f"{kept[what]:.2f}" for kept in seeds) for what in ("loss", "retrieval")]
+            rows.append([model, f"{window:,}", objective, steps, shares[0], "; ".join(spans), shares[1]])
+    return ["model", "window", "objective", "steps", "loss kept", "nats above tokens", "answers kept"], rows
 
 
 def retrieval() -> tuple[Columns, Rows]:
@@ -335,7 +399,10 @@ TABLES = {
     "learning": Table(learning, ("study",)),
     "places": Table(places, ("study",)),
     "behaviour": Table(behaviour, ("behaviour",)),
-    "large": Table(large, ("methods-qwen2.5-coder-1.5b",)),
+    "large": Table(large, tuple(name for files in LARGE.values() for name in files)),
+    "large_places": Table(large_places, ("methods-qwen2.5-coder-0.5b",)),
+    "large_trained": Table(large_trained, ("adaptation-qwen2.5-coder-0.5b",)),
+    "sinks": Table(sinks, ("sinks-135m-layer", "sinks-qwen2.5-coder-0.5b")),
     "retrieval": Table(retrieval, ("retrieval-135m", "methods-qwen2.5-coder-0.5b")),
     "serving": Table(serving, ("serving", "serving-1.5b")),
     "speed": Table(speed, ("decode", "decode-short", "attention", "learning", "distributed")),

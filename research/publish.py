@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.common import parser_of
@@ -57,8 +58,16 @@ def of_methods(path: Path, ending: str) -> None:
         if name.startswith("consa-") and name.endswith(f"-seed0{ending}"):
             config = settings["budget"] | {key: row[key] for key in ("sparsity", "granularity", "seed")}
             more = {"row": name, "weights": settings["model"], "sha256": settings["weights"]}
-            more |= {"measured": {key: row[key] for key in MEASURED}}
+            more |= {"measured": {key: row[key] for key in MEASURED}, "quality": quality(row)}
             publish(allocation_in(record, name), model, record, config, f"-window{config['window']}", **more)
+
+
+def quality(row: dict[str, Any]) -> str:
+    """One line of what a row of research/methods.py measured."""
+    found = row["retrieval"]
+    tasks = len({asked.rpartition(" ")[0] for asked in found})
+    asked = f"the answers of {tasks} retrieval tasks" if tasks > 1 else "single needles"
+    return f"recovers {row['recovered']:.3f}, finds {mean(found.values()):.2f} of {asked}"
 
 
 def publish(

@@ -57,7 +57,9 @@ def of(name: str, *, tokens: int, head_dim: int | None = None) -> Facts:
         ("model", run.model or str(made.get("model") or "unknown")),
         ("method", str(made.get("method") or "unknown") + (f" ({settings})" if settings else "")),
     ]
-    facts += [(key, str(made[key])) for key in ("date", "hardware", "command") if key in made]
+    facts += [
+        (key, str(made[key])) for key in ("quality", "weights", "sha256", "date", "hardware", "command") if key in made
+    ]
     if run.summary:
         facts.append(("command", run.summary["command"]))
         facts += [("verdict", run.verdict)] if run.verdict else []

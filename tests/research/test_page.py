@@ -114,9 +114,17 @@ def test_recovered_is_relative_to_a_cells_own_window_and_sinks():
 
 
 def test_figures_are_drawn():
-    assert figures.frontier({title: read(name) for name, title in figures.MODELS.items()}).startswith(b"\x89PNG")
+    records = {title: analysis.joined(*map(read, files)) for title, files in figures.MODELS.items()}
+    assert {row["method"] for row in records[figures.HEADLINE]["rows"].values() if not row["retrieval"]}, "some unasked"
+    assert figures.frontier(records).startswith(b"\x89PNG")
     assert figures.methods(read("methods")).startswith(b"\x89PNG")
     assert figures.places(read("study")).startswith(b"\x89PNG")
+
+
+def test_records_are_joined_without_rows_that_learned_for_answers():
+    first = {"settings": 1, "rows": {"dense": {"loss": 1}, "top": {"loss": 2}}}
+    last = {"settings": 2, "rows": {"dense": {"loss": 3}, "consa": {"loss": 4, "retrieval_share": 0.25}}}
+    assert analysis.joined(first, last) == {"settings": 2, "rows": {"dense": {"loss": 3}, "top": {"loss": 2}}}
 
 
 def test_rows_keep_where_and_when_they_were_measured(tmp_path: Path):

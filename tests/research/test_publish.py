@@ -11,6 +11,7 @@ import pytest
 
 from consa import published
 from consa.allocation import Allocation
+from consa.report import facts
 from research import publish
 
 HEADS = ["11", "00", "10", "00"] * 7
@@ -61,3 +62,9 @@ def test_rows_of_methods_become_files(ending: str, tmp_path: Path, monkeypatch: 
     assert origin["config"]["sparsity"] == 0.75 and origin["config"]["seed"] == 0
     assert origin["row"] == f"consa-kv_head-0.75-seed0{ending}" and origin["command"] == record()["command"]
     assert origin["measured"] == {"loss": 1.5, "recovered": 0.8, "retrieval": {"4096": 1.0}}
+    assert ("quality", "recovers 0.800, finds 1.00 of single needles") in facts.of(heads, tokens=100)
+
+
+def test_quality_counts_tasks_and_not_lengths():
+    row = {"recovered": 0.5, "retrieval": {"4096": 1.0, "8192": 1.0, "multi_key 4096": 0.5, "multi_key 8192": 0.0}}
+    assert publish.quality(row) == "recovers 0.500, finds 0.62 of the answers of 2 retrieval tasks"
