@@ -154,7 +154,7 @@ class Backward(SearchingMethod):
     """
 
     name = "backward"
-    num_tried: int = option(8, "Units of which each step closes one.", ge=1)
+    num_tried: int = option(4, "Units of which each step closes one.", ge=1)
 
     def num_probes(self, layout: AttentionLayout, config: ChoiceConfig) -> int:
         """One for each unit, and `num_tried` for each unit that is closed after the first, at most."""
