@@ -273,8 +273,8 @@ def large() -> tuple[Columns, Rows]:
 
 def _found(retrieval: dict[str, float]) -> list[str]:
     """Mean share of single needles found, and of the answers of all tasks if others were asked."""
-    single = [share for asked, share in retrieval.items() if asked.isdigit()]
-    return [f"{mean(single):.2f}", f"{mean(retrieval.values()):.2f}" if len(single) < len(retrieval) else ""]
+    tasks = _tasks(retrieval)
+    return [f"{mean(tasks['single']):.2f}", f"{mean(retrieval.values()):.2f}" if len(tasks) > 1 else ""]
 
 
 def large_places() -> tuple[Columns, Rows]:
@@ -329,24 +329,32 @@ def retrieval() -> tuple[Columns, Rows]:
     rows: Rows = []
     for name, model in (("retrieval-135m", "SmolLM2-135M"), ("methods-qwen2.5-coder-0.5b", "Qwen2.5-Coder-0.5B")):
         record = read(name)
-        shown = [
-            row for row in record["rows"].values() if row.get("sparsity", 0.9) == 0.9 and row["method"] != "all_swa"
-        ]
-        plain = next(row for row in shown if row["method"] == "consa" and not row["retrieval_share"])
-        for row in sorted(shown, key=lambda row: (row["method"] != "dense", row.get("retrieval_share"), row["loss"])):
-            title = row["method"] + (f", {row['retrieval_share']:g} of answers" if row.get("retrieval_share") else "")
-            more = analysis.gain(record, np.array(plain["losses"]), np.array(row["losses"]))
-            found: dict[str, list[float]] = {}
-            for asked, share in row["retrieval"].items():
-                found.setdefault(asked.rpartition(" ")[0] or "single", []).append(share)
-            every = mean(mean(shares) for shares in found.values())
-            shares = [f"{value:.2f}" for value in (every, *map(mean, found.values()))]
-            recovered = (
-                [f"{row['recovered']:.3f}", "" if row is plain else str(more)] if "recovered" in row else ["", ""]
-            )
-            rows.append([model, title, *recovered, *shares])
-    tasks = [asked.replace("_", " ") for asked in found]
-    return ["model", "chosen by", "recovered", "more than without answers", "found", *tasks], rows
+        chosen = [row for row in record["rows"].values() if row.get("granularity") == "kv_head"]
+        rows.append([model, "", "dense", "", "", *_by_task(record["rows"]["dense"]["retrieval"])])
+        for sparsity in sorted({row["sparsity"] for row in chosen if row["retrieval_share"]}):
+            at = [row for row in chosen if row["sparsity"] == sparsity]
+            plain = next(row for row in at if row["method"] == "consa" and not row["retrieval_share"])
+            for row in sorted(at, key=lambda row: (row["retrieval_share"], row["loss"])):
+                title = row["method"] + (f", {row['retrieval_share']:g} of answers" if row["retrieval_share"] else "")
+                more = analysis.gain(record, np.array(plain["losses"]), np.array(row["losses"]))
+                of = [f"{row['recovered']:.3f}", "" if row is plain else str(more), *_by_task(row["retrieval"])]
+                rows.append([model, f"{sparsity:g}", title, *of])
+    tasks = [task.replace("_", " ") for task in _tasks(row["retrieval"])]
+    return ["model", "sparsity", "chosen by", "recovered", "more than without answers", "found", *tasks], rows
+
+
+def _by_task(found: dict[str, float]) -> list[str]:
+    """Mean share of answers found of all tasks, and of each."""
+    shares = [mean(of) for of in _tasks(found).values()]
+    return [f"{share:.2f}" for share in (mean(shares), *shares)]
+
+
+def _tasks(found: dict[str, float]) -> dict[str, list[float]]:
+    """Shares of answers found at every length, by task, from a row of research/methods.py."""
+    tasks: dict[str, list[float]] = {}
+    for asked, share in found.items():
+        tasks.setdefault(asked.rpartition(" ")[0] or "single", []).append(share)
+    return tasks
 
 
 def serving() -> tuple[Columns, Rows]:
