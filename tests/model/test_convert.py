@@ -435,7 +435,8 @@ def test_a_plain_llama_keeps_its_biases_and_ties(changes, tmp_path):
 
 
 def test_a_spelling_that_computes_something_else_is_not_written(model, tmp_path, monkeypatch):
-    wrong = replace(spelling.GRANITE_SWA, config=lambda config: {"attention_multiplier": 1.0})
+    right = spelling.GRANITE_SWA.config
+    wrong = replace(spelling.GRANITE_SWA, config=lambda config: right(config) | {"attention_multiplier": 1.0})
     monkeypatch.setattr(spelling, "SPELLINGS", (wrong,))
     with pytest.raises(ConsaError, match="as granite_swa this model's logits differ"):
         convert(model, layerwise(), tmp_path / "out", kind="plain")
