@@ -5,10 +5,10 @@
     python benchmarks/llama.py DENSE.gguf HYBRID.gguf --text FILE --out benchmarks/results/llama-NAME.json
 
 "loss" is the mean over the first tokens of the text, in nats; "apart" is the mean difference of a single token's loss
-from consa's, which computes the same weights in float32. The dense file is apart by llama.cpp's arithmetic alone; "window
-off by 1" is how far the hybrid is from consa's losses with one key more or less, whichever is nearer. KV MiB is what
-llama.cpp's log says of full and sliding layers. Prefill and decoding are timed at the full context, dense and hybrid in
-turn; medians.
+from consa's, which computes the same weights in float32. The dense file is apart by llama.cpp's arithmetic alone.
+"window off by 1" is how far the hybrid is from consa's losses with one key more or less, whichever is nearer. KV MiB is
+what llama.cpp's log says of full and sliding layers. Prefill and decoding are timed at the full context, dense and
+hybrid in turn; medians.
 """
 
 from __future__ import annotations
