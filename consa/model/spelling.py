@@ -8,7 +8,8 @@ it and compute full attention in silence.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,14 +55,14 @@ def _granite_swa(config: Any) -> JsonObject:
 
 
 def _granite_swa_tensors(model: Any) -> dict[str, Tensor]:
-    added = _own_tensors(model)
+    tensors = _own_tensors(model)
     for index, layer in enumerate(model.model.layers):
         attention, name = layer.self_attn, f"model.layers.{index}.self_attn"
         weight = attention.o_proj.weight
-        added[f"{name}.sinks"] = weight.new_full((model.config.num_attention_heads,), NO_SINK)
+        tensors[f"{name}.sinks"] = weight.new_full((model.config.num_attention_heads,), NO_SINK)
         if attention.q_proj.bias is not None and attention.o_proj.bias is None:  # Qwen2
-            added[f"{name}.o_proj.bias"] = weight.new_zeros(weight.shape[0])
-    return added
+            tensors[f"{name}.o_proj.bias"] = weight.new_zeros(weight.shape[0])
+    return tensors
 
 
 def _granite_swa_lost(fields: JsonObject) -> dict[str, str]:
@@ -105,12 +106,30 @@ def _mellum_experts_tensors(model: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def _mellum_experts_lost(fields: JsonObject) -> dict[str, str]:
-    engines = ("llama.cpp", "mlx")
+def _mellum_experts_lost(engine: str, fields: JsonObject) -> dict[str, str]:
     if "dense" in fields["mlp_layer_types"]:
-        return {engine: f"{engine} reads mellum with experts in every layer only" for engine in engines}
-    if fields["rope_parameters"]["full_attention"]["rope_type"] != "default":
-        return {engine: f"{engine} does not scale RoPE in every layer of mellum" for engine in engines}
+        return {engine: f"{engine} reads mellum with experts in every layer only"}
+    if fields["rope_parameters"]["full_attention"].get("rope_type", "default") != "default":
+        return {engine: f"{engine} does not scale RoPE in every layer of mellum"}
+    return {}
+
+
+def _mellum_untied(config: Any) -> JsonObject:
+    return _mellum_experts(config) | {"tie_word_embeddings": False}
+
+
+def _mellum_untied_tensors(model: Any) -> dict[str, Tensor]:
+    tensors = _mellum_experts_tensors(model)
+    if model.config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    return tensors
+
+
+def _mellum_untied_lost(fields: JsonObject) -> dict[str, str]:
+    if fields["tie_word_embeddings"]:
+        return {"llama.cpp": "llama.cpp's mellum ties no embeddings"}
+    if lost := _mellum_experts_lost("llama.cpp", fields):
+        return lost
     if not fields.get("norm_topk_prob", True):
         return {"llama.cpp": "llama.cpp always normalises the weights of mellum's experts, and this model does not"}
     return {}
@@ -140,15 +159,21 @@ MELLUM = Spelling(
     config=_mellum,
     tensors=_own_tensors,
 )
-MELLUM_EXPERTS = Spelling(  # for engines whose mellum has experts in every layer
-    name="mellum",
-    families=("qwen3", "qwen3_moe"),
-    engines={"mlx": "mlx-lm 0.32 or later", "llama.cpp": "llama.cpp 0.5.0 or later, after its convert_hf_to_gguf.py"},
+MELLUM_EXPERTS = replace(  # experts in every layer
+    MELLUM,
+    engines={"mlx": "mlx-lm 0.32 or later"},
     config=_mellum_experts,
     tensors=_mellum_experts_tensors,
-    lost=_mellum_experts_lost,
+    lost=partial(_mellum_experts_lost, "mlx"),
 )
-SPELLINGS = (GRANITE_SWA, MELLUM, MELLUM_EXPERTS)
+MELLUM_UNTIED = replace(  # experts in every layer, and no tied embeddings
+    MELLUM,
+    engines={"llama.cpp": "llama.cpp 0.5.0 or later, after its convert_hf_to_gguf.py"},
+    config=_mellum_untied,
+    tensors=_mellum_untied_tensors,
+    lost=_mellum_untied_lost,
+)
+SPELLINGS = (GRANITE_SWA, MELLUM, MELLUM_EXPERTS, MELLUM_UNTIED)
 LIST_ONLY = (
     "TensorRT-LLM takes the dense model and kv_cache_config.max_attention_window, which shortens the KV cache, but its"
     " classes of Llama and Qwen let every layer attend to all tokens"

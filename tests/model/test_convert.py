@@ -512,10 +512,15 @@ def test_families_of_an_engine(engine):
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("engine", ["mlx", "llama.cpp"])
 def test_mellum_with_experts_in_every_layer(family, engine, tmp_path):
-    model = tiny(family, norm_topk_prob=True) if family == "qwen3_moe" else tiny(family)
-    convert(model, layerwise(), tmp_path / "out", engine=engine)
+    options = {"norm_topk_prob": True} if family == "qwen3_moe" else {"tie_word_embeddings": True}
+    model = tiny(family, **options)
+    assert engine in convert(model, layerwise(), tmp_path / "out", engine=engine).reason
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_experts"] == (4 if family == "qwen3_moe" else 1)
+    assert config["tie_word_embeddings"] == (family == "qwen3" and engine == "mlx")
+    listed = spelling.readers(config)
+    assert any("mlx-lm" in reader for reader in listed)
+    assert any("llama.cpp" in reader for reader in listed) == (not config["tie_word_embeddings"])
     with attached(model, layerwise()):
         wanted = logits(model, tokens(1, 40))
     torch.testing.assert_close(logits(load(tmp_path / "out"), tokens(1, 40)), wanted, atol=1e-4, rtol=0)
