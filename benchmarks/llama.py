@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import llama_cpp as lib
+import llama_cpp as lib  # pyright: ignore[reportMissingImports]
 import numpy as np
 import torch
 from common import environment, parser_of, print_table, write_json

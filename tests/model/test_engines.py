@@ -43,7 +43,8 @@ def test_mlx_lm_reads_mellum(family: str, tmp_path: Path):
     for _ in range(30):
         written.append(int(mx.argmax(logits[0, -1])))
         logits = engine(mx.array([written[-1:]]), cache=cache)
-    sequence = load(tmp_path / "out").generate(IDS, max_new_tokens=30, do_sample=False)
+    stock: Any = load(tmp_path / "out")
+    sequence = stock.generate(IDS, max_new_tokens=30, do_sample=False)
     assert written == sequence[0, IDS.shape[1] :].tolist()
     assert [layer.keys.shape[2] == WINDOW for layer in cache] == [True, False, False, True]
 
