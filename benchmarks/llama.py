@@ -32,17 +32,8 @@ from consa import Allocation, attached
 from consa.model.load import load_model
 from consa.model.loss import token_losses
 
-COLUMNS = [
-    "file",
-    "loss",
-    "consa's loss",
-    "apart",
-    "window off by 1",
-    "KV MiB, full",
-    "KV MiB, sliding",
-    "prefill, tokens/s",
-]
-COLUMNS += ["decoding, tokens/s"]
+COLUMNS = ["file", "loss", "consa's loss", "apart", "window off by 1", "KV MiB, full", "KV MiB, sliding"]
+COLUMNS += ["prefill, tokens/s", "decoding, tokens/s"]
 BATCH = 512  # tokens that llama.cpp computes at once
 CACHE = re.compile(r"size = +([\d.]+) MiB \( *\d+ cells")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,9 @@ def write_gguf(model: Any, path: Path) -> None:
     writer.add_tokenizer_model("none")
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, weight in model.state_dict().items():
-        stem, kind = name.rsplit(".", 1)
-        _, layer, part = stem.rsplit(".", 3)[0], *(stem.split(".", 3)[2:] if "layers." in stem else ("", stem))
+        match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
+        assert match
+        layer, part, kind = match.groups()
         data = weight.numpy()
         if config.model_type == "llama" and NAMES[part] in heads:
             data = neighbours(data, heads[NAMES[part]])
