@@ -46,8 +46,8 @@ def convert(
         str | None,
         text(
             "ENGINE",
-            "Engine that must be able to read the plain checkpoint: transformers, vllm, sglang, llama.cpp, mlx or"
-            " tensorrt-llm.",
+            "Engine that must be able to read the plain checkpoint: transformers, vllm, sglang, llama.cpp or mlx."
+            " tensorrt-llm cannot, and the message says why.",
             "--for",
         ),
     ] = None,

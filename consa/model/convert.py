@@ -25,14 +25,14 @@ from consa.model.layout import attention_layout, check_fits, max_positions
 from consa.model.load import cannot_write, check_device, new_folder, quiet
 from consa.model.register import config_record, hybrid_config
 from consa.model.spelling import (
-    LIST_ENGINE,
     check_engine,
     layers_obstacle,
     model_obstacle,
+    readers,
     respelt,
     spelling_for,
-    window_of_layers,
     windows,
+    written_fields,
 )
 
 SCHEMA = "consa.checkpoint/1"
@@ -85,8 +85,8 @@ def convert(
     if kind == "plain":
         check_plain(model.config, allocation, engine)
         chosen = spelling_for(model.config.model_type, engine)
-        readers = [chosen.engines[engine]] if engine else list(chosen.engines.values())
-        reason = f"{chosen.name}, which needs no consa; read by {'; '.join(readers)}"
+        engines = [chosen.engines[engine]] if engine else readers(written_fields(model.config))
+        reason = f"{chosen.name}, which needs no consa; read by {'; '.join(engines)}"
     else:
         obstacle = plain_obstacle(model.config, allocation)
         reason = f"needs consa: {obstacle or 'a plain checkpoint is possible too'}"
@@ -94,7 +94,7 @@ def convert(
         with new_folder(folder) as temporary, quiet():
             record = vars(model.config).pop("consa", None)  # the family's config is written, and changed below
             try:
-                written = model if kind == "hybrid" else respelt(model, allocation)
+                written = model if kind == "hybrid" else respelt(model, allocation, engine)
                 written.save_pretrained(temporary)
             finally:
                 if record is not None:
@@ -219,9 +219,6 @@ def plain_obstacle(config: Any, allocation: Allocation, engine: str | None = Non
     """Why no stock config, or none that the engine reads, can express this allocation; None if one can."""
     if obstacle := layers_obstacle(allocation):
         return obstacle
-    if engine == LIST_ENGINE:
-        each = window_of_layers(allocation, max_positions(config))
-        return f"TensorRT-LLM takes the dense model and a list: set kv_cache_config.max_attention_window={each}"
     return model_obstacle(config, engine)
 
 

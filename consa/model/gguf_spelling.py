@@ -19,7 +19,7 @@ from consa.model.spelling import NO_SINK, layers_obstacle
 TARGETS = {"llama": "granite_swa", "qwen2": "granite_swa", "qwen3": "mellum", "qwen3moe": "mellum"}
 HALVES = ("qwen2",)  # rotate the halves of a head; granite_swa rotates neighbours
 ROTATED = ("attn_q", "attn_k")
-READER = "read by llama.cpp of October 2026 or later"
+READER = "read by llama.cpp 0.5.0 or later"
 
 
 def check_wish(source: str, out: Path, engine: str | None) -> None:
@@ -71,6 +71,12 @@ def respell(source: Path, allocation: Allocation, out: Path) -> str:
         )
     layers, heads = (int(fields[f"{family}.{key}"].contents()) for key in ("block_count", "attention.head_count"))
     kv_heads = int(fields[f"{family}.attention.head_count_kv"].contents())
+    if TARGETS[family] == "mellum":
+        scaling = fields.get(f"{family}.rope.scaling.type")
+        if scaling is not None and (scaled := scaling.contents()) != "none":
+            raise ConsaError(f"llama.cpp's mellum scales no RoPE in sliding layers, and {source} has {scaled} scaling")
+        if bias := next((tensor.name for tensor in reader.tensors if tensor.name.endswith(".bias")), None):
+            raise ConsaError(f"llama.cpp's mellum has no biases, and {source} has {bias}")
     if allocation.full_attention.shape != (layers, kv_heads):
         raise ConsaError(
             f"the allocation is for {allocation.num_layers} layers x {allocation.num_kv_heads} KV heads, and {source}"

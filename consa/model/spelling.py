@@ -8,7 +8,8 @@ it and compute full attention in silence.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,9 @@ class Spelling:
     families: tuple[str, ...]  # the model types that it can hold
     engines: Mapping[str, str]  # engine -> from which version it reads the spelling, and what is lost
     config: Callable[[Any], JsonObject]  # the family's own config -> fields besides those of the same name
-    tensors: Callable[[Any], dict[str, Tensor]]  # the model -> tensors besides its own
+    tensors: Callable[[Any], dict[str, Tensor]]  # the model -> all tensors of the written one
+    lost: Callable[[JsonObject], dict[str, str]] = lambda fields: {}
+    """All fields -> what an engine that has the family leaves out of this model without an error."""
 
 
 def _granite_swa(config: Any) -> JsonObject:
@@ -52,14 +55,27 @@ def _granite_swa(config: Any) -> JsonObject:
 
 
 def _granite_swa_tensors(model: Any) -> dict[str, Tensor]:
-    added: dict[str, Tensor] = {}
+    tensors = _own_tensors(model)
     for index, layer in enumerate(model.model.layers):
         attention, name = layer.self_attn, f"model.layers.{index}.self_attn"
         weight = attention.o_proj.weight
-        added[f"{name}.sinks"] = weight.new_full((model.config.num_attention_heads,), NO_SINK)
+        tensors[f"{name}.sinks"] = weight.new_full((model.config.num_attention_heads,), NO_SINK)
         if attention.q_proj.bias is not None and attention.o_proj.bias is None:  # Qwen2
-            added[f"{name}.o_proj.bias"] = weight.new_zeros(weight.shape[0])
-    return added
+            tensors[f"{name}.o_proj.bias"] = weight.new_zeros(weight.shape[0])
+    return tensors
+
+
+def _granite_swa_lost(fields: JsonObject) -> dict[str, str]:
+    lost = {}
+    if fields["attention_bias"] or fields.get("mlp_bias"):
+        lost["sglang"] = "SGLang drops the biases of granite_swa without an error"
+    if 0 in fields["layer_rope_theta"]:
+        lost["llama.cpp"] = "llama.cpp's converter gives every layer RoPE, and some layers of this model have none"
+    return lost
+
+
+def _own_tensors(model: Any) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in model.state_dict().items()}
 
 
 def _mellum(config: Any) -> JsonObject:
@@ -71,6 +87,54 @@ def _mellum(config: Any) -> JsonObject:
     return {"mlp_layer_types": kinds, "rope_parameters": {"full_attention": rope, "sliding_attention": rope}}
 
 
+def _mellum_experts(config: Any) -> JsonObject:
+    if config.model_type == "qwen3_moe":
+        return _mellum(config)
+    one = {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": config.intermediate_size}
+    return _mellum(config) | one | {"mlp_layer_types": ["sparse"] * config.num_hidden_layers}
+
+
+def _mellum_experts_tensors(model: Any) -> dict[str, Tensor]:
+    """A dense MLP as the only expert, which gets every token with weight 1."""
+    tensors = _own_tensors(model)
+    for index in range(model.config.num_hidden_layers if model.config.model_type == "qwen3" else 0):
+        name = f"model.layers.{index}.mlp"
+        gate, up, down = (tensors.pop(f"{name}.{part}_proj.weight") for part in ("gate", "up", "down"))
+        tensors[f"{name}.gate.weight"] = gate.new_zeros(1, gate.shape[1])
+        tensors[f"{name}.experts.gate_up_proj"] = torch.cat((gate, up))[None]
+        tensors[f"{name}.experts.down_proj"] = down[None]
+    return tensors
+
+
+def _mellum_experts_lost(engine: str, fields: JsonObject) -> dict[str, str]:
+    if "dense" in fields["mlp_layer_types"]:
+        return {engine: f"{engine} reads mellum with experts in every layer only"}
+    if fields["rope_parameters"]["full_attention"].get("rope_type", "default") != "default":
+        return {engine: f"{engine} does not scale RoPE in every layer of mellum"}
+    return {}
+
+
+def _mellum_untied(config: Any) -> JsonObject:
+    return _mellum_experts(config) | {"tie_word_embeddings": False}
+
+
+def _mellum_untied_tensors(model: Any) -> dict[str, Tensor]:
+    tensors = _mellum_experts_tensors(model)
+    if model.config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    return tensors
+
+
+def _mellum_untied_lost(fields: JsonObject) -> dict[str, str]:
+    if fields["tie_word_embeddings"]:
+        return {"llama.cpp": "llama.cpp's mellum ties no embeddings"}
+    if lost := _mellum_experts_lost("llama.cpp", fields):
+        return lost
+    if not fields.get("norm_topk_prob", True):
+        return {"llama.cpp": "llama.cpp always normalises the weights of mellum's experts, and this model does not"}
+    return {}
+
+
 GRANITE_SWA = Spelling(
     name="granite_swa",
     families=("llama", "mistral", "qwen2", "smollm3"),
@@ -78,10 +142,11 @@ GRANITE_SWA = Spelling(
         "transformers": "transformers 5.19 or later, with eager attention, whose memory grows with length squared",
         "vllm": "vLLM 0.32 or later, in its own class",
         "sglang": "SGLang 0.5.23 or later, in its own class",
-        "llama.cpp": "llama.cpp of October 2026 or later, after its convert_hf_to_gguf.py",
+        "llama.cpp": "llama.cpp 0.5.0 or later, after its convert_hf_to_gguf.py",
     },
     config=_granite_swa,
     tensors=_granite_swa_tensors,
+    lost=_granite_swa_lost,
 )
 MELLUM = Spelling(
     name="mellum",
@@ -92,9 +157,27 @@ MELLUM = Spelling(
         "sglang": "SGLang 0.5.23 or later, in its own class",
     },
     config=_mellum,
-    tensors=lambda model: {},
+    tensors=_own_tensors,
 )
-SPELLINGS = (GRANITE_SWA, MELLUM)
+MELLUM_EXPERTS = replace(  # experts in every layer
+    MELLUM,
+    engines={"mlx": "mlx-lm 0.32 or later"},
+    config=_mellum_experts,
+    tensors=_mellum_experts_tensors,
+    lost=partial(_mellum_experts_lost, "mlx"),
+)
+MELLUM_UNTIED = replace(  # experts in every layer, and no tied embeddings
+    MELLUM,
+    engines={"llama.cpp": "llama.cpp 0.5.0 or later, after its convert_hf_to_gguf.py"},
+    config=_mellum_untied,
+    tensors=_mellum_untied_tensors,
+    lost=_mellum_untied_lost,
+)
+SPELLINGS = (GRANITE_SWA, MELLUM, MELLUM_EXPERTS, MELLUM_UNTIED)
+LIST_ONLY = (
+    "TensorRT-LLM takes the dense model and kv_cache_config.max_attention_window, which shortens the KV cache, but its"
+    " classes of Llama and Qwen let every layer attend to all tokens"
+)
 
 
 def spelling_for(family: str, engine: str | None = None) -> Spelling:
@@ -107,14 +190,38 @@ def spelling_for(family: str, engine: str | None = None) -> Spelling:
     Raises:
         ConsaError: there is none; the message says why.
     """
-    for spelling in SPELLINGS:
-        if family in spelling.families:
-            if engine is None or engine in spelling.engines:
-                return spelling
-            readers = ", ".join(spelling.engines)
-            raise ConsaError(f"{engine} reads no spelling of {family}; those who read {spelling.name} are {readers}")
-    known = ", ".join(sorted(family for spelling in SPELLINGS for family in spelling.families))
-    raise ConsaError(f"{family}'s config cannot express it (those of {known} can)")
+    of_family = [spelling for spelling in SPELLINGS if family in spelling.families]
+    if not of_family:
+        known = ", ".join(sorted({family for spelling in SPELLINGS for family in spelling.families}))
+        raise ConsaError(f"{family}'s config cannot express it (those of {known} can)")
+    if engine == LIST_ENGINE:
+        raise ConsaError(LIST_ONLY)
+    for spelling in of_family:
+        if engine is None or engine in spelling.engines:
+            return spelling
+    readers = ", ".join(sorted({engine for spelling in of_family for engine in spelling.engines}))
+    raise ConsaError(f"{engine} reads no spelling of {family}; {of_family[0].name} is read by {readers}")
+
+
+def readers(fields: JsonObject) -> list[str]:
+    """Which engines read a folder in a spelling, each with its version and what is lost.
+
+    Args:
+        fields: of the folder's config, or those from `written_fields`.
+    """
+    return [
+        says
+        for spelling in SPELLINGS
+        if spelling.name == fields["model_type"]
+        for engine, says in spelling.engines.items()
+        if engine not in spelling.lost(fields)
+    ]
+
+
+def written_fields(config: Any, engine: str | None = None) -> JsonObject:
+    """The config that a model would have in the spelling that an engine reads, with fields that only the model has."""
+    spelling = spelling_for(config.model_type, engine)
+    return config.to_dict() | spelling.config(config) | {"model_type": spelling.name}
 
 
 def check_engine(engine: str | None) -> None:
@@ -145,23 +252,24 @@ def model_obstacle(config: Any, engine: str | None = None) -> str | None:
         return (
             f"{spelling.name} has heads of hidden_size / num_attention_heads numbers, and the model's have {head_dim}"
         )
-    return None
+    return spelling.lost(written_fields(config, engine)).get(engine) if engine else None
 
 
-def respelt(model: PreTrainedModel, allocation: Allocation) -> PreTrainedModel:
-    """The model in a spelling, sharing the model's weights.
+def respelt(model: PreTrainedModel, allocation: Allocation, engine: str | None = None) -> PreTrainedModel:
+    """The model in the spelling that an engine reads, sharing most of the model's weights.
 
     Its logits have been compared with those of the hybrid that `consa.attached` makes of the model.
 
     Raises:
         ConsaError: the two differ, or this version of transformers lacks the family.
     """
-    spelling, source = spelling_for(model.config.model_type), model.config.to_dict()
+    spelling = spelling_for(model.config.model_type, engine)
     try:
         own = AutoConfig.for_model(spelling.name)
     except ValueError as error:
         raise ConsaError(f"this version of transformers lacks {spelling.name}; install a newer one") from error
     written_by: Any = AutoModelForCausalLM._model_mapping[type(own)]
+    source = model.config.to_dict()
     fields = {name: source[name] for name in own.to_dict() if name in source and name != "model_type"}
     fields |= spelling.config(model.config) | {
         "sliding_window": allocation.window,
@@ -169,10 +277,11 @@ def respelt(model: PreTrainedModel, allocation: Allocation) -> PreTrainedModel:
         "architectures": [written_by.__name__],
     }
     config = AutoConfig.for_model(spelling.name, **fields)
+    if hasattr(config, "num_experts"):
+        vars(config)["num_experts"] = config.num_experts  # mlx-lm reads this name, and transformers writes another
     with quiet(), torch.device("meta"):
         written: Any = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    tensors = {name: value.detach() for name, value in model.state_dict().items()} | spelling.tensors(model)
-    written.load_state_dict(tensors, assign=True)
+    written.load_state_dict(spelling.tensors(model), assign=True)
     if config.tie_word_embeddings:
         written.tie_weights()
     for module in written.modules():
@@ -213,6 +322,7 @@ def windows(allocation: Allocation, num_positions: int | None) -> JsonObject:
         LIST_ENGINE: {"kv_cache_config": {"max_attention_window": window_of_layers(allocation, num_positions)}},
         "layer_types": _layer_types(allocation),
         "sliding_window": allocation.window,
+        "note": LIST_ONLY,
     }
 
 

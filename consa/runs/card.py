@@ -15,7 +15,7 @@ from consa.evaluation.table import Table
 from consa.files import read_json, read_text, write_atomically
 from consa.model.convert import MANIFEST
 from consa.model.register import ARCHITECTURE_PREFIX
-from consa.model.spelling import SPELLINGS
+from consa.model.spelling import readers
 from consa.progress import note
 from consa.rules import dense
 from consa.runs.summary import markdown_table
@@ -129,9 +129,8 @@ def _loading(kind: str, repo: str) -> str:
 def _engines(folder: Path, kind: str, kept: Allocation) -> str:
     config = read_json(folder / "config.json", max_bytes=MAX_BYTES)
     if kind == "plain":
-        written = next(spelling for spelling in SPELLINGS if spelling.name == config["model_type"])
-        readers = "\n".join(f"- {reader}" for reader in written.engines.values())
-        return f"Engines that know `{written.name}` read this folder without consa; others refuse it.\n\n{readers}"
+        engines = "\n".join(f"- {reader}" for reader in readers(config))
+        return f"These engines read this folder, a `{config['model_type']}`, without consa.\n\n{engines}"
     obstacle = limits.hybrid_obstacle(config["architectures"][0].removeprefix(ARCHITECTURE_PREFIX), kept)
     vllm = f"vLLM {' and '.join(limits.VERSIONS)} with consa's plugin: `consa serve FOLDER`."
     vllm = f"vLLM cannot serve it: {obstacle}." if obstacle else vllm

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from consa import Allocation, attached, load, rules
 from consa.model.convert import verify
 from tests.cli.test_cli import apart, consa_cli, refused  # noqa: F401 (apart is a fixture, for every test)
+from tests.models import tiny
 
 FULL = np.array([[True, False, True], [False] * 3, [False, True, False], [True] * 3])
 HEADS = Allocation(full_attention=FULL, window=7, num_sink_tokens=2)
@@ -147,7 +148,7 @@ def test_convert_reads_no_model_in_vain(
 
 @pytest.mark.parametrize(
     ("engine", "named"),
-    [("mlx", "mlx reads no spelling of "), ("tensorrt-llm", "TensorRT-LLM takes the dense model and a list")],
+    [("mlx", "mlx reads no spelling of "), ("tensorrt-llm", "TensorRT-LLM takes the dense model and kv_cache_config")],
 )
 def test_an_engine_that_cannot_read_the_family_is_named_before_weights_are_read(
     engine: str, named: str, tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -155,6 +156,33 @@ def test_an_engine_that_cannot_read_the_family_is_named_before_weights_are_read(
     monkeypatch.setattr("consa.model.load.load_model", lambda *_, **__: pytest.fail("loaded"))
     layers = ["--allocation", "interleaved", "--granularity", "layer", "--num-sink-tokens", "0"]
     assert named in refused("convert", tiny_model_folder, *layers, "--for", engine, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "allocation", "options", "named"),
+    [
+        ("qwen2", "layers", ["--for", "sglang"], "SGLang drops the biases of granite_swa"),
+        ("qwen2", "heads.json", ["--for", "sglang"], "heads of one layer differ"),
+        ("qwen2", "heads.json", ["--kind", "plain"], "heads of one layer differ"),
+        ("olmo2", "layers", ["--for", "vllm"], "olmo2's config cannot express it"),
+        ("qwen2", "heads.json", ["--for", "ollama"], "'ollama'"),
+    ],
+)
+def test_a_plain_folder_is_refused_before_weights_are_read(
+    family: str,
+    allocation: str,
+    options: list[str],
+    named: str,
+    allocations: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    tiny(family).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("consa.model.load.load_model", lambda *_, **__: pytest.fail("loaded"))
+    layers = ["--allocation", "interleaved", "--granularity", "layer", "--num-sink-tokens", "0"]
+    arguments = layers if allocation == "layers" else ["--allocation", allocations / allocation]
+    assert named in refused("convert", tmp_path / "model", *arguments, *options, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -423,6 +423,7 @@ def test_a_plain_folder_has_a_class_that_engines_without_it_refuse(model, tmp_pa
     assert "consa" not in config and "attn_implementation" not in config
     listed = json.loads((tmp_path / "out" / "windows.json").read_text())
     assert listed["tensorrt-llm"] == {"kv_cache_config": {"max_attention_window": [6, 4096, 4096, 6]}}
+    assert "let every layer attend to all tokens" in listed["note"]
 
 
 @pytest.mark.parametrize("changes", [{"attention_bias": True}, {"mlp_bias": True}, {"tie_word_embeddings": True}])
@@ -435,7 +436,8 @@ def test_a_plain_llama_keeps_its_biases_and_ties(changes, tmp_path):
 
 
 def test_a_spelling_that_computes_something_else_is_not_written(model, tmp_path, monkeypatch):
-    wrong = replace(spelling.GRANITE_SWA, config=lambda config: {"attention_multiplier": 1.0})
+    right = spelling.GRANITE_SWA.config
+    wrong = replace(spelling.GRANITE_SWA, config=lambda config: right(config) | {"attention_multiplier": 1.0})
     monkeypatch.setattr(spelling, "SPELLINGS", (wrong,))
     with pytest.raises(ConsaError, match="as granite_swa this model's logits differ"):
         convert(model, layerwise(), tmp_path / "out", kind="plain")
@@ -447,14 +449,81 @@ def test_a_spelling_that_computes_something_else_is_not_written(model, tmp_path,
     [
         ({"engine": "ollama"}, "engine must be one of transformers, vllm, .* got 'ollama'"),
         ({"engine": "vllm", "kind": "hybrid"}, "a hybrid needs consa, and vllm is to do without"),
-        ({"engine": "mlx"}, "mlx reads no spelling of llama; those who read granite_swa are transformers, vllm"),
-        ({"engine": "tensorrt-llm"}, r"max_attention_window=\[6, 4096, 4096, 6\]"),
+        (
+            {"engine": "mlx"},
+            "mlx reads no spelling of llama; granite_swa is read by llama.cpp, sglang, transformers, vllm",
+        ),
+        ({"engine": "tensorrt-llm"}, "shortens the KV cache, but its classes .* let every layer attend to all tokens"),
     ],
 )
 def test_engines_that_cannot_read_it_are_named(options, reason, model, tmp_path):
     with pytest.raises(ConsaError, match=reason):
         convert(model, layerwise(), tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
+
+
+LOST = [
+    ("qwen2", {}, "sglang", "SGLang drops the biases of granite_swa"),
+    ("llama", {"attention_bias": True}, "sglang", "SGLang drops the biases of granite_swa"),
+    ("llama", {"mlp_bias": True}, "sglang", "SGLang drops the biases of granite_swa"),
+    ("smollm3", {}, "llama.cpp", "gives every layer RoPE, and some layers of this model have none"),
+    ("qwen3_moe", {"mlp_only_layers": [0]}, "mlx", "mlx reads mellum with experts in every layer only"),
+    ("qwen3_moe", {"decoder_sparse_step": 2}, "llama.cpp", "llama.cpp reads mellum with experts in every layer only"),
+    ("qwen3_moe", {"norm_topk_prob": False}, "llama.cpp", "always normalises the weights of mellum's experts"),
+    (
+        "qwen3",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        "mlx",
+        "mlx does not scale RoPE in every layer of mellum",
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "engine", "reason"), LOST)
+def test_an_engine_that_would_compute_something_else_is_refused_and_not_listed(
+    family, changes, engine, reason, tmp_path
+):
+    model = tiny(family, **changes)
+    with pytest.raises(ConsaError, match=reason):
+        convert(model, layerwise(), tmp_path / "out", engine=engine)
+    assert not list(tmp_path.iterdir())
+    written = convert(model, layerwise(), tmp_path / "out", kind="plain")
+    names = {"sglang": "SGLang", "llama.cpp": "llama.cpp", "mlx": "mlx-lm"}
+    assert "transformers 5.19" in written.reason and names[engine] not in written.reason
+
+
+READ = {  # what `--for` takes of models without biases and with RoPE in every layer
+    "transformers": {"llama", "mistral", "qwen2", "smollm3", "qwen3", "qwen3_moe"},
+    "vllm": {"llama", "mistral", "qwen2", "smollm3", "qwen3", "qwen3_moe"},
+    "sglang": {"llama", "mistral", "smollm3", "qwen3", "qwen3_moe"},
+    "llama.cpp": {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe"},
+    "mlx": {"qwen3", "qwen3_moe"},
+    "tensorrt-llm": set(),
+}
+
+
+@pytest.mark.parametrize("engine", spelling.ENGINES)
+def test_families_of_an_engine(engine):
+    configs = {family: tiny(family).config for family in (*PLAIN, "gemma2", "olmo2", "phi3")}
+    configs["qwen3_moe"].norm_topk_prob = True  # as in the released models
+    assert {name for name in configs if not spelling.model_obstacle(configs[name], engine)} == READ[engine]
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("engine", ["mlx", "llama.cpp"])
+def test_mellum_with_experts_in_every_layer(family, engine, tmp_path):
+    options = {"norm_topk_prob": True} if family == "qwen3_moe" else {"tie_word_embeddings": True}
+    model = tiny(family, **options)
+    assert engine in convert(model, layerwise(), tmp_path / "out", engine=engine).reason
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_experts"] == (4 if family == "qwen3_moe" else 1)
+    assert config["tie_word_embeddings"] == (family == "qwen3" and engine == "mlx")
+    listed = spelling.readers(config)
+    assert any("mlx-lm" in reader for reader in listed)
+    assert any("llama.cpp" in reader for reader in listed) == (not config["tie_word_embeddings"])
+    with attached(model, layerwise()):
+        wanted = logits(model, tokens(1, 40))
+    torch.testing.assert_close(logits(load(tmp_path / "out"), tokens(1, 40)), wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -20,19 +20,23 @@ LAYERS = Allocation(
 )
 
 
-def written(path: Path, family: str) -> dict[str, np.ndarray]:
+def written(path: Path, family: str, *, bias: bool | None = None, scaling: str = "") -> dict[str, np.ndarray]:
     """A GGUF file of three layers, with quantised projections; returns its tensors."""
+    bias = family == "qwen2" if bias is None else bias
     writer = gguf.GGUFWriter(path, family)
     writer.add_block_count(3)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_feed_forward_length(64)
+    if scaling:
+        writer.add_string(f"{family}.rope.scaling.type", scaling)
     rng = np.random.default_rng(0)
     tensors = {"token_embd.weight": rng.normal(size=(40, 32)), "output_norm.weight": rng.normal(size=32)}
     for layer in range(3):
         for name, rows in (("attn_q", 32), ("attn_k", 16), ("ffn_gate", 64)):
             tensors[f"blk.{layer}.{name}.weight"] = rng.normal(size=(rows, 32))
-        tensors[f"blk.{layer}.attn_q.bias"] = rng.normal(size=32)
+        if bias:
+            tensors[f"blk.{layer}.attn_q.bias"] = rng.normal(size=32)
     for name, values in tensors.items():
         kind = gguf.GGMLQuantizationType.Q8_0 if "attn" in name and values.ndim == 2 else gguf.GGMLQuantizationType.F32
         tensors[name] = values if kind is gguf.GGMLQuantizationType.F32 else gguf.quantize(values.astype("f4"), kind)
@@ -80,12 +84,16 @@ def test_neighbours_rotate_as_halves_do():
 def test_bad_input_is_refused_and_nothing_written(tmp_path: Path):
     written(tmp_path / "in.gguf", "llama")
     written(tmp_path / "other.gguf", "gemma")
+    written(tmp_path / "qwen3.gguf", "qwen3", bias=True)
+    written(tmp_path / "yarn.gguf", "qwen3", scaling="yarn")
     out = tmp_path / "out.gguf"
     for source, allocation, message in (
-        ("in.gguf", allocate(tiny()), "heads of one layer differ"),
+        ("nowhere.gguf", allocate(tiny()), "heads of one layer differ"),  # no file is read
         ("in.gguf", Allocation(full_attention=LAYERS.full_attention, window=7), "no sink tokens"),
         ("in.gguf", Allocation(full_attention=np.ones((2, 2), bool), window=7, num_sink_tokens=0), "2 layers x 2 KV"),
         ("other.gguf", LAYERS, "slides no layers of gemma"),
+        ("qwen3.gguf", LAYERS, "mellum has no biases, and .*qwen3.gguf has blk.0.attn_q.bias"),
+        ("yarn.gguf", LAYERS, "mellum scales no RoPE in sliding layers, and .*yarn.gguf has yarn scaling"),
     ):
         with pytest.raises(ConsaError, match=message):
             respell(tmp_path / source, allocation, out)

@@ -289,7 +289,7 @@ def test_plain_folders_that_vllm_reads_by_itself(family: str, tmp_path: Path):
         assert sorted(groups(llm), key=str) == sorted(SLIDING, key=str)
 
 
-@pytest.mark.parametrize("family", ["qwen3"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_plain_folders_that_vllm_reads_through_transformers(family: str, tmp_path: Path):
     assert convert(served(family), LAYERS, tmp_path / "plain", engine="vllm").kind == "plain"
     found = job(tmp_path / "plain", PROMPTS, model_impl="transformers")
