@@ -176,9 +176,10 @@ def _run(run_config: RunConfig, config: LearnConfig, folder: Path, command: str,
     made = ("model",) if config.mode == "joint" else ()
     _show_losses(summary, folder, "allocation.json", *made, "heatmap.png", "summary.md")
     if summary:
-        from consa.runs.verdict import advice, next_step, verdict
+        from consa.runs.verdict import advice, next_step, questions, verdict
 
-        print("", verdict(summary), *advice(summary), f"Next: {next_step(summary, folder)}", sep="\n")
+        lines = [verdict(summary), *advice(summary), *questions(summary, folder)]
+        print("", *lines, f"Next: {next_step(summary, folder)}", sep="\n")
 
 
 def _show_losses(summary: Any, folder: Path, *names: str) -> None:

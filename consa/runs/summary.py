@@ -14,7 +14,7 @@ from consa.data.sequences import SequenceSet
 from consa.evaluation.losses import buckets_of
 from consa.evaluation.table import Table
 from consa.files import JsonObject, write_atomically, write_json
-from consa.runs.verdict import advice, next_step, verdict
+from consa.runs.verdict import advice, next_step, questions, verdict
 
 
 class Summary(TypedDict):
@@ -132,7 +132,8 @@ def of_learning(summary: Summary, folder: Path) -> str:
     margin = "none" if (value := summary.get("margin")) is None else f"{value:.2f}"
     joint = summary["learn"]["mode"] == "joint"
     title, _, measured = _measured(summary, "learned allocation").partition("\n\n")
-    outcome = "\n\n".join([verdict(summary), *advice(summary), f"    {next_step(summary, folder)}"])
+    said = [verdict(summary), *advice(summary), *questions(summary, folder)]
+    outcome = "\n\n".join([*said, f"    {next_step(summary, folder)}"])
     return f"""{title}
 
 {outcome}

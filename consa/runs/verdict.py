@@ -114,6 +114,16 @@ def next_step(summary: Summary, folder: Path) -> str:
     return shlex.join(["consa", "convert", model, "--allocation", str(folder), "--out", str(folder / "hybrid")])
 
 
+def questions(summary: Summary, folder: Path) -> list[str]:
+    """One line with the command that asks for facts in long prompts, where it was not done: losses do not tell."""
+    asked = Table.from_record(summary["table"]).line(LEARNED).retrieval
+    if asked or summary["learn"]["mode"] == "joint":
+        return []
+    words = ["consa", "eval", summary["model"]["model"], "--config", str(folder), "--allocation", str(folder)]
+    command = shlex.join([*words, "--retrieval", "single,multi_value"])
+    return [f"Loss does not tell whether facts in long prompts are still found. To ask: {command}"]
+
+
 def _gain(compared: JsonObject) -> Estimate:
     record = compared["gain"]
     return Estimate(record["mean"], *(math.nan if record[end] is None else record[end] for end in ("low", "high")))

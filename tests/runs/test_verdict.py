@@ -11,7 +11,7 @@ import pytest
 
 from consa.evaluation.intervals import Estimate
 from consa.evaluation.table import Line, Table
-from consa.runs.verdict import advice, against_best_rule, next_step, verdict
+from consa.runs.verdict import advice, against_best_rule, next_step, questions, verdict
 
 
 def line(name: str, cache: int, needles: float | None = None) -> Line:
@@ -121,3 +121,12 @@ def test_the_next_step_can_be_copied():
     )
     joint = summary(GOOD, learn={"mode": "joint"})
     assert next_step(joint, folder).startswith("consa generate 'runs/a run/model' --prompt ")
+
+
+def test_questions_are_proposed_where_none_were_asked():
+    (line,) = questions(summary(GOOD), Path("runs/a run"))
+    assert line.endswith(
+        "consa eval a/model --config 'runs/a run' --allocation 'runs/a run' --retrieval single,multi_value"
+    )
+    assert questions(summary(GOOD, needles=(1.0, 0.9)), Path("runs")) == []
+    assert questions(summary(GOOD, learn={"mode": "joint"}), Path("runs")) == [], "its hybrid has weights of its own"
