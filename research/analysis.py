@@ -19,6 +19,11 @@ Record = dict[str, Any]
 Key = tuple[str, str, str]  # sparsity, granularity, method
 BASE = "steps/100"  # the cell of the study that others are compared with
 GATES = "gates_losses"  # of the decision before refinement
+LARGE = {
+    name: tuple(f"{kind}-{name.lower()}" for kind in ("rules", "methods"))
+    for name in ("Qwen2.5-Coder-0.5B", "Qwen2.5-Coder-1.5B")
+}
+"""Records of the large models, which `joined` makes one."""
 # Cells that show where FA lies, by group of the study: what a row of the table begins with.
 PLACES = {
     "published": "target",

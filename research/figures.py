@@ -19,15 +19,12 @@ from benchmarks.common import parser_of
 from consa.files import png, write_atomically
 from consa.rules import RULES
 from consa.runs.figures import BEST_RULE, DENSE, MADE, PALE, name_lines
-from research.analysis import GATES, Record, by_gates, by_kind, in_order, joined, located, named, recovered
+from research.analysis import GATES, LARGE, Record, by_gates, by_kind, in_order, joined, located, named, recovered
 from research.records import read
 
 DOCS = Path(__file__).parents[1] / "docs"
-MODELS = {
-    "SmolLM2-135M": ("methods",),
-    "Qwen2.5-Coder-0.5B": ("rules-qwen2.5-coder-0.5b", "methods-qwen2.5-coder-0.5b"),
-}
 HEADLINE = "Qwen2.5-Coder-0.5B"
+MODELS = {"SmolLM2-135M": ("methods",), HEADLINE: LARGE[HEADLINE]}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Write the tables of docs/RESULTS.md, docs/STUDY.md and README.md from the results, between their markers.
+"""Write the tables of the pages below from the results, between their markers.
 
     python -m research.page
 
@@ -26,19 +26,15 @@ from consa.files import write_atomically
 from consa.methods import METHODS
 from consa.rules import RULES
 from research import analysis
-from research.analysis import GATES, Record
+from research.analysis import GATES, LARGE, Record
 from research.records import allocation_in
 from research.sinks import kept
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "docs" / "RESULTS.md", ROOT / "docs" / "STUDY.md", ROOT / "README.md")
-MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->\n)", re.DOTALL)
+PAGES = (*(ROOT / "docs" / f"{name}.md" for name in ("RESULTS", "STUDY", "SERVING")), ROOT / "README.md")
+MARKED = re.compile(r"(<!-- table: (\w+)(, sources in \S+)? -->\n).*?(<!-- end of table -->\n)", re.DOTALL)
 UNITS = {"kv_head": "KV heads", "layer": "layers"}
 SPARSITIES = (0.5, 0.733, 0.9)
-LARGE = {
-    "Qwen2.5-Coder-0.5B": ("rules-qwen2.5-coder-0.5b", "methods-qwen2.5-coder-0.5b"),
-    "Qwen2.5-Coder-1.5B": ("methods-qwen2.5-coder-1.5b",),
-}
 SCRATCH = {"30m": "30 M", "60m": "60 M"}  # models trained from scratch
 PEERS = [name for name in METHODS if name not in ("consa", "nested")]  # `nested` is ours too
 # What the tables leave to the files: methods behind the best rule at each sparsity, and cells that say nothing new.
@@ -58,14 +54,20 @@ def main() -> None:
 
 
 def updated(text: str) -> str:
-    """A page with all its tables written anew."""
-    return MARKED.sub(lambda match: match[1] + "\n".join(rendered(match[2])) + "\n" + match[3], text)
+    """A page with all its tables written anew, each above its sources unless its mark names another page for them."""
+
+    def written(match: re.Match[str]) -> str:
+        opening, name, elsewhere, end = match.groups()
+        sources = [] if elsewhere else ["", *map(source, TABLES[name].files)]
+        return opening + "\n".join([*rendered(name), *sources]) + "\n" + end
+
+    return MARKED.sub(written, text)
 
 
 @cache
 def rendered(name: str) -> list[str]:
-    """The lines of a table, and where its numbers come from."""
-    return [*table(*TABLES[name].make()), "", *map(source, TABLES[name].files)]
+    """The lines of a table."""
+    return table(*TABLES[name].make())
 
 
 def read(name: str) -> Record:
@@ -259,14 +261,15 @@ def large() -> tuple[Columns, Rows]:
         losses = analysis.losses_of_methods(record)
         rows.append([model, "dense", *[""] * 4, *_found(record["rows"]["dense"]["retrieval"])])
         for sparsity in sorted({key[0] for key in losses if key[2] == "consa"}, key=float):
-            rules = [analysis.best_rule(losses, sparsity, unit) for unit in UNITS]
-            best = min(filter(None, rules), key=lambda key: losses[key].mean())
             ours = {unit: record["rows"].get(f"consa-{unit}-{sparsity}-seed0") for unit in UNITS}
             recovered = [f"{row['recovered']:.3f}" if row else "" for row in ours.values()]
-            rule = record["rows"]["-".join((best[2], best[1], best[0], "seed0"))]
-            more = analysis.gain(record, losses[best], losses[sparsity, "kv_head", "consa"])
-            title = f"{rule['recovered']:.3f} ({best[2].replace('_', ' ')}, {UNITS[best[1]]})"
-            rows.append([model, sparsity, *recovered, title, more, *_found(ours["kv_head"]["retrieval"])])
+            rules = filter(None, (analysis.best_rule(losses, sparsity, unit) for unit in UNITS))
+            of_rule: Columns = ["", ""]
+            if best := min(rules, key=lambda key: losses[key].mean(), default=None):
+                rule = record["rows"]["-".join((best[2], best[1], best[0], "seed0"))]
+                title = f"{rule['recovered']:.3f} ({best[2].replace('_', ' ')}, {UNITS[best[1]]})"
+                of_rule = [title, str(analysis.gain(record, losses[best], losses[sparsity, "kv_head", "consa"]))]
+            rows.append([model, sparsity, *recovered, *of_rule, *_found(ours["kv_head"]["retrieval"])])
     columns = ["model", "sparsity", "KV heads recover", "layers recover", "best rule recovers", "KV heads more by"]
     return [*columns, "needles", "all answers"], rows
 
@@ -278,24 +281,25 @@ def _found(retrieval: dict[str, float]) -> list[str]:
 
 
 def large_places() -> tuple[Columns, Rows]:
-    """Where FA lies in the model of 0.5 B parameters, by layer and third."""
+    """Where FA lies in the models of 0.5 B and 1.5 B parameters, by layer and third."""
     rows: Rows = []
-    record = analysis.joined(read("methods-qwen2.5-coder-0.5b"))
-    for unit, at in product(UNITS, ("0.5", "0.75", "0.9")):
-        allocation = allocation_in(record, f"consa-{unit}-{at}-seed0")
-        thirds = " / ".join(f"{share:.0%}" for share in depth(allocation).thirds)
-        layers = "".join("·▄█"[heads] for heads in allocation.full_attention.sum(1))
-        rows.append([UNITS[unit], at, thirds, f"`{layers}`"])
-    return ["units", "sparsity", "bottom / middle / top", "FA heads in each of 24 layers: none, one, both"], rows
+    for model, files in LARGE.items():
+        record = analysis.joined(*map(read, files))
+        for unit, at in product(UNITS, ("0.5", "0.75", "0.9")):
+            if (name := f"consa-{unit}-{at}-seed0") in record["rows"]:
+                allocation = allocation_in(record, name)
+                thirds = " / ".join(f"{share:.0%}" for share in depth(allocation).thirds)
+                layers = "".join("·▄█"[heads] for heads in allocation.full_attention.sum(1))
+                rows.append([model, UNITS[unit], at, thirds, f"`{layers}`"])
+    return ["model", "units", "sparsity", "bottom / middle / top", "FA heads in each layer: none, one, both"], rows
 
 
 def large_trained() -> tuple[Columns, Rows]:
     """Hybrids of a model of 0.5 B parameters and the dense model after equal training."""
     record = read("adaptation-qwen2.5-coder-0.5b")
-    dense, rows = np.array(record["rows"]["dense"]["after"]["losses"]), []
+    dense, rows = record["rows"]["dense"], []
     for key, row in sorted(record["rows"].items(), key=lambda item: item[1]["after"]["loss"]):
-        less = np.array(row["after"]["losses"]) - dense
-        behind = "" if key == "dense" else str(bootstrap(less, np.arange(len(less))))
+        behind = "" if row is dense else _behind(row["after"], dense["after"])
         loss = [f"{row[when]['loss']:.3f}" for when in ("before", "after")]
         shares = [f"{row[name]:.3f}" if row[name] is not None else "" for name in ("recovered_before", "recovered")]
         needles = [f"{share:.2f}" for share in row["after"]["retrieval"].values()]
@@ -303,6 +307,12 @@ def large_trained() -> tuple[Columns, Rows]:
     lengths = [f"needles at {int(length):,}" for length in record["settings"]["lengths"].split(",")]
     columns = ["trained under", "sparsity", "loss before", "after", "nats behind dense", "recovered before", "after"]
     return [*columns, *lengths], rows
+
+
+def _behind(row: Record, dense: Record) -> str:
+    """How many nats more a row loses than the dense model, with an interval over documents."""
+    more = np.subtract(row["losses"], dense["losses"])
+    return str(bootstrap(more, np.arange(len(more))))
 
 
 def sinks() -> tuple[Columns, Rows]:
@@ -318,8 +328,8 @@ def sinks() -> tuple[Columns, Rows]:
                 cells.setdefault((int(window), kind), []).append(of)
         for (window, kind), seeds in sorted(cells.items()):
             objective, _, steps = kind.partition("-")
-            spans = [f"{kept['rise'][0]:.3f} [{kept['rise'][1]:.3f}, {kept['rise'][2]:.3f}]" for kept in seeds]
-            shares = ["; ".join(f"{kept[what]:.2f}" for kept in seeds) for what in ("loss", "retrieval")]
+            spans = [f"{seed['rise'][0]:.3f} [{seed['rise'][1]:.3f}, {seed['rise'][2]:.3f}]" for seed in seeds]
+            shares = ["; ".join(f"{seed[what]:.2f}" for seed in seeds) for what in ("loss", "retrieval")]
             rows.append([model, f"{window:,}", objective, steps, shares[0], "; ".join(spans), shares[1]])
     return ["model", "window", "objective", "steps", "loss kept", "nats above tokens", "answers kept"], rows
 
@@ -329,18 +339,38 @@ def retrieval() -> tuple[Columns, Rows]:
     rows: Rows = []
     for name, model in (("retrieval-135m", "SmolLM2-135M"), ("methods-qwen2.5-coder-0.5b", "Qwen2.5-Coder-0.5B")):
         record = read(name)
-        chosen = [row for row in record["rows"].values() if row.get("granularity") == "kv_head"]
+        heads = [row for row in record["rows"].values() if row.get("granularity") == "kv_head"]
+        chosen = [row for row in heads if row["method"] not in RULES]
         rows.append([model, "", "dense", "", "", *_by_task(record["rows"]["dense"]["retrieval"])])
         for sparsity in sorted({row["sparsity"] for row in chosen if row["retrieval_share"]}):
             at = [row for row in chosen if row["sparsity"] == sparsity]
             plain = next(row for row in at if row["method"] == "consa" and not row["retrieval_share"])
+            same: dict[tuple[float, ...], list[Record]] = {}  # other shares may end at the same heads
             for row in sorted(at, key=lambda row: (row["retrieval_share"], row["loss"])):
-                title = row["method"] + (f", {row['retrieval_share']:g} of answers" if row["retrieval_share"] else "")
+                same.setdefault(tuple(row["losses"]), []).append(row)
+            for row, *others in same.values():
+                shares = " or ".join(f"{each['retrieval_share']:g}" for each in (row, *others))
+                title = row["method"] + (f", {shares} of answers" if row["retrieval_share"] else "")
                 more = analysis.gain(record, np.array(plain["losses"]), np.array(row["losses"]))
                 of = [f"{row['recovered']:.3f}", "" if row is plain else str(more), *_by_task(row["retrieval"])]
                 rows.append([model, f"{sparsity:g}", title, *of])
     tasks = [task.replace("_", " ") for task in _tasks(row["retrieval"])]
     return ["model", "sparsity", "chosen by", "recovered", "more than without answers", "found", *tasks], rows
+
+
+def taught() -> tuple[Columns, Rows]:
+    """What training with answers as a share of the loss changes in each task, for the dense model and a hybrid."""
+    rows: Rows = []
+    record = read("adaptation-retrieval-qwen2.5-coder-0.5b")
+    dense = record["rows"]["dense/retrieval0.25"]
+    for key, row in record["rows"].items():
+        title, _, share = key.partition("/retrieval")
+        for when, shares in (("before", ""), ("after", share)):
+            of, behind = row[when], "" if row is dense else _behind(row[when], dense[when])
+            measured = [f"{of['loss']:.3f}", behind, *_by_task(of["retrieval"])]
+            rows.append([_title(title), f"{row['sparsity']:g}", shares, *measured])
+    tasks = [task.replace("_", " ") for task in _tasks(of["retrieval"])]
+    return ["model", "sparsity", "trained with a share of answers", "loss", "nats behind dense", "found", *tasks], rows
 
 
 def _by_task(found: dict[str, float]) -> list[str]:
@@ -408,10 +438,11 @@ TABLES = {
     "places": Table(places, ("study",)),
     "behaviour": Table(behaviour, ("behaviour",)),
     "large": Table(large, tuple(name for files in LARGE.values() for name in files)),
-    "large_places": Table(large_places, ("methods-qwen2.5-coder-0.5b",)),
+    "large_places": Table(large_places, tuple(files[-1] for files in LARGE.values())),
     "large_trained": Table(large_trained, ("adaptation-qwen2.5-coder-0.5b",)),
     "sinks": Table(sinks, ("sinks-135m-layer", "sinks-qwen2.5-coder-0.5b")),
     "retrieval": Table(retrieval, ("retrieval-135m", "methods-qwen2.5-coder-0.5b")),
+    "taught": Table(taught, ("adaptation-retrieval-qwen2.5-coder-0.5b",)),
     "serving": Table(serving, ("serving", "serving-1.5b")),
     "speed": Table(speed, ("decode", "decode-short", "attention", "learning", "distributed")),
 }

@@ -58,16 +58,16 @@ def of_methods(path: Path, ending: str) -> None:
         if name.startswith("consa-") and name.endswith(f"-seed0{ending}"):
             config = settings["budget"] | {key: row[key] for key in ("sparsity", "granularity", "seed")}
             more = {"row": name, "weights": settings["model"], "sha256": settings["weights"]}
-            more |= {"measured": {key: row[key] for key in MEASURED}, "quality": quality(row)}
+            more |= {"measured": {key: row[key] for key in MEASURED}, "quality": quality(row, record["rows"]["dense"])}
             publish(allocation_in(record, name), model, record, config, f"-window{config['window']}", **more)
 
 
-def quality(row: dict[str, Any]) -> str:
-    """One line of what a row of research/methods.py measured."""
-    found = row["retrieval"]
-    tasks = len({asked.rpartition(" ")[0] for asked in found})
+def quality(row: dict[str, Any], dense: dict[str, Any]) -> str:
+    """One line of what a row of research/methods.py measured, beside what the dense model finds."""
+    found, of_dense = (mean(of["retrieval"].values()) for of in (row, dense))
+    tasks = len({asked.rpartition(" ")[0] for asked in row["retrieval"]})
     asked = f"the answers of {tasks} retrieval tasks" if tasks > 1 else "single needles"
-    return f"recovers {row['recovered']:.3f}, finds {mean(found.values()):.2f} of {asked}"
+    return f"recovers {row['recovered']:.3f}, finds {found:.2f} of {asked} (dense {of_dense:.2f})"
 
 
 def publish(

@@ -33,7 +33,7 @@ def record() -> dict[str, Any]:
             "budget": {"sparsity": 0.5, "granularity": "kv_head", "window": 1024, "num_sink_tokens": 4, "seed": 0},
         },
         "rows": {
-            "dense": {"method": "dense", "loss": 1.0},
+            "dense": {"method": "dense", "loss": 1.0, "retrieval": {"4096": 0.9}},
             "consa-kv_head-0.75-seed0": row("consa", HEADS),
             "consa-kv_head-0.75-seed0-other": row("consa", HEADS[::-1]),
             "consa-kv_head-0.75-seed1": row("consa", HEADS[::-1], seed=1),
@@ -62,9 +62,10 @@ def test_rows_of_methods_become_files(ending: str, tmp_path: Path, monkeypatch: 
     assert origin["config"]["sparsity"] == 0.75 and origin["config"]["seed"] == 0
     assert origin["row"] == f"consa-kv_head-0.75-seed0{ending}" and origin["command"] == record()["command"]
     assert origin["measured"] == {"loss": 1.5, "recovered": 0.8, "retrieval": {"4096": 1.0}}
-    assert ("quality", "recovers 0.800, finds 1.00 of single needles") in facts.of(heads, tokens=100)
+    assert ("quality", "recovers 0.800, finds 1.00 of single needles (dense 0.90)") in facts.of(heads, tokens=100)
 
 
 def test_quality_counts_tasks_and_not_lengths():
     row = {"recovered": 0.5, "retrieval": {"4096": 1.0, "8192": 1.0, "multi_key 4096": 0.5, "multi_key 8192": 0.0}}
-    assert publish.quality(row) == "recovers 0.500, finds 0.62 of the answers of 2 retrieval tasks"
+    dense = {"retrieval": {"4096": 1.0, "multi_key 4096": 0.5}}
+    assert publish.quality(row, dense) == "recovers 0.500, finds 0.62 of the answers of 2 retrieval tasks (dense 0.75)"
