@@ -120,7 +120,7 @@ def questions(summary: Summary, folder: Path) -> list[str]:
     if asked or summary["learn"]["mode"] == "joint":
         return []
     words = ["consa", "eval", summary["model"]["model"], "--config", str(folder), "--allocation", str(folder)]
-    command = shlex.join([*words, "--retrieval", "single,multi_value"])
+    command = shlex.join([*words, "--retrieval", "single,multi_value", "--lengths", str(summary["seq_len"])])
     return [f"Loss does not tell whether facts in long prompts are still found. To ask: {command}"]
 
 

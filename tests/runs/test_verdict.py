@@ -124,9 +124,10 @@ def test_the_next_step_can_be_copied():
 
 
 def test_questions_are_proposed_where_none_were_asked():
-    (line,) = questions(summary(GOOD), Path("runs/a run"))
+    (line,) = questions(summary(GOOD, seq_len=2048), Path("runs/a run"))
     assert line.endswith(
         "consa eval a/model --config 'runs/a run' --allocation 'runs/a run' --retrieval single,multi_value"
-    )
+        " --lengths 2048"
+    ), "a length that the model takes"
     assert questions(summary(GOOD, needles=(1.0, 0.9)), Path("runs")) == []
     assert questions(summary(GOOD, learn={"mode": "joint"}), Path("runs")) == [], "its hybrid has weights of its own"
