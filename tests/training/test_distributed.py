@@ -42,6 +42,7 @@ BFLOAT16: dict[str, Any] = {
     "settings": ADAPT | {"parallel": "fsdp", "learning_rate": 1e-4, "num_steps": 8},
     "dtype": "bfloat16",
 }
+FROZEN_BFLOAT16: dict[str, Any] = {"verb": "learn", "settings": LEARN, "dtype": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name != COMPILED or COMPILES
     ]
     auto = {"verb": "adapt", "settings": ADAPT | {"micro_batch": "auto"}, "out": str(folder / "auto")}
-    done = launch(*jobs, {**BFLOAT16, "out": str(folder / "bfloat16")}, auto)
+    half = [BFLOAT16 | {"out": str(folder / "bfloat16")}, FROZEN_BFLOAT16 | {"out": str(folder / "frozen-bfloat16")}]
+    done = launch(*jobs, *half, auto)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -96,6 +98,11 @@ def test_sharded_bfloat16_trains_float32_masters(two: Path, tmp_path: Path):
     for name, value in others.items():
         assert value.dtype == torch.bfloat16
         assert_close(value.float(), weights[name].float(), 1e-2, name)
+
+
+def test_gates_of_a_bfloat16_model_get_the_same_bits(two: Path, tmp_path: Path):
+    job(**FROZEN_BFLOAT16, out=str(tmp_path / "one"))
+    assert results(tmp_path / "one")[0] == results(two / "frozen-bfloat16")[0]
 
 
 @pytest.mark.parametrize("name", ["joint-fsdp", "fsdp"])
