@@ -70,7 +70,8 @@ def cases(settings: dict[str, Any]) -> list[Case]:
     if settings["model"]:
         shapes, joint = [(settings["model"], settings["seq_len"])], []
     verbs = [("learn", "ddp"), ("adapt", "ddp"), ("adapt", "fsdp")]
-    return [*(Case(*shape, *verb) for shape in shapes for verb in verbs if verb[0] in settings["verbs"]), *joint]
+    every = [*(Case(*shape, *verb) for shape in shapes for verb in verbs), *joint]
+    return [case for case in every if case.verb.split()[-1] in settings["verbs"].split(",")]
 
 
 def main() -> None:
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--train", required=True)
     parser.add_argument("--model", help="this one alone, a name or a file (default: SmolLM2-135M and Qwen3-0.6B)")
     parser.add_argument("--seq-len", type=int, default=8192, help="tokens of a sequence, with --model")
-    parser.add_argument("--verbs", default="learn,adapt")
+    parser.add_argument("--verbs", default="learn,adapt", help="those of the cases to run")
     parser.add_argument("--processes", default="1,2")
     parser.add_argument("--kill", type=int, metavar="N", help="of so many processes, one")
     parser.add_argument("--steps", type=int, default=10)
@@ -102,7 +103,7 @@ def main() -> None:
             if done.returncode:
                 raise SystemExit(done.stderr)
     if options.kill and not record["killed"]:
-        record["killed"] = killed(options.kill, cases(settings)[2], settings)
+        record["killed"] = killed(options.kill, cases(settings)[:3][-1], settings)
         write_json(options.out, record | {"columns": COLUMNS, "table": table(record["rows"])})
     print_table(COLUMNS, table(record["rows"]))
     print(record["killed"])
@@ -135,7 +136,7 @@ def killed(number: int, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         if resumed.returncode:
             raise SystemExit(resumed.stderr)
         _, alone = launch(number, [case], settings)
-    losses, wanted = (of[case.name]["losses"] for of in (rows, alone))
+    found, wanted = rows[case.name], alone[case.name]
     return {
         "run": case.name,
         "processes": number,
@@ -143,7 +144,8 @@ def killed(number: int, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         "exit_code": done.returncode,
         "said": [line.strip() for line in errors],
         "continued_on": max(1, number // 2),
-        "largest_difference": largest_difference(losses, wanted),
+        "same_scores": same(found, wanted, "scores"),
+        "largest_difference": largest_difference(found["losses"], wanted["losses"]),
     }
 
 
@@ -162,10 +164,15 @@ def table(rows: dict[str, dict[str, Any]]) -> list[list[Any]]:
         if SPEED:
             speed_up = one and round(row["tokens_per_second"] / one["tokens_per_second"] / int(number), 3)
             speed = [round(row["tokens_per_second"]), speed_up, row["peak_gb"]]
-        same = [one and key in one and ("NO", "yes")[row[key] == one[key]] for key in ("allocation", "scores")]
+        alike = [one and same(row, one, key) for key in ("allocation", "scores")]
         apart = one and largest_difference(row["losses"], one["losses"])
-        lines.append(["" if cell is None or cell is False else cell for cell in [name, number, *speed, *same, apart]])
+        lines.append(["" if cell is None else cell for cell in [name, number, *speed, *alike, apart]])
     return lines
+
+
+def same(row: dict[str, Any], wanted: dict[str, Any], key: str) -> str:
+    """Whether both rows have the same value, to the last bit; empty if they have none."""
+    return "" if key not in wanted else "yes" if row[key] == wanted[key] else "NO"
 
 
 def largest_difference(losses: list[float], wanted: list[float]) -> float:

@@ -401,7 +401,8 @@ def processes() -> tuple[Columns, Rows]:
             if number == "2":  # adapting is given its allocation
                 rows.append([run, allocation if scores else "", scores, apart])
         if killed := record["killed"]:
-            rows.append([f"{killed['run']}, killed in step {killed['at_step']}", "", "", killed["largest_difference"]])
+            run, scores = f"{killed['run']}, killed in step {killed['at_step']}", killed.get("same_scores", "")
+            rows.append([run, scores, scores, killed["largest_difference"]])
     return ["run", "same allocation", "same scores", "largest difference of losses"], rows
 
 
