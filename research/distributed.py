@@ -144,7 +144,7 @@ def killed(number: int, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         "exit_code": done.returncode,
         "said": [line.strip() for line in errors],
         "continued_on": max(1, number // 2),
-        "same_scores": same(found, wanted, "scores"),
+        "same": same(found, wanted),
         "largest_difference": largest_difference(found["losses"], wanted["losses"]),
     }
 
@@ -164,15 +164,15 @@ def table(rows: dict[str, dict[str, Any]]) -> list[list[Any]]:
         if SPEED:
             speed_up = one and round(row["tokens_per_second"] / one["tokens_per_second"] / int(number), 3)
             speed = [round(row["tokens_per_second"]), speed_up, row["peak_gb"]]
-        alike = [one and same(row, one, key) for key in ("allocation", "scores")]
+        alike = same(row, one) if one else ["", ""]
         apart = one and largest_difference(row["losses"], one["losses"])
         lines.append(["" if cell is None else cell for cell in [name, number, *speed, *alike, apart]])
     return lines
 
 
-def same(row: dict[str, Any], wanted: dict[str, Any], key: str) -> str:
-    """Whether both rows have the same value, to the last bit; empty if they have none."""
-    return "" if key not in wanted else "yes" if row[key] == wanted[key] else "NO"
+def same(row: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Whether both have the same allocation, and to the last bit the same scores; empty if there are none."""
+    return ["" if key not in wanted else ("NO", "yes")[row[key] == wanted[key]] for key in ("allocation", "scores")]
 
 
 def largest_difference(losses: list[float], wanted: list[float]) -> float:

@@ -398,11 +398,11 @@ def processes() -> tuple[Columns, Rows]:
     for name in TABLES["processes"].files:
         record = read(name)
         for run, number, allocation, scores, apart in record["table"]:
-            if number == "2":  # adapting is given its allocation
+            if number == "2":  # where no scores are learned, the allocation was given
                 rows.append([run, allocation if scores else "", scores, apart])
         if killed := record["killed"]:
-            run, scores = f"{killed['run']}, killed in step {killed['at_step']}", killed.get("same_scores", "")
-            rows.append([run, scores, scores, killed["largest_difference"]])
+            run, same = f"{killed['run']}, killed in step {killed['at_step']}", killed.get("same", ["", ""])
+            rows.append([run, *(same if same[1] else ["", ""]), killed["largest_difference"]])
     return ["run", "same allocation", "same scores", "largest difference of losses"], rows
 
 
