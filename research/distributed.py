@@ -42,7 +42,8 @@ from consa.training.learning import learn
 from research.records import measured_before, tokens_of
 
 WARM_UP = 3  # steps that compile, and are not timed
-SPEED = ["tokens/s", "speed-up", "memory, GB"] if torch.cuda.is_available() else []
+ON_GPU = torch.cuda.is_available()  # a CPU's speed is of no interest here
+SPEED = ["tokens/s", "speed-up", "memory, GB"] if ON_GPU else []
 COLUMNS = ["run", "processes", *SPEED, "same allocation", "same scores", "largest difference"]
 
 
@@ -161,7 +162,7 @@ def table(rows: dict[str, dict[str, Any]]) -> list[list[Any]]:
     for name, _, number in sorted(keys, key=lambda key: (key[0], int(key[2]))):
         row, one = rows[f"{name} @{number}"], rows.get(f"{name} @1")
         speed: list[Any] = []
-        if SPEED:
+        if ON_GPU:
             speed_up = one and round(row["tokens_per_second"] / one["tokens_per_second"] / int(number), 3)
             speed = [round(row["tokens_per_second"]), speed_up, row["peak_gb"]]
         alike = same(row, one) if one else ["", ""]
@@ -208,13 +209,13 @@ def run(case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         "num_steps": num_steps,
         "sequences_per_step": settings["tokens_per_step"] // case.seq_len,
         # A small model with one sequence at once makes a GPU wait for its CPU.
-        "micro_batch": 4 if SPEED and case.model.startswith("smollm") else 1,
+        "micro_batch": 4 if ON_GPU and case.model.startswith("smollm") else 1,
         "gradient_checkpointing": case.model.startswith("qwen"),
         "parallel": case.parallel,
         "checkpoint_every": num_steps // 3,
     }
     options: dict[str, Any] = {"run_dir": case.folder and Path(case.folder), "on_step": on_step}
-    if SPEED:
+    if ON_GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     if case.verb != "adapt":
@@ -232,7 +233,7 @@ def run(case: Case, settings: dict[str, Any]) -> dict[str, Any]:
     row["allocation"] = allocation.full_attention.tolist()
     if allocation.scores is not None:
         row["scores"] = allocation.scores.tolist()
-    if SPEED:
+    if ON_GPU:
         peak = torch.tensor(float(torch.cuda.max_memory_allocated()), device=model.device)
         row["tokens_per_second"] = statistics.harmonic_mean(speeds[WARM_UP:] or [1.0])
         row["peak_gb"] = round(largest(peak) / 1e9, 2)
