@@ -1,12 +1,16 @@
 """The same runs on one GPU and on several: speed, memory, whether they end alike, and what a killed process does.
 
     python -m research.distributed --train train.npy --kill 2 --out research/results/distributed.json
+    python -m research.distributed --train train.npy --model smollm2-135m --seq-len 256 --tokens-per-step 1024 --steps 2
+      --kill 2 --out research/results/distributed-cpu.json
 
-TRAIN is a token file of research/tokens.py. `torchrun` starts each number of processes, one GPU each. A step's
-sequences are the same on any number of processes, so all rows of a case compute the same. Qwen3-0.6B has random weights
-and random tokens. `speed-up` is over one process, divided by the number of processes; `memory` is the peak allocation
-of the fullest GPU; `largest difference` is that of the losses from those of one process, relative. With `--kill 2`, one
-of two processes is killed, and half as many resume the run. Rows that the file holds are not measured again.
+TRAIN is a token file of research/tokens.py. `torchrun` starts each number of processes, one GPU each, or one thread
+each where there is no GPU. A step's sequences are the same on any number of processes, so all rows of a case compute
+the same. Qwen3-0.6B has random weights and random tokens. `speed-up` is over one process, divided by the number of
+processes; `memory` is the peak allocation of the fullest GPU; a CPU's rows have neither. `same scores` says whether
+every unit's averaged log_alpha has the bits that one process gives it; `largest difference` is that of the losses from
+those of one process, relative. With `--kill 2`, one of two processes is killed, and half as many resume the run. Rows
+that the file holds are not measured again.
 """
 
 from __future__ import annotations
@@ -38,7 +42,9 @@ from consa.training.learning import learn
 from research.records import measured_before, tokens_of
 
 WARM_UP = 3  # steps that compile, and are not timed
-COLUMNS = ["run", "processes", "tokens/s", "speed-up", "memory, GB", "same allocation", "largest difference"]
+ON_GPU = torch.cuda.is_available()  # a CPU's speed is of no interest here
+SPEED = ["tokens/s", "speed-up", "memory, GB"] if ON_GPU else []
+COLUMNS = ["run", "processes", *SPEED, "same allocation", "same scores", "largest difference"]
 
 
 @dataclass(frozen=True)
@@ -55,14 +61,18 @@ class Case:
     @property
     def name(self) -> str:
         """The name of its rows."""
-        return f"{self.verb} {self.model}, {self.seq_len:,} tokens, {self.parallel}"
+        return f"{self.verb} {Path(self.model).name}, {self.seq_len:,} tokens, {self.parallel}"
 
 
-def cases() -> list[Case]:
+def cases(settings: dict[str, Any]) -> list[Case]:
+    """The runs of the chosen model, or of all."""
     shapes = [("smollm2-135m", 8192), ("qwen3-0.6b", 32768), ("qwen3-0.6b", 8192)]
+    joint = [Case(*shapes[-1], "joint learn", "fsdp")]
+    if settings["model"]:
+        shapes, joint = [(settings["model"], settings["seq_len"])], []
     verbs = [("learn", "ddp"), ("adapt", "ddp"), ("adapt", "fsdp")]
-    joint = Case(*shapes[-1], "joint learn", "fsdp")
-    return [*(Case(*shape, *verb) for shape in shapes for verb in verbs), joint]
+    every = [*(Case(*shape, *verb) for shape in shapes for verb in verbs), *joint]
+    return [case for case in every if case.verb.split()[-1] in settings["verbs"].split(",")]
 
 
 def main() -> None:
@@ -71,6 +81,9 @@ def main() -> None:
         return
     parser = parser_of(__doc__)
     parser.add_argument("--train", required=True)
+    parser.add_argument("--model", help="this one alone, a name or a file (default: SmolLM2-135M and Qwen3-0.6B)")
+    parser.add_argument("--seq-len", type=int, default=8192, help="tokens of a sequence, with --model")
+    parser.add_argument("--verbs", default="learn,adapt", help="those of the cases to run")
     parser.add_argument("--processes", default="1,2")
     parser.add_argument("--kill", type=int, metavar="N", help="of so many processes, one")
     parser.add_argument("--steps", type=int, default=10)
@@ -83,7 +96,7 @@ def main() -> None:
     record: dict[str, Any] = environment() | {"settings": settings, "killed": None}
     record |= measured_before(options.out, settings)
     for number in numbers:
-        missing = [case for case in cases() if f"{case.name} @{number}" not in record["rows"]]
+        missing = [case for case in cases(settings) if f"{case.name} @{number}" not in record["rows"]]
         if missing:
             done, rows = launch(number, missing, settings)
             record["rows"] |= {f"{name} @{number}": row for name, row in rows.items()}
@@ -91,7 +104,7 @@ def main() -> None:
             if done.returncode:
                 raise SystemExit(done.stderr)
     if options.kill and not record["killed"]:
-        record["killed"] = killed(options.kill, cases()[2], settings)
+        record["killed"] = killed(options.kill, cases(settings)[:3][-1], settings)
         write_json(options.out, record | {"columns": COLUMNS, "table": table(record["rows"])})
     print_table(COLUMNS, table(record["rows"]))
     print(record["killed"])
@@ -124,7 +137,7 @@ def killed(number: int, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         if resumed.returncode:
             raise SystemExit(resumed.stderr)
         _, alone = launch(number, [case], settings)
-    losses, wanted = (of[case.name]["losses"] for of in (rows, alone))
+    found, wanted = rows[case.name], alone[case.name]
     return {
         "run": case.name,
         "processes": number,
@@ -132,7 +145,8 @@ def killed(number: int, case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         "exit_code": done.returncode,
         "said": [line.strip() for line in errors],
         "continued_on": max(1, number // 2),
-        "largest_difference": largest_difference(losses, wanted),
+        "same": same(found, wanted),
+        "largest_difference": largest_difference(found["losses"], wanted["losses"]),
     }
 
 
@@ -147,12 +161,19 @@ def table(rows: dict[str, dict[str, Any]]) -> list[list[Any]]:
     keys = (key.rpartition(" @") for key in rows)
     for name, _, number in sorted(keys, key=lambda key: (key[0], int(key[2]))):
         row, one = rows[f"{name} @{number}"], rows.get(f"{name} @1")
-        speed_up = one and round(row["tokens_per_second"] / one["tokens_per_second"] / int(number), 3)
-        same = one and ("yes" if row["allocation"] == one["allocation"] else "NO")
+        speed: list[Any] = []
+        if ON_GPU:
+            speed_up = one and round(row["tokens_per_second"] / one["tokens_per_second"] / int(number), 3)
+            speed = [round(row["tokens_per_second"]), speed_up, row["peak_gb"]]
+        alike = same(row, one) if one else ["", ""]
         apart = one and largest_difference(row["losses"], one["losses"])
-        line = [name, number, round(row["tokens_per_second"]), speed_up, row["peak_gb"], same, apart]
-        lines.append(["" if cell is None else cell for cell in line])
+        lines.append(["" if cell is None else cell for cell in [name, number, *speed, *alike, apart]])
     return lines
+
+
+def same(row: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Whether both have the same allocation, and to the last bit the same scores; empty if there are none."""
+    return ["" if key not in wanted else ("NO", "yes")[row[key] == wanted[key]] for key in ("allocation", "scores")]
 
 
 def largest_difference(losses: list[float], wanted: list[float]) -> float:
@@ -188,14 +209,15 @@ def run(case: Case, settings: dict[str, Any]) -> dict[str, Any]:
         "num_steps": num_steps,
         "sequences_per_step": settings["tokens_per_step"] // case.seq_len,
         # A small model with one sequence at once makes a GPU wait for its CPU.
-        "micro_batch": 4 if case.model.startswith("smollm") else 1,
+        "micro_batch": 4 if ON_GPU and case.model.startswith("smollm") else 1,
         "gradient_checkpointing": case.model.startswith("qwen"),
         "parallel": case.parallel,
         "checkpoint_every": num_steps // 3,
     }
     options: dict[str, Any] = {"run_dir": case.folder and Path(case.folder), "on_step": on_step}
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     if case.verb != "adapt":
         joint: dict[str, Any] = {"mode": "joint", "weight_lr": 1e-4} if case.verb == "joint learn" else {}
         config = LearnConfig(**common, **joint, sparsity=0.733, window=128, refine_evaluations=4)
@@ -207,13 +229,15 @@ def run(case: Case, settings: dict[str, Any]) -> dict[str, Any]:
             layout.num_layers, layout.num_kv_heads, sparsity=0.733, granularity="kv_head", window=128
         )
         history = adapt(model, text, allocation, AdaptConfig(**common, learning_rate=1e-4), **options)
-    peak = torch.tensor(float(torch.cuda.max_memory_allocated()), device=model.device)
-    return {
-        "tokens_per_second": statistics.harmonic_mean(speeds[WARM_UP:] or [1.0]),
-        "peak_gb": round(largest(peak) / 1e9, 2),
-        "losses": [record["loss"] for record in history],
-        "allocation": allocation.full_attention.tolist(),
-    }
+    row: dict[str, Any] = {"losses": [record["loss"] for record in history]}
+    row["allocation"] = allocation.full_attention.tolist()
+    if allocation.scores is not None:
+        row["scores"] = allocation.scores.tolist()
+    if ON_GPU:
+        peak = torch.tensor(float(torch.cuda.max_memory_allocated()), device=model.device)
+        row["tokens_per_second"] = statistics.harmonic_mean(speeds[WARM_UP:] or [1.0])
+        row["peak_gb"] = round(largest(peak) / 1e9, 2)
+    return row
 
 
 def largest(value: torch.Tensor) -> float:
@@ -225,10 +249,10 @@ def largest(value: torch.Tensor) -> float:
 
 def model_and_text(case: Case, settings: dict[str, Any]) -> tuple[PreTrainedModel, np.ndarray]:
     """The case's model and text."""
-    if case.model == "smollm2-135m":
+    if case.model != "qwen3-0.6b":
         with distributed.main_first():
             model = load_model(case.model).model
-        return model, tokens_of(settings["train"])
+        return model, tokens_of(settings["train"])[:, : case.seq_len]
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(Qwen3Config(**QWEN3_06B), dtype=torch.bfloat16)

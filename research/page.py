@@ -422,6 +422,20 @@ def speed() -> tuple[Columns, Rows]:
     return ["measured", "baseline", "consa", "ratio"], [[*row, f"{row[2] / row[1]:.2f}"] for row in rows]
 
 
+def processes() -> tuple[Columns, Rows]:
+    """What two processes of a CPU end with, beside one; and a run of two that was killed and continued by one."""
+    rows: Rows = []
+    for name in TABLES["processes"].files:
+        record = read(name)
+        for run, number, allocation, scores, apart in record["table"]:
+            if number == "2":  # where no scores are learned, the allocation was given
+                rows.append([run, allocation if scores else "", scores, apart])
+        if killed := record["killed"]:
+            run, same = f"{killed['run']}, killed in step {killed['at_step']}", killed.get("same", ["", ""])
+            rows.append([run, *(same if same[1] else ["", ""]), killed["largest_difference"]])
+    return ["run", "same allocation", "same scores", "largest difference of losses"], rows
+
+
 class Table(NamedTuple):
     """What makes a table, and the records it is made from."""
 
@@ -445,6 +459,7 @@ TABLES = {
     "taught": Table(taught, ("adaptation-retrieval-qwen2.5-coder-0.5b",)),
     "serving": Table(serving, ("serving", "serving-1.5b")),
     "speed": Table(speed, ("decode", "decode-short", "attention", "learning", "distributed")),
+    "processes": Table(processes, ("distributed-cpu", "distributed-cpu-qwen2.5-coder-0.5b")),
 }
 
 

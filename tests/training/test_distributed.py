@@ -42,6 +42,7 @@ BFLOAT16: dict[str, Any] = {
     "settings": ADAPT | {"parallel": "fsdp", "learning_rate": 1e-4, "num_steps": 8},
     "dtype": "bfloat16",
 }
+FROZEN_BFLOAT16: dict[str, Any] = {"verb": "learn", "settings": LEARN, "dtype": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name != COMPILED or COMPILES
     ]
     auto = {"verb": "adapt", "settings": ADAPT | {"micro_batch": "auto"}, "out": str(folder / "auto")}
-    done = launch(*jobs, {**BFLOAT16, "out": str(folder / "bfloat16")}, auto)
+    half = [BFLOAT16 | {"out": str(folder / "bfloat16")}, FROZEN_BFLOAT16 | {"out": str(folder / "frozen-bfloat16")}]
+    done = launch(*jobs, *half, auto)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -98,7 +100,12 @@ def test_sharded_bfloat16_trains_float32_masters(two: Path, tmp_path: Path):
         assert_close(value.float(), weights[name].float(), 1e-2, name)
 
 
-@pytest.mark.parametrize("name", ["joint-fsdp", "fsdp"])
+def test_gates_of_a_bfloat16_model_get_the_same_bits(two: Path, tmp_path: Path):
+    job(**FROZEN_BFLOAT16, out=str(tmp_path / "one"))
+    assert results(tmp_path / "one")[0] == results(two / "frozen-bfloat16")[0]
+
+
+@pytest.mark.parametrize("name", ["frozen", "joint-fsdp", "fsdp"])
 def test_goes_on_with_another_number_of_processes(name: str, two: Path, tmp_path: Path):
     """Of two processes one is killed, and the other ends too, with a word; one goes on alone."""
     verb, settings = JOBS[name]
@@ -108,7 +115,9 @@ def test_goes_on_with_another_number_of_processes(name: str, two: Path, tmp_path
     assert not (tmp_path / "killed").exists()
     assert len((tmp_path / "run" / METRICS).read_text().splitlines()) == 2, "what there is to go on from"
     job(settings=settings | {"parallel": "ddp"}, out=str(tmp_path / "one"), **common)
-    assert_alike(results(tmp_path / "one"), results(two / name), verb)
+    found, wanted = results(tmp_path / "one"), results(two / name)
+    assert_alike(found, wanted, verb)
+    assert name != "frozen" or found[0] == wanted[0], "gates alone: the same bits"
 
 
 def test_more_processes_than_sequences(
