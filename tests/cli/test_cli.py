@@ -154,7 +154,7 @@ def caught(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     def record(where: RunConfig, config: LearnConfig, folder: Path, **options: Any) -> dict[str, Any]:
         calls.append((where, config, folder, options))
-        return {"start": 1, "table": table, "learn": {"mode": "frozen"}, "model": {"model": where.model}}
+        return {"start": 1, "seq_len": 64, "table": table, "learn": {"mode": "frozen"}, "model": {"model": where.model}}
 
     monkeypatch.setattr(learning, "run_learning", record)
     return calls
