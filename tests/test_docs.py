@@ -1,6 +1,6 @@
 """The documents' blocks run as they stand, on a tiny model and a little text.
 
-`Qwen/Qwen3-0.6B`, `smollm2-135m` and `books/*.txt` are stand-ins in the working folder. Commands get the options of
+The models of Qwen, `smollm2-135m` and `books/*.txt` are stand-ins in the working folder. Commands get the options of
 `SMALL` in addition to their own. Commands that `NOT_RUN` lists are only parsed.
 """
 
@@ -14,6 +14,7 @@ import subprocess
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -199,8 +200,8 @@ def folder(tmp_path: Path, tiny_model_folder: Path, text_folder: Path, monkeypat
     """The working directory of a reader, with stand-ins under the names in the documents."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
     qwen = models.tiny("qwen3", vocab_size=len(tokenizer), bos_token_id=None, pad_token_id=None)
-    for path in (qwen, tokenizer):
-        path.save_pretrained(tmp_path / "Qwen/Qwen3-0.6B")
+    for path, name in product((qwen, tokenizer), ("Qwen3-0.6B", "Qwen2.5-Coder-0.5B-Instruct")):
+        path.save_pretrained(tmp_path / "Qwen" / name)
     shutil.copytree(tiny_model_folder, tmp_path / "smollm2-135m")
     shutil.copytree(text_folder, tmp_path / "books")
     monkeypatch.setattr(load, "PACKAGED_MODELS", {})
@@ -241,8 +242,9 @@ def test_blocks_run(path: Path, folder: Path, servers: list[Any]):
 def test_options_in_the_text_exist(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("hybrid", "plain"):  # a command refuses a folder that does not exist
         (tmp_path / name).mkdir()
-    (tmp_path / "runs/qwen").mkdir(parents=True)
-    (tmp_path / "runs/qwen/config.json").write_text("{}")  # of --config
+    for run in ("runs/qwen", "runs/coder"):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "config.json").write_text("{}")  # of --config
     monkeypatch.chdir(tmp_path)
     if path.name in RECORDS:
         pytest.skip("a record")
