@@ -89,10 +89,12 @@ def save_tiny(folder: Path) -> Path:
     return folder
 
 
-def write_gguf(path: Path, extra: Callable[[Any], None] = lambda writer: None, **numbers: int) -> Path:
+def write_gguf(
+    path: Path, extra: Callable[[Any], None] = lambda writer: None, base: float = 1e4, **numbers: int
+) -> Path:
     """Write a random Llama of 2 layers x 1 KV head with `byte_tokenizer` as GGUF to a file, which is returned.
 
-    `numbers` stand in the header in place of the true ones, and `extra` may add to it.
+    `numbers` stand in the header in place of the true ones, `extra` may add to it, and `base` is that of RoPE.
     """
     import gguf
 
@@ -106,7 +108,7 @@ def write_gguf(path: Path, extra: Callable[[Any], None] = lambda writer: None, *
     for name, number in (said | numbers).items():
         getattr(writer, f"add_{name}")(number)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(base)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
     writer.add_token_types([1] * len(words))

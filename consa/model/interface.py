@@ -115,7 +115,8 @@ def consa_mask(
     Raises:
         ConsaError: packed sequences, a StaticCache, or a mask with holes, which consa cannot compute exactly.
     """
-    if torch.compiler.is_exporting():
+    # Before torch 2.11, is_exporting() is true under torch.compile, too.
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         raise ConsaError("torch.export of a hybrid is not supported; use torch.compile, or consa convert and a server")
     # StaticHybridLayer reports length 0, for which transformers never skips the mask.
     static = kv_length == 0

@@ -243,10 +243,9 @@ def test_the_frequencies_of_llama_3_in_a_gguf_are_applied(tmp_path: Path):
     assert round(factors.min(), 5) == 1 and 1.1 < sorted(factors)[4] < factors.max() == 32
 
     def extra(writer: Any) -> None:
-        writer.add_rope_freq_base(500000.0)
         writer.add_tensor("rope_freqs.weight", factors)
 
-    model: Any = load_model(str(write_gguf(tmp_path / "a.gguf", extra)), device="cpu").model
+    model: Any = load_model(str(write_gguf(tmp_path / "a.gguf", extra, base=5e5)), device="cpu").model
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, scaled)
 
 
